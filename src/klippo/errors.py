@@ -1,0 +1,37 @@
+"""Errors that users meet: each names the value, the rule and the remedy, and carries its exit code."""
+
+
+class KlippoError(Exception):
+    """A problem the user can mend; the command line prints its text alone, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(KlippoError):
+    """The command line, the config or the data is wrong; found before anything expensive starts."""
+
+    exit_code = 2
+
+
+class PreflightError(KlippoError):
+    """The config is well-formed, but this machine, model or folder cannot run it."""
+
+    exit_code = 3
+
+
+class RewardError(KlippoError):
+    """A reward source raised, returned the wrong number of scores, or returned NaN."""
+
+    exit_code = 4
+
+
+class DivergedError(KlippoError):
+    """Training left the region where its numbers mean anything."""
+
+    exit_code = 6
+
+
+class StorageError(KlippoError):
+    """A file could not be written (disk full, folder read-only); what was written before stays whole."""
+
+    exit_code = 3

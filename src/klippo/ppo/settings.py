@@ -1,0 +1,121 @@
+"""Settings of PPO, in the order in which the algorithm uses them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from klippo.settings import Settings
+
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+
+
+class KLSettings(Settings):
+    coef: float = Field(default=0.05, ge=0)
+    """beta, nats to reward units; 0 turns the penalty off."""
+    placement: Literal["reward", "loss"] = "reward"
+    """`reward` subtracts beta * k1 from each token's reward; `loss` adds beta * k2 to the loss."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` moves beta so that the KL per sequence goes to `target` (Ziegler et al. 2019)."""
+    target: PositiveFloat = 6.0
+    """Nats per sequence."""
+    horizon: PositiveFloat = 10_000.0
+    """Episodes over which beta may change by the full proportional error."""
+
+
+class ScoreSettings(Settings):
+    """What happens to a score before it lands on the last token, in this order."""
+
+    missing_eos: Literal["keep", "replace", "subtract"] = "keep"
+    """For responses that the length limit cut: keep, replace or lower the score."""
+    missing_eos_value: float = 1.0
+    """Replaces the score, or is subtracted from it; in score units."""
+    normalize: bool = False
+    """Subtract the running mean and divide by the running standard deviation of all scores."""
+    scale: float = 1.0
+    """Factor on the score."""
+    whiten: bool = False
+    """Divide the batch's scores' deviations by their standard deviation; the mean stays."""
+    clip: PositiveFloat | None = None
+    """Clip to [-clip, clip], last."""
+
+
+class OptimizerSettings(Settings):
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of the policy (and the critic)."""
+    critic_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the critic's own weights; default: `learning_rate`."""
+    betas: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's moments."""
+    eps: PositiveFloat = 1e-5
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm; null turns it off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after warm-up."""
+    num_warmup_steps: NonNegativeInt = 0
+    """PPO steps of linear warm-up."""
+    final_fraction: UnitInterval = 0.0
+    """Learning rate at the end of the decay, as a share of the peak."""
+    num_decay_steps: PositiveInt | None = None
+    """PPO step at which the decay ends; default: `ppo.num_steps`."""
+
+
+class PPOSettings(Settings):
+    num_steps: PositiveInt = 100
+    """Rollout batches: each is sampled, scored and learnt from once."""
+    batch_size: PositiveInt = 64
+    """Responses per rollout batch, over all processes."""
+    num_epochs: PositiveInt = 4
+    """Passes over each rollout batch."""
+    minibatch_size: PositiveInt | None = None
+    """Responses per optimizer step; default: the whole batch."""
+    micro_batch_size: PositiveInt | None = None
+    """Responses per forward and backward pass (memory, not numbers); default: the minibatch."""
+    gamma: UnitInterval = 1.0
+    """Discount per token."""
+    gae_lambda: UnitInterval = 0.95
+    """GAE's lambda."""
+    bootstrap_truncated: bool = False
+    """Value of the state after a response that the length limit cut: the critic's, instead of 0."""
+    whiten_advantages: bool = True
+    """Mean 0 and standard deviation 1 over all response tokens of the batch."""
+    clip_range: PositiveFloat = 0.2
+    """eps of the clipped policy loss."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound -A * ratio at -A * dual_clip for negative advantages (Ye et al. 2020)."""
+    value_clip_range: PositiveFloat | None = 0.2
+    """Clip of the value around its old value; null turns it off."""
+    value_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus, reward units per nat."""
+    ratio_threshold: PositiveFloat | None = None
+    """Skip a minibatch whose mean ratio exceeds this (10 is usual); NaN always skips."""
+    target_kl: PositiveFloat | None = None
+    """End the passes over a batch early once the approximate KL per token exceeds this, nats."""
+    num_critic_warmup_steps: NonNegativeInt = 0
+    """PPO steps that train the critic alone first; the policy does not move."""
+    importance_cap: PositiveFloat | None = None
+    """Truncated importance sampling: weight tokens by min(pi_old / pi_engine, cap)."""
+    max_logprob_mismatch: PositiveFloat | None = None
+    """Stop when |log pi_old - log pi_engine| exceeds this on average, nats per token."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        minibatch = self.minibatch_size or self.batch_size
+        _require_divides("minibatch_size", minibatch, "batch_size", self.batch_size)
+        micro = self.micro_batch_size or minibatch
+        _require_divides("micro_batch_size", micro, "minibatch_size", minibatch)
+        return self
+
+
+def _require_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    if whole % part == 0:
+        return
+    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    near = sorted(sorted(divisors, key=lambda d: abs(d - part))[:2])
+    raise ValueError(
+        f"{part_name}={part} must divide {whole_name}={whole}; try {' or '.join(map(str, near))}"
+    )

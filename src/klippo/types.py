@@ -1,0 +1,136 @@
+"""What flows between the rooms, and the small protocols that the rooms satisfy.
+
+B sequences, P prompt tokens (left-padded), T response tokens (right-padded), K ensemble members.
+Masks come from lengths; True always means "keep".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of the data set, ready for the policy."""
+
+    id: int
+    """Row number in the data set, from 0."""
+    text: str
+    """What the policy reads, after the chat template and any cut; special tokens left out."""
+    token_ids: list[int]
+    """The same as token ids, including a BOS token where the tokenizer wants one."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Every column of the row, for reward functions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine sampled for one prompt."""
+
+    token_ids: list[int]
+    """Up to and including the first stop token."""
+    finished: bool
+    """True when a stop token ended it, False when the length limit did."""
+    logprobs: list[float] | None = None
+    """The engine's own log-probs of `token_ids` in nats, where it reports them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Prompts and responses as tensors: all that a model needs to see."""
+
+    prompt_ids: Tensor  # (B, P) int64, left-padded
+    prompt_mask: Tensor  # (B, P) bool
+    response_ids: Tensor  # (B, T) int64, right-padded
+    response_mask: Tensor  # (B, T) bool, True on real tokens including the stop token
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids.shape == self.prompt_mask.shape
+        assert self.response_ids.shape == self.response_mask.shape
+        assert self.prompt_mask.dtype == self.response_mask.dtype == torch.bool
+
+    def __len__(self) -> int:
+        return int(self.response_ids.shape[0])
+
+    def rows(self, index: Tensor) -> TokenBatch:
+        """These rows alone, without the columns that are padding in all of them."""
+        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
+        first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
+        last = max(int(response_mask.sum(1).max()), 1)
+        return TokenBatch(
+            prompt_ids=self.prompt_ids[index, first:],
+            prompt_mask=prompt_mask[:, first:],
+            response_ids=self.response_ids[index, :last],
+            response_mask=response_mask[:, :last],
+        )
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        return TokenBatch(
+            prompt_ids=self.prompt_ids.to(device),
+            prompt_mask=self.prompt_mask.to(device),
+            response_ids=self.response_ids.to(device),
+            response_mask=self.response_mask.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Prompts, the responses sampled for them, and how they were sampled."""
+
+    prompts: list[Prompt]
+    responses: list[str]
+    """Decoded responses, special tokens left out: for rewards and people, never re-tokenized for training."""
+    tokens: TokenBatch
+    finished: Tensor  # (B,) bool, False where the length limit cut the response
+    temperature: float
+    behavior_logprobs: Tensor | None = None  # (B, T) float32, the engine's own
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def response_token_ids(self) -> list[list[int]]:
+        """The responses' token ids without padding."""
+        lengths = self.tokens.response_mask.sum(1).tolist()
+        ids = self.tokens.response_ids.tolist()
+        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """One score per response; NaN means "could not be scored" and masks the row out of everything."""
+
+    reward: Tensor  # (B,) float32
+    members: Tensor | None = None  # (K, B) float32, an ensemble's single scores
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B,) float32
+
+
+class Engine(Protocol):
+    """Samples responses. Hugging Face today; another engine needs nothing from PPO."""
+
+    def sync(self) -> None:
+        """Take over the policy's current weights."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], generator: torch.Generator
+    ) -> list[Completion]:
+        """One completion per prompt, each at most `max_lengths[i]` tokens long."""
+
+
+class RolloutSource(Protocol):
+    """Where training responses come from: sampled now, or (offline) read from a file."""
+
+    def next(self) -> Rollout:
+        """The next rollout batch."""
+
+
+class RewardSource(Protocol):
+    """Anything that scores a rollout, at once or when awaited."""
+
+    def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]: ...
