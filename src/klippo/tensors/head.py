@@ -1,0 +1,143 @@
+"""The LM head in chunks: log-probs, entropy and exact KL without ever holding (B, T, V) logits.
+
+N tokens, D hidden width, V vocabulary. Each chunk of tokens gets its logits, gives up the few
+numbers that are wanted, and is dropped; the backward pass computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once: 64 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LMHead:
+    """Hidden states to tempered logits: softcap(hidden @ weight.T + bias) * scale."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    scale: float
+    """The model's own logit scale divided by the sampling temperature."""
+    softcap: float | None = None
+    """c in c * tanh(logits / c), before the scale."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) float32."""
+        logits = (hidden @ self.weight.to(hidden.dtype).T).float()
+        if self.bias is not None:
+            logits += self.bias.float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.mul_(self.scale)
+
+    def logits_gradient(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to the raw product, from that of `logits` (n, V)."""
+        if self.softcap is not None:
+            capped = logits / (self.scale * self.softcap)
+            grad = grad * (1 - capped**2)
+        return grad.mul_(self.scale)
+
+
+def chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of tokens whose logits fit in CHUNK_ELEMENTS."""
+    size = max(CHUNK_ELEMENTS // vocabulary, 1)
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def token_logprobs(
+    head: LMHead, hidden: Tensor, token_ids: Tensor, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """log pi(token) and the entropy of pi at each position, both (N,) float32 in nats.
+
+    hidden (N, D), token_ids (N,). Differentiable in hidden, weight and bias. The entropy is zero
+    (and costs nothing) without `with_entropy`.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(
+        hidden, head.weight, head.bias, token_ids, head, with_entropy
+    )
+    return logprobs, entropy
+
+
+@torch.no_grad()
+def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
+    """KL(pi || ref) summed over the vocabulary at each position, (N,) float32 in nats.
+
+    hidden (N, D) of the policy and ref_hidden (N, D) of the reference at the same positions.
+    """
+    kl = torch.empty(len(hidden), device=hidden.device)
+    for part in chunks(len(hidden), len(head.weight)):
+        logp = torch.log_softmax(head.logits(hidden[part]), -1)
+        ref_logp = torch.log_softmax(ref_head.logits(ref_hidden[part]), -1)
+        kl[part] = (logp.exp() * (logp - ref_logp)).sum(-1)
+    return kl
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """With p = softmax(z), y the token and H the entropy of p:
+
+    d log p_y / dz = onehot(y) - p          d H / dz = -p * (log p + H)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        head: LMHead,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(hidden), device=hidden.device)
+        log_normalizer = torch.empty_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
+        for part in chunks(len(hidden), len(weight)):
+            logits = head.logits(hidden[part])
+            picked = logits.gather(1, token_ids[part, None]).squeeze(1)
+            log_normalizer[part] = torch.logsumexp(logits, -1)
+            logprobs[part] = picked - log_normalizer[part]
+            if with_entropy:
+                expected = torch.einsum(
+                    "nv,nv->n", (logits - log_normalizer[part, None]).exp(), logits
+                )
+                entropy[part] = log_normalizer[part] - expected
+        ctx.save_for_backward(hidden, weight, token_ids, log_normalizer, entropy)
+        ctx.head, ctx.with_entropy, ctx.has_bias = head, with_entropy, bias is not None
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grads
+        hidden, weight, token_ids, log_normalizer, entropy = ctx.saved_tensors
+        head: LMHead = ctx.head
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        use_entropy = ctx.with_entropy and bool(grad_entropy.any())
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = weight.new_zeros(len(weight)) if needs_bias and ctx.has_bias else None
+        for part in chunks(len(hidden), len(weight)):
+            logits = head.logits(hidden[part])
+            logp = logits - log_normalizer[part, None]
+            grad = logp.exp()
+            if use_entropy:
+                pull = grad_entropy[part, None] * (logp + entropy[part, None])
+                grad = grad.mul_(-(grad_logprobs[part, None] + pull))
+            else:
+                grad = grad.mul_(-grad_logprobs[part, None])
+            grad.scatter_add_(1, token_ids[part, None], grad_logprobs[part, None])
+            grad = head.logits_gradient(grad, logits).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
