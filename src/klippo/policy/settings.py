@@ -43,6 +43,7 @@ class CriticSettings(Settings):
     kind: Literal["trunk", "lora", "separate"] = "trunk"
     """Value head on the policy's trunk, a LoRA adapter on the same base, or a model of its own."""
     model: str | None = None
-    """With `kind: separate`: start from this model (a reward model keeps its head); default: the policy's."""
+    """With `kind: separate`: start from this reward model, head included; default: the policy's
+    weights with a new head."""
     lora: LoraSettings = LoraSettings()
     """With `kind: lora`: the critic adapter's shape."""

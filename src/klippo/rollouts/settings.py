@@ -22,7 +22,7 @@ class RolloutSettings(Settings):
     """0 is off. Training refuses a minimum, as for `top_k`; penalise short responses instead."""
     stop_at_eos: bool = True
     """Stop at the end-of-sequence tokens of the tokenizer and the model; False fixes the length."""
-    stop_tokens: list[str | int] = []
+    stop_tokens: tuple[str | int, ...] = ()
     """More stop tokens, as text of one token or as ids."""
     generation_batch_size: PositiveInt | None = None
     """Prompts decoded at once; default: all of them."""

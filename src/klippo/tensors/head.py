@@ -60,9 +60,10 @@ def token_logprobs(
     hidden (N, D), token_ids (N,). Differentiable in hidden, weight and bias. The entropy is zero
     (and costs nothing) without `with_entropy`.
     """
-    logprobs, entropy = _TokenLogprobs.apply(
-        hidden, head.weight, head.bias, token_ids, head, with_entropy
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, token_ids, head, with_entropy
+        )
     return logprobs, entropy
 
 

@@ -1,0 +1,171 @@
+"""Policy and critic as one module: token ids in; log-probs, entropy and values out.
+
+B sequences, P prompt tokens, T response tokens, D hidden width, N real response tokens.
+Response token t is emitted from the state at position P-1+t: its logits and its value are read
+there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from klippo.tensors.head import LMHead, exact_kl, token_logprobs
+from klippo.types import TokenBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOutput:
+    """Zero wherever response_mask is False."""
+
+    logprobs: Tensor  # (B, T) float32, nats
+    entropy: Tensor  # (B, T) float32, nats
+    values: Tensor  # (B, T), or (B, T+1) with the value after the last token
+
+
+class CausalLM(nn.Module):
+    """A Hugging Face causal LM, taken apart into trunk and LM head."""
+
+    def __init__(self, model: Any, *, autocast: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.trunk = model.base_model
+        self.autocast = autocast
+        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    def head(self, temperature: float) -> LMHead:
+        """The LM head with the model's own scale and soft cap, divided by the temperature."""
+        config = self.model.config
+        output = self.model.get_output_embeddings()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return LMHead(
+            weight=output.weight,
+            bias=getattr(output, "bias", None),
+            scale=scale / temperature,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def hidden(self, batch: TokenBatch, *, after_last: bool = False) -> Tensor:
+        """Hidden states of the states that emit response tokens: (B, T, D), or (B, T+1, D)."""
+        hidden = trunk_hidden(
+            self.trunk, batch, self._takes_positions, after_last=after_last, autocast=self.autocast
+        )
+        return hidden.bfloat16() if self.autocast else hidden
+
+    def logprobs(
+        self, batch: TokenBatch, hidden: Tensor, temperature: float, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of the response tokens and the entropy of their distributions, (B, T)."""
+        mask = batch.response_mask
+        logprobs, entropy = token_logprobs(
+            self.head(temperature),
+            hidden[:, : mask.shape[1]][mask],
+            batch.response_ids[mask],
+            with_entropy=with_entropy,
+        )
+        zeros = logprobs.new_zeros(mask.shape)
+        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+
+def trunk_hidden(
+    trunk: Any, batch: TokenBatch, takes_positions: bool, *, after_last: bool, autocast: bool
+) -> Tensor:
+    """Last hidden states at positions P-1 … P+T-2 (P+T-1 with `after_last`) of any HF trunk."""
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], 1)
+    mask = torch.cat([batch.prompt_mask, batch.response_mask], 1)
+    if not after_last:
+        ids, mask = ids[:, :-1], mask[:, :-1]
+    # Padding before a row's first token must not shift its positions.
+    positions = (
+        {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
+    )
+    with torch.autocast(ids.device.type, torch.bfloat16) if autocast else nullcontext():
+        output = trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **positions)
+    hidden: Tensor = output.last_hidden_state
+    return hidden[:, batch.prompt_ids.shape[1] - 1 :]
+
+
+class ActorCritic(nn.Module):
+    """The policy with its critic."""
+
+    def __init__(self, lm: CausalLM, critic: nn.Module, peft_model: Any | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.critic = critic
+        object.__setattr__(self, "peft_model", peft_model)  # shares lm's weights: not a submodule
+        self.peft_model: Any | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.model.get_output_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        temperature: float,
+        *,
+        with_entropy: bool = True,
+        after_last: bool = False,
+    ) -> PolicyOutput:
+        """Everything that PPO needs of one batch, in one pass over the trunk."""
+        hidden = self.lm.hidden(batch, after_last=after_last)
+        logprobs, entropy = self.lm.logprobs(batch, hidden, temperature, with_entropy=with_entropy)
+        values = self.critic(batch, hidden, after_last=after_last)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """Values alone, (B, T); the gradient reaches the critic's own weights only (warm-up)."""
+        with torch.no_grad():
+            hidden = self.lm.hidden(batch)
+        values: Tensor = self.critic(batch, hidden, after_last=False)
+        return values
+
+    def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(policy's, critic's own) trainable parameters, each once."""
+        own = {id(parameter) for parameter in self.critic.own_parameters()}  # type: ignore[operator]
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return (
+            [parameter for parameter in parameters if id(parameter) not in own],
+            [parameter for parameter in parameters if id(parameter) in own],
+        )
+
+
+class Reference:
+    """The policy as it was at step 0, frozen."""
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        active: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.lm = lm
+        self._active = active
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, temperature: float) -> Tensor:
+        """log pi_ref of the response tokens, (B, T) float32, nats."""
+        with self._active():
+            hidden = self.lm.hidden(batch)
+            return self.lm.logprobs(batch, hidden, temperature, with_entropy=False)[0]
+
+    @torch.no_grad()
+    def kl_from(self, policy: CausalLM, batch: TokenBatch, temperature: float) -> Tensor:
+        """Exact KL(policy || reference) at every response position, (B, T) float32, nats."""
+        mask = batch.response_mask
+        hidden = policy.hidden(batch)[mask]
+        with self._active():
+            ref_hidden = self.lm.hidden(batch)[mask]
+        kl = exact_kl(policy.head(temperature), hidden, self.lm.head(temperature), ref_hidden)
+        return kl.new_zeros(mask.shape).masked_scatter(mask, kl)

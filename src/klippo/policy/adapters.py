@@ -1,0 +1,40 @@
+"""LoRA adapters that share one frozen base: which one is active, and putting things back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+POLICY = "default"
+REFERENCE = "reference"
+CRITIC = "critic"
+
+
+@contextmanager
+def using_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Run a PeftModel with another adapter (None: with the bare base); restores what was active.
+
+    peft ties "active" to "trainable"; the policy and the critic adapter train at once, so the
+    trainable flags are put back too, also after an exception.
+    """
+    active = model.active_adapter
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name)
+            yield
+    finally:
+        model.set_adapter(active)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def checkpoint_contexts(
+    model: Any,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for forward and recomputation: the latter uses the adapter of the former."""
+    return nullcontext(), using_adapter(model, model.active_adapter)

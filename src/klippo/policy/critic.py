@@ -1,0 +1,97 @@
+"""Critics: three ways to get V(state before response token t).
+
+B sequences, T response tokens, D hidden width. Each is called with the batch and the policy's
+hidden states (B, T, D) or, with `after_last`, (B, T+1, D), and returns values of that shape.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from klippo.policy.actor_critic import CausalLM, trunk_hidden
+from klippo.types import TokenBatch
+
+
+def value_head(hidden_size: int) -> nn.Linear:
+    """A scalar head in float32 whose output starts at zero."""
+    head = nn.Linear(hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class TrunkCritic(nn.Module):
+    """A head on the policy's trunk; its loss also trains the trunk."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.head = value_head(hidden_size)
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        return self.head.parameters()
+
+    def forward(self, batch: TokenBatch, hidden: Tensor, *, after_last: bool) -> Tensor:
+        del batch, after_last
+        values: Tensor = self.head(hidden.float()).squeeze(-1)
+        return values
+
+
+class LoraCritic(nn.Module):
+    """A second LoRA adapter on the policy's frozen base, with a head."""
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        active: Callable[[], AbstractContextManager[None]],
+        adapter_parameters: list[nn.Parameter],
+    ) -> None:
+        super().__init__()
+        self.head = value_head(lm.hidden_size)
+        self._active = active
+        # Shared with the policy module: kept out of the module tree.
+        object.__setattr__(self, "_lm", lm)
+        object.__setattr__(self, "_adapter", adapter_parameters)
+        self._lm: CausalLM
+        self._adapter: list[nn.Parameter]
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self._adapter
+        yield from self.head.parameters()
+
+    def forward(self, batch: TokenBatch, hidden: Tensor, *, after_last: bool) -> Tensor:
+        del hidden
+        with self._active():
+            own = self._lm.hidden(batch, after_last=after_last)
+        values: Tensor = self.head(own.float()).squeeze(-1)
+        return values
+
+
+class SeparateCritic(nn.Module):
+    """A model of its own: a trunk and a head, which may be those of a reward model."""
+
+    def __init__(
+        self, trunk: Any, head: nn.Linear | None = None, *, autocast: bool = False
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        width = int(trunk.config.get_text_config().hidden_size)
+        self.head = value_head(width) if head is None else head
+        self.autocast = autocast
+        self._takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        return self.parameters()
+
+    def forward(self, batch: TokenBatch, hidden: Tensor, *, after_last: bool) -> Tensor:
+        del hidden
+        own = trunk_hidden(
+            self.trunk, batch, self._takes_positions, after_last=after_last, autocast=self.autocast
+        )
+        values: Tensor = self.head(own.to(torch.float32)).squeeze(-1)
+        return values

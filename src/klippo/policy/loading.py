@@ -1,0 +1,285 @@
+"""From settings to a policy, its critic, its reference and its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from klippo.errors import ConfigError, PreflightError
+from klippo.names import resolve
+from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
+from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
+from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
+from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
+from klippo.types import TokenBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedPolicy:
+    policy: ActorCritic
+    reference: Reference
+    tokenizer: Any
+
+
+def load_policy(
+    settings: PolicySettings,
+    critic: CriticSettings,
+    device: torch.device,
+    *,
+    model: Any | None = None,
+    tokenizer: Any | None = None,
+) -> LoadedPolicy:
+    """Load (or wrap a given Hugging Face `model` and `tokenizer`) as the settings say.
+
+    Raises PreflightError where the model, its tokenizer or this machine cannot do it.
+    """
+    tokenizer = tokenizer or load_tokenizer(settings.model, settings.revision)
+    model = model or load_causal_lm(settings, device)
+    turn_dropout_off(model)
+    separate = _separate_critic(settings, critic, model) if critic.kind == "separate" else None
+    if settings.tuning == "full":
+        reference_model = _frozen_copy(model)
+        peft_model = None
+    elif settings.tuning == "last_layers":
+        freeze_below(model, settings.num_unfrozen_layers)
+        reference_model = _frozen_copy(model)
+        peft_model = None
+    else:
+        peft_model = _with_adapters(settings, critic, model)
+        model = reference_model = peft_model.get_base_model()
+    lm = CausalLM(model, autocast=settings.autocast).to(device)
+    check_head(lm)
+    if peft_model is None:
+        reference = Reference(CausalLM(reference_model, autocast=settings.autocast).to(device))
+    else:
+        start = None if settings.adapter is None else REFERENCE
+        reference = Reference(lm, partial(using_adapter, peft_model, start))
+    critic_module: nn.Module
+    if separate is not None:
+        critic_module = separate
+    elif critic.kind == "lora":
+        assert peft_model is not None
+        own = [p for n, p in peft_model.named_parameters() if f".{CRITIC}." in n]
+        critic_module = LoraCritic(lm, partial(using_adapter, peft_model, CRITIC), own)
+        for parameter in own:
+            parameter.requires_grad_(True)
+    else:
+        critic_module = TrunkCritic(lm.hidden_size)
+    policy = ActorCritic(lm, critic_module.to(device), peft_model)
+    if settings.gradient_checkpointing:
+        _checkpoint_gradients(policy)
+    return LoadedPolicy(policy=policy.eval(), reference=reference, tokenizer=tokenizer)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model folder or hub name. A pad token is not needed."""
+    from transformers import AutoTokenizer
+
+    path = resolve(name)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except Exception as error:
+        if Path(path).is_dir() and not list(Path(path).glob("tokenizer*")):
+            raise PreflightError(
+                f"{name}: the folder has no tokenizer (tokenizer.json); "
+                "save it there with tokenizer.save_pretrained(folder)"
+            ) from error
+        raise PreflightError(f"{name}: the tokenizer cannot be loaded: {error}") from error
+
+
+def load_causal_lm(settings: PolicySettings, device: torch.device) -> Any:
+    """The causal LM of a model folder or hub name, weights in the settings' dtype."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if settings.quantize_4bit:
+        options |= _four_bit(device)
+    return from_pretrained(AutoModelForCausalLM, settings.model, settings.revision, **options)
+
+
+def from_pretrained(auto_class: Any, name: str, revision: str | None, **options: Any) -> Any:
+    """`auto_class.from_pretrained` with errors that say which model and what to do."""
+    path = resolve(name)
+    try:
+        return auto_class.from_pretrained(path, revision=revision, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error).strip().splitlines()
+        raise PreflightError(
+            f"{name}: the model cannot be loaded ({text[0] if text else type(error).__name__}); "
+            "give a folder written by save_pretrained, or a hub name "
+            "(gated models need the environment variable HF_TOKEN)"
+        ) from error
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """Set every dropout probability to 0, so that the sampler and the update see one policy.
+
+    Modules and the float attributes that attention code reads; the saved config stays as it was.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """The list of transformer blocks of a Hugging Face causal LM."""
+    count = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise PreflightError(
+        f"{type(model).__name__}: no list of {count} blocks found; use policy.tuning full or lora"
+    )
+
+
+def freeze_below(model: Any, num_unfrozen: int) -> None:
+    """Leave only the last blocks trainable; embeddings, final norm and LM head freeze too."""
+    blocks = decoder_blocks(model)
+    if num_unfrozen > len(blocks):
+        raise ConfigError(
+            f"policy.num_unfrozen_layers={num_unfrozen}: the model has {len(blocks)} layers; "
+            f"give at most {len(blocks)}"
+        )
+    model.requires_grad_(False)
+    for block in list(blocks)[len(blocks) - num_unfrozen :]:
+        block.requires_grad_(True)
+
+
+def check_head(lm: CausalLM) -> None:
+    """Make sure that trunk plus head gives the model's own log-probs.
+
+    Raises PreflightError for an architecture that does something else to its logits.
+    """
+    device = lm.model.get_output_embeddings().weight.device
+    ids = torch.arange(1, 5, device=device)[None] % lm.model.config.get_text_config().vocab_size
+    real = torch.ones_like(ids, dtype=torch.bool)
+    batch = TokenBatch(
+        prompt_ids=ids[:, :1],
+        prompt_mask=real[:, :1],
+        response_ids=ids[:, 1:],
+        response_mask=real[:, 1:],
+    )
+    with torch.no_grad():
+        ours, _ = lm.logprobs(batch, lm.hidden(batch), 1.0, with_entropy=False)
+        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    theirs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    tolerance = 1e-3 if lm.model.dtype == torch.float32 and not lm.autocast else 0.1
+    if not torch.allclose(ours, theirs, atol=tolerance):
+        raise PreflightError(
+            f"{type(lm.model).__name__} computes its logits in a way that Klippo does not know "
+            f"(log-probs differ by {float((ours - theirs).abs().max()):.3g} nats); "
+            "please report the architecture"
+        )
+
+
+def _frozen_copy(model: Any) -> Any:
+    """A frozen copy that shares the weights which do not train."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any) -> Any:
+    """A PeftModel with the policy's adapter and, as needed, the reference's and the critic's."""
+    from peft import PeftModel, get_peft_model
+
+    if settings.adapter is None:
+        peft_model = get_peft_model(model, _lora_config(settings.lora), adapter_name=POLICY)
+    else:
+        path = resolve(settings.adapter)
+        try:
+            peft_model = PeftModel.from_pretrained(
+                model, path, adapter_name=POLICY, is_trainable=True
+            )
+            peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PreflightError(f"policy.adapter={settings.adapter}: {error}") from error
+    if critic.kind == "lora":
+        peft_model.add_adapter(CRITIC, _lora_config(critic.lora))
+    peft_model.set_adapter(POLICY)
+    turn_dropout_off(peft_model)
+    return peft_model
+
+
+def _lora_config(settings: LoraSettings) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=settings.target_modules,
+    )
+
+
+def _separate_critic(
+    settings: PolicySettings, critic: CriticSettings, model: Any
+) -> SeparateCritic:
+    """A critic model: a copy of the policy's trunk, or another model's trunk and reward head."""
+    from transformers import AutoModelForSequenceClassification
+
+    if critic.model is None:
+        trunk = copy.deepcopy(model.base_model).requires_grad_(True)
+        return SeparateCritic(trunk, autocast=settings.autocast)
+    classifier = from_pretrained(
+        AutoModelForSequenceClassification, critic.model, None, dtype=torch.float32, num_labels=1
+    )
+    vocabulary = classifier.config.get_text_config().vocab_size
+    if vocabulary != model.config.get_text_config().vocab_size:
+        raise PreflightError(
+            f"critic.model={critic.model} has a vocabulary of {vocabulary}, the policy one of "
+            f"{model.config.get_text_config().vocab_size}: a critic must read the policy's tokens"
+        )
+    turn_dropout_off(classifier)
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise PreflightError(
+            f"critic.model={critic.model} ({type(classifier).__name__}) has no per-token `score` "
+            "head; give a reward model of a causal architecture"
+        )
+    return SeparateCritic(classifier.base_model, head, autocast=settings.autocast)
+
+
+def _four_bit(device: torch.device) -> dict[str, Any]:
+    """Options of from_pretrained for a 4-bit base, or a PreflightError where that cannot be."""
+    if device.type != "cuda":
+        raise PreflightError(
+            f"policy.quantize_4bit=true needs a CUDA GPU, and the device here is {device.type}; "
+            "set it to false"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise PreflightError(
+            "policy.quantize_4bit=true needs bitsandbytes: pip install 'klippo[quantize]'"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device.index or 0}}
+
+
+def _checkpoint_gradients(policy: ActorCritic) -> None:
+    """Recompute activations in the backward pass, under the adapter of the forward pass."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy.peft_model is not None:
+        options["context_fn"] = partial(checkpoint_contexts, policy.peft_model)
+    policy.lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if isinstance(policy.critic, SeparateCritic):
+        policy.critic.trunk.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )

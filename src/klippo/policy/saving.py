@@ -1,0 +1,47 @@
+"""Writing a policy so that from_pretrained reads it, with the critic beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from klippo.policy.actor_critic import ActorCritic
+from klippo.policy.adapters import CRITIC, POLICY
+from klippo.policy.critic import LoraCritic, SeparateCritic
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir: Path) -> None:
+    """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on."""
+    if policy.peft_model is None:
+        policy.lm.model.save_pretrained(model_dir)
+    else:
+        policy.peft_model.save_pretrained(model_dir, selected_adapters=[POLICY])
+    tokenizer.save_pretrained(model_dir)
+    save_critic(policy, critic_dir)
+
+
+def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
+    """The value head as safetensors, and the critic's own trunk or adapter where it has one."""
+    from safetensors.torch import save_file
+
+    critic = policy.critic
+    critic_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(critic, SeparateCritic):
+        critic.trunk.save_pretrained(critic_dir)
+        stands_on = "this folder's model"
+    elif isinstance(critic, LoraCritic):
+        assert policy.peft_model is not None
+        policy.peft_model.save_pretrained(critic_dir, selected_adapters=[CRITIC])
+        stands_on = "the policy's base with this folder's adapter"
+    else:
+        stands_on = "the policy's trunk"
+    head = critic.head.state_dict()  # type: ignore[union-attr]
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in head.items()},
+        critic_dir / VALUE_HEAD_FILE,
+    )
+    note = {"reads": "last hidden state before each response token", "stands_on": stands_on}
+    (critic_dir / "critic.json").write_text(json.dumps(note, indent=2) + "\n")

@@ -1,0 +1,217 @@
+"""From a scored rollout to advantages: what PPO learns from.
+
+B sequences, T response tokens. Everything is (B, T) float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klippo.errors import DivergedError
+from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.ppo.score import shape_scores
+from klippo.ppo.settings import KLSettings, PPOSettings, ScoreSettings
+from klippo.ranks import Ranks
+from klippo.tensors.advantages import gae
+from klippo.tensors.kl import k1
+from klippo.tensors.masked import masked_mean, masked_sum, whiten
+from klippo.tensors.moments import RunningMoments
+from klippo.types import Metrics, Rollout, Scores, TokenBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """One rollout batch with all that the update needs; `mask` leaves unscored rows out."""
+
+    tokens: TokenBatch
+    temperature: float
+    mask: Tensor  # (B, T) bool: real response tokens of scored rows
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    token_rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor | None  # truncated importance weights pi_old / pi_engine
+    sequence_kl: float  # nats, mean over scored rows of all processes
+    num_scored: int  # over all processes
+    metrics: Metrics
+
+
+def build_experience(
+    ppo: PPOSettings,
+    kl: KLSettings,
+    score: ScoreSettings,
+    policy: ActorCritic,
+    reference: Reference,
+    rollout: Rollout,
+    scores: Scores,
+    *,
+    kl_coef: float,
+    moments: RunningMoments,
+    ranks: Ranks,
+) -> Experience:
+    """Log-probs, values, token rewards, advantages and returns of a rollout batch."""
+    tokens = rollout.tokens
+    reward = scores.reward.to(tokens.response_ids.device)
+    mask = tokens.response_mask & ~reward.isnan()[:, None]
+    old_logprobs, entropy, values = _evaluate(ppo, policy, rollout)
+    ref_logprobs = _reference_logprobs(ppo, reference, rollout)
+    old_values = values[:, : mask.shape[1]]
+
+    shaped = shape_scores(score, reward, rollout.finished, moments, ranks.all_sum)
+    token_kl = k1(old_logprobs, ref_logprobs)
+    token_rewards = token_scores(shaped, mask)
+    if kl.placement == "reward":
+        token_rewards = token_rewards - kl_coef * token_kl
+    token_rewards = torch.where(mask, token_rewards, torch.zeros_like(token_rewards))
+
+    advantages, returns = gae(
+        token_rewards,
+        old_values,
+        mask,
+        gamma=ppo.gamma,
+        lam=ppo.gae_lambda,
+        value_after=_value_after(values, rollout) if ppo.bootstrap_truncated else None,
+    )
+    if ppo.whiten_advantages:
+        advantages = whiten(advantages, mask, all_sum=ranks.all_sum)
+
+    scored = mask.any(1)
+    sequence_kl = float(masked_mean(masked_sum(token_kl, mask, 1), scored, ranks.all_sum))
+    weights, mismatch = _engine_weights(ppo, rollout, old_logprobs, mask, ranks)
+    metrics = _metrics(
+        rollout, scores, shaped, mask, entropy, old_values, returns, token_rewards, ranks
+    )
+    return Experience(
+        tokens=tokens,
+        temperature=rollout.temperature,
+        mask=mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        old_values=old_values,
+        token_rewards=token_rewards,
+        advantages=advantages,
+        returns=returns,
+        weights=weights,
+        sequence_kl=sequence_kl,
+        num_scored=int(ranks.all_sum(scored.sum())),
+        metrics={"kl/sequence_nats": sequence_kl, "kl/coef": kl_coef} | metrics | mismatch,
+    )
+
+
+def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """The score (B,) on each row's last real token, zero elsewhere; (B, T)."""
+    lengths = mask.sum(1)
+    last = (lengths - 1).clamp(min=0)[:, None]
+    landed = torch.where(lengths > 0, scores, torch.zeros_like(scores))
+    return torch.zeros(mask.shape, device=scores.device).scatter(1, last, landed[:, None])
+
+
+def _evaluate(
+    ppo: PPOSettings, policy: ActorCritic, rollout: Rollout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Old log-probs, entropy (B, T) and values (B, T or T+1), by the update's own forward pass."""
+    tokens = rollout.tokens
+    mask = tokens.response_mask
+    logprobs, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    values = torch.zeros(mask.shape[0], mask.shape[1] + int(ppo.bootstrap_truncated))
+    logprobs, entropy, values = (x.to(mask.device) for x in (logprobs, entropy, values))
+    for rows in micro_batches(torch.arange(len(tokens), device=mask.device), ppo.micro_batch_size):
+        part = tokens.rows(rows)
+        with torch.no_grad():
+            output = policy(part, rollout.temperature, after_last=ppo.bootstrap_truncated)
+        width = output.logprobs.shape[1]
+        logprobs[rows, :width] = output.logprobs
+        entropy[rows, :width] = output.entropy
+        values[rows, : output.values.shape[1]] = output.values
+    return logprobs, entropy, values
+
+
+def _reference_logprobs(ppo: PPOSettings, reference: Reference, rollout: Rollout) -> Tensor:
+    mask = rollout.tokens.response_mask
+    logprobs = torch.zeros(mask.shape, device=mask.device)
+    for rows in micro_batches(torch.arange(len(mask), device=mask.device), ppo.micro_batch_size):
+        part = reference.logprobs(rollout.tokens.rows(rows), rollout.temperature)
+        logprobs[rows, : part.shape[1]] = part
+    return logprobs
+
+
+def micro_batches(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Row numbers (n,) in groups of `size`; one group by default."""
+    return (rows,) if size is None else rows.split(size)
+
+
+def _value_after(values: Tensor, rollout: Rollout) -> Tensor:
+    """V of the state after the last token (B,): the critic's for cut responses, 0 for finished."""
+    after = values.gather(1, rollout.tokens.response_mask.sum(1, keepdim=True)).squeeze(1)
+    return torch.where(rollout.finished, torch.zeros_like(after), after)
+
+
+def _engine_weights(
+    ppo: PPOSettings, rollout: Rollout, old_logprobs: Tensor, mask: Tensor, ranks: Ranks
+) -> tuple[Tensor | None, Metrics]:
+    """How far the engine's log-probs are from the training forward's, and what to do about it.
+
+    Raises DivergedError past `max_logprob_mismatch`.
+    """
+    if rollout.behavior_logprobs is None:
+        return None, {}
+    log_ratio = old_logprobs - rollout.behavior_logprobs
+    mismatch = float(masked_mean(log_ratio.abs(), mask, ranks.all_sum))
+    limit = ppo.max_logprob_mismatch
+    if limit is not None and not mismatch <= limit:
+        raise DivergedError(
+            f"the engine's log-probs are {mismatch:.3g} nats per token away from the policy's, "
+            f"more than ppo.max_logprob_mismatch={limit}: the engine samples from other weights "
+            "or in another precision; check its weight sync and dtype"
+        )
+    weights = None
+    if ppo.importance_cap is not None:
+        weights = log_ratio.exp().clamp(max=ppo.importance_cap)
+    return weights, {"engine/logprob_mismatch_nats": mismatch}
+
+
+def _metrics(
+    rollout: Rollout,
+    scores: Scores,
+    shaped: Tensor,
+    mask: Tensor,
+    entropy: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    token_rewards: Tensor,
+    ranks: Ranks,
+) -> Metrics:
+    """Masked means over all processes; each key names its unit where it has one."""
+    scored = mask.any(1)
+    reward = scores.reward.to(mask.device)
+
+    def mean(x: Tensor, keep: Tensor) -> float:
+        return float(masked_mean(x, keep, ranks.all_sum))
+
+    score_mean = mean(reward, scored)
+    return_mean = masked_mean(returns, mask, ranks.all_sum)
+    return_variance = mean((returns - return_mean) ** 2, mask)
+    residual = returns - old_values
+    residual_variance = mean((residual - masked_mean(residual, mask, ranks.all_sum)) ** 2, mask)
+    everything = torch.ones_like(scored)
+    metrics = {
+        "reward/score_mean": score_mean,
+        "reward/score_sd": mean((reward - score_mean) ** 2, scored) ** 0.5,
+        "reward/shaped_mean": mean(shaped, scored),
+        "reward/sequence_total": mean(masked_sum(token_rewards, mask, 1), scored),
+        "reward/scored_share": mean(scored.float(), everything),
+        "policy/entropy_nats": mean(entropy, mask),
+        "response/length_tokens": mean(rollout.tokens.response_mask.sum(1).float(), everything),
+        "response/finished_share": mean(rollout.finished.float(), everything),
+        "value/mean": mean(old_values, mask),
+        "value/explained_variance": 1 - residual_variance / max(return_variance, 1e-8),
+    }
+    for name, part in scores.parts.items():
+        part = part.to(mask.device)
+        metrics[f"reward/part/{name}"] = mean(part, ~part.isnan())
+    return metrics

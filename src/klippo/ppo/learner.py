@@ -1,0 +1,147 @@
+"""PPO with its state: policy, reference, optimizer, schedule, KL control, score statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from klippo.errors import ConfigError
+from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.ppo.experience import Experience, build_experience
+from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
+from klippo.ppo.update import ppo_update
+from klippo.ranks import Ranks
+from klippo.tensors.kl import KLController
+from klippo.tensors.moments import RunningMoments
+from klippo.types import Metrics, Rollout, Scores
+
+
+class Learner:
+    """Learns from one scored rollout batch at a time; knows no engine and no reward."""
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        reference: Reference,
+        *,
+        ppo: PPOSettings | None = None,
+        kl: KLSettings | None = None,
+        score: ScoreSettings | None = None,
+        optimizer: OptimizerSettings | None = None,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.ppo = ppo or PPOSettings()
+        self.kl = kl or KLSettings()
+        self.score = score or ScoreSettings()
+        self.optimizer_settings = optimizer or OptimizerSettings()
+        self.ranks = ranks or Ranks()
+        _require_ranks_divide(self.ppo, self.ranks)
+        self.kl_controller = KLController(
+            coef=self.kl.coef,
+            target=self.kl.target if self.kl.controller == "adaptive" else None,
+            horizon=self.kl.horizon,
+        )
+        self.score_moments = RunningMoments()
+        self.optimizer = build_optimizer(policy, self.optimizer_settings)
+        self.scheduler = build_schedule(self.optimizer, self.optimizer_settings, self.ppo.num_steps)
+        self.generator = torch.Generator().manual_seed(seed + self.ranks.rank)
+        self.num_steps_done = 0
+
+    def experience(self, rollout: Rollout, scores: Scores) -> Experience:
+        """What this rollout teaches under the current policy, reference and KL coefficient."""
+        return build_experience(
+            self.ppo,
+            self.kl,
+            self.score,
+            self.policy,
+            self.reference,
+            rollout,
+            scores,
+            kl_coef=self.kl_controller.coef,
+            moments=self.score_moments,
+            ranks=self.ranks,
+        )
+
+    def learn(self, experience: Experience) -> Metrics:
+        """One PPO step on this experience."""
+        if experience.num_scored == 0:
+            stats: Metrics = {"update/num_optimizer_steps": 0.0}
+        else:
+            stats = ppo_update(
+                self.ppo,
+                self.policy,
+                self.optimizer,
+                experience,
+                kl_in_loss_coef=self.kl_controller.coef if self.kl.placement == "loss" else 0.0,
+                max_grad_norm=self.optimizer_settings.max_grad_norm,
+                critic_only=self.num_steps_done < self.ppo.num_critic_warmup_steps,
+                generator=self.generator,
+                ranks=self.ranks,
+            )
+            self.kl_controller.update(experience.sequence_kl, experience.num_scored)
+        stats["update/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        if stats["update/num_optimizer_steps"] == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._advance_schedule()
+        self.num_steps_done += 1
+        return experience.metrics | stats
+
+    def _advance_schedule(self) -> None:
+        # PyTorch warns when a schedule moves before the first optimizer step (all rows unscored,
+        # or the guard skipped everything); the schedule counts PPO steps and moves all the same.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.scheduler.step()
+
+
+def build_optimizer(policy: ActorCritic, settings: OptimizerSettings) -> AdamW:
+    """AdamW over the policy's and the critic's trainable weights, each with its learning rate."""
+    of_policy, of_critic = policy.trainable()
+    critic_rate = settings.critic_learning_rate or settings.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": of_policy, "lr": settings.learning_rate},
+        {"params": of_critic, "lr": critic_rate},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, settings: OptimizerSettings, num_steps: int
+) -> LambdaLR:
+    """Linear warm-up, then constant, linear or cosine decay, counted in PPO steps."""
+    warmup = settings.num_warmup_steps
+    end = settings.num_decay_steps or num_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if settings.schedule == "constant":
+            return 1.0
+        progress = min((step - warmup) / max(end - warmup, 1), 1.0)
+        remaining = 1 - progress
+        if settings.schedule == "cosine":
+            remaining = 0.5 * (1 + math.cos(math.pi * progress))
+        return settings.final_fraction + (1 - settings.final_fraction) * remaining
+
+    return LambdaLR(optimizer, factor)
+
+
+def _require_ranks_divide(ppo: PPOSettings, ranks: Ranks) -> None:
+    minibatch = ppo.minibatch_size or ppo.batch_size
+    if minibatch % ranks.world_size != 0:
+        raise ConfigError(
+            f"ppo.minibatch_size={minibatch} must be a multiple of the {ranks.world_size} "
+            f"processes; try {math.ceil(minibatch / ranks.world_size) * ranks.world_size}"
+        )

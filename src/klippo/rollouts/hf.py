@@ -1,0 +1,125 @@
+"""Sampling with a Hugging Face causal LM and its key-value cache.
+
+B prompts still decoding, P prompt tokens, V vocabulary. Rows leave the batch when they are done, so
+that a short response costs no more than its own tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klippo.rollouts.sampling import Sampling, draw
+from klippo.types import Completion, Prompt
+
+
+class HFEngine:
+    """The policy's own weights: nothing to sync, log-probs in the policy's precision."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        stop_ids: frozenset[int],
+        sampling: Sampling,
+        batch_size: int | None = None,
+        record_logprobs: bool = False,
+        autocast: bool = False,
+    ) -> None:
+        self.model = model
+        self.stop_ids = stop_ids
+        self.sampling = sampling
+        self.batch_size = batch_size
+        self.record_logprobs = record_logprobs
+        self.autocast = autocast
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def sync(self) -> None:
+        """The engine decodes with the policy's own weights: they are always current."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], generator: torch.Generator
+    ) -> list[Completion]:
+        """One completion per prompt, in order; at most `max_lengths[i]` tokens each."""
+        size = self.batch_size or len(prompts)
+        # Prompts of like length share a batch: little padding.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        done: dict[int, Completion] = {}
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            batch = self._decode(
+                [prompts[i] for i in rows], [max_lengths[i] for i in rows], generator
+            )
+            done.update(zip(rows, batch, strict=True))
+        return [done[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def _decode(
+        self, prompts: list[Prompt], max_lengths: list[int], generator: torch.Generator
+    ) -> list[Completion]:
+        from transformers import DynamicCache
+
+        device = self.model.get_input_embeddings().weight.device
+        step_ids, mask = left_pad([prompt.token_ids for prompt in prompts], device)
+        limits = torch.tensor(max_lengths, device=device)
+        stops = torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long)
+        rows = torch.arange(len(prompts), device=device)  # (B,) which prompt a batch row serves
+        cache = DynamicCache(config=self.model.config)
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        finished = [False] * len(prompts)
+        for t in range(max(max_lengths)):
+            logits = self._next_logits(step_ids, mask, cache)
+            drawn, drawn_logprobs = draw(logits, self.sampling, generator)
+            stopped = torch.isin(drawn, stops)
+            for row, token, logprob, stop in zip(
+                rows.tolist(),
+                drawn.tolist(),
+                drawn_logprobs.tolist(),
+                stopped.tolist(),
+                strict=True,
+            ):
+                token_ids[row].append(token)
+                logprobs[row].append(logprob)
+                finished[row] = stop
+            alive = ~stopped & (t + 1 < limits)
+            if not alive.any():
+                break
+            if not alive.all():
+                keep = alive.nonzero().squeeze(1)
+                rows, limits, mask, drawn = rows[keep], limits[keep], mask[keep], drawn[keep]
+                cache.batch_select_indices(keep)
+            step_ids = drawn[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        return [
+            Completion(token_ids=ids, finished=end, logprobs=own if self.record_logprobs else None)
+            for ids, end, own in zip(token_ids, finished, logprobs, strict=True)
+        ]
+
+    def _next_logits(self, step_ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Logits (B, V) float32 after the newest tokens; the cache grows by them."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
+        options = {"position_ids": positions} if self._takes_positions else {}
+        with torch.autocast(step_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model(
+                input_ids=step_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **options,
+            )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P) padded on the left with 0, and their int64 mask, both from lengths."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
