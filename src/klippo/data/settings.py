@@ -1,8 +1,8 @@
 """Settings of the prompts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from klippo.settings import Settings
 
@@ -15,20 +15,47 @@ class DataSettings(Settings):
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
-    """Split of a hub data set to train on, for instance `train[:1000]`."""
+    """Rows to train on: a split of a hub data set, or a part of either, as `train[:1000]`."""
     validation: str | None = None
     """File (or split of the hub data set) with held-out prompts."""
     validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
-    """Without `validation`: how many rows (or which share) to hold out of `train`."""
+    """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
+    same prompt stay together, so copies can make it a little more."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages with `format: chat`."""
     format: Literal["text", "chat"] = "text"
-    """`text` reads the prompt as it stands; `chat` puts it through the tokenizer's chat template."""
+    """`text` reads the prompt as it stands, `chat` through the tokenizer's chat template."""
     system_prompt: str | None = None
     """With `format: chat`: a system message before every prompt."""
     cut_tokens: LengthRange | None = None
-    """Keep only the first n tokens, n drawn from [low, high] for each row (IMDB style: [2, 8])."""
+    """With `format: text`: keep only the first n tokens (a BOS token not counted), n drawn from
+    [low, high] for each row (IMDB style: [2, 8])."""
     max_prompt_tokens: PositiveInt | None = None
     """Longest prompt allowed; default: what the context leaves beside the response."""
     overlong: Literal["error", "drop", "keep_end"] = "error"
-    """What to do with a longer prompt."""
+    """What to do with a longer prompt: stop, leave the row out, or keep its last tokens."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.validation is not None and self.validation_size != 0:
+            raise ValueError(
+                f"validation={self.validation!r} and validation_size={self.validation_size} both "
+                "say where held-out prompts come from; remove one of them"
+            )
+        if self.cut_tokens is not None:
+            low, high = self.cut_tokens
+            if low > high:
+                raise ValueError(
+                    f"cut_tokens={self.cut_tokens}: [low, high] needs low <= high; "
+                    f"try [{high}, {low}]"
+                )
+        if self.format == "chat" and self.cut_tokens is not None:
+            raise ValueError(
+                f"cut_tokens={self.cut_tokens} would cut the chat template; use format: text"
+            )
+        if self.format == "text" and self.system_prompt is not None:
+            raise ValueError(
+                "system_prompt has a place only in a chat template; set format: chat, or write it "
+                "into the prompts"
+            )
+        return self

@@ -1,0 +1,93 @@
+"""Endless shuffled epochs over the prompts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from klippo.errors import ConfigError
+from klippo.types import Prompt
+
+
+class PromptSampler:
+    """Draws batches of prompts; each epoch sees every prompt exactly once, in its own order.
+
+    The whole state is the number of prompts drawn so far: prompt n is place `n mod N` of epoch
+    `n div N`, and an epoch's order follows from the seed. A batch may span two epochs.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """`batch_size` counts the prompts of all ranks together.
+
+        Raises ConfigError when there are no prompts, or when the ranks cannot share a batch evenly.
+        """
+        assert 0 <= rank < world_size
+        if not prompts:
+            raise ConfigError("there are no prompts to sample from; at least one is needed")
+        if batch_size < 1 or batch_size % world_size != 0:
+            raise ConfigError(
+                f"batch_size={batch_size} must be a positive multiple of the number of processes, "
+                f"{world_size}; try {max(round(batch_size / world_size), 1) * world_size}"
+            )
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rank = rank
+        self._share = batch_size // world_size
+        self._num_drawn = 0
+        self._orders: dict[int, list[int]] = {}
+
+    def next(self) -> list[Prompt]:
+        """This rank's share of the next batch: `batch_size / world_size` prompts.
+
+        The ranks' shares, put one after the other, are the batch that a single process would draw.
+        """
+        first = self._num_drawn + self._rank * self._share
+        self._num_drawn += self._batch_size
+        return [self._prompt(draw) for draw in range(first, first + self._share)]
+
+    @property
+    def epoch(self) -> float:
+        """Epochs drawn so far, over all ranks."""
+        return self._num_drawn / len(self._prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank."""
+        return {
+            "num_drawn": self._num_drawn,
+            "num_prompts": len(self._prompts),
+            "seed": self._seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; another batch size or number of ranks is fine.
+
+        Raises ConfigError when the prompts or the seed are others, whose order would be another.
+        """
+        here = self.state_dict()
+        for key in ("num_prompts", "seed"):
+            if state[key] != here[key]:
+                raise ConfigError(
+                    f"the checkpoint was written with {key}={state[key]}, this run has "
+                    f"{key}={here[key]}; resume with the same data and seed, or start a new run"
+                )
+        self._num_drawn = int(state["num_drawn"])
+
+    def _prompt(self, draw: int) -> Prompt:
+        epoch, place = divmod(draw, len(self._prompts))
+        if epoch not in self._orders:
+            order = list(range(len(self._prompts)))
+            random.Random(f"{self._seed}:{epoch}").shuffle(order)
+            # The epoch before is still needed by a batch that spans two.
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
+            self._orders[epoch] = order
+        return self._prompts[self._orders[epoch][place]]
