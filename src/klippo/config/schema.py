@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
@@ -37,7 +38,7 @@ class RunConfig(Settings):
     reward: RewardSettings
     """What scores a response."""
     gold: RewardSettings | None = None
-    """A second opinion that never trains: loaded after training, it scores the evaluation samples."""
+    """A second opinion that never trains; it scores the evaluation samples after training."""
     score: ScoreSettings = ScoreSettings()
     """Score shaping, off by default."""
     kl: KLSettings = KLSettings()
@@ -50,36 +51,35 @@ class RunConfig(Settings):
     """Samples of a fixed prompt set, before, during and after."""
 
     @model_validator(mode="after")
-    def _sampled_is_scored(self) -> Self:
-        rollout = self.rollout
-        if rollout.top_k != 0 or rollout.top_p != 1 or rollout.min_response_length != 0:
-            raise ValueError(
-                f"rollout.top_k={rollout.top_k}, top_p={rollout.top_p}, "
-                f"min_response_length={rollout.min_response_length}: training needs 0, 1 and 0, "
-                "because log-probs are those of the untruncated policy, and a policy sampled "
-                "otherwise is paid for negative KL; remove them (for longer responses add a "
-                "`length` reward with min_tokens)"
-            )
+    def _parts_fit_together(self) -> Self:
+        if conflicts := [*self._truncations(), *self._conflicts()]:
+            raise ValueError("\n".join(conflicts))
         return self
 
-    @model_validator(mode="after")
-    def _parts_fit_together(self) -> Self:
-        if self.policy.quantize_4bit and self.policy.tuning != "lora":
-            raise ValueError(
-                f"policy.quantize_4bit needs policy.tuning=lora, not {self.policy.tuning}: "
-                "4-bit weights cannot be trained"
-            )
-        if self.policy.adapter is not None and self.policy.tuning != "lora":
-            raise ValueError(
-                f"policy.adapter needs policy.tuning=lora, not {self.policy.tuning}"
-            )
-        if self.critic.kind == "lora" and self.policy.tuning != "lora":
-            raise ValueError(
-                f"critic.kind=lora needs policy.tuning=lora, not {self.policy.tuning}: "
-                "both adapters share one frozen base"
-            )
-        if self.critic.model is not None and self.critic.kind != "separate":
-            raise ValueError(
-                f"critic.model needs critic.kind=separate, not {self.critic.kind}"
-            )
-        return self
+    def _truncations(self) -> Iterator[str]:
+        for name, off in {"top_k": 0, "top_p": 1, "min_response_length": 0}.items():
+            value = getattr(self.rollout, name)
+            if value != off:
+                remedy = (
+                    "; for longer responses add a `length` reward with min_tokens"
+                    if name == "min_response_length"
+                    else ""
+                )
+                yield (
+                    f"rollout.{name}={value}: training needs {off}, because log-probs are those "
+                    "of the untruncated policy, and a policy sampled otherwise is paid for "
+                    f"negative KL{remedy}"
+                )
+
+    def _conflicts(self) -> Iterator[str]:
+        policy, critic = self.policy, self.critic
+        if policy.tuning != "lora":
+            needs_lora = f"needs policy.tuning=lora, not {policy.tuning}"
+            if policy.quantize_4bit:
+                yield f"policy.quantize_4bit {needs_lora}: 4-bit weights cannot be trained"
+            if policy.adapter is not None:
+                yield f"policy.adapter {needs_lora}"
+            if critic.kind == "lora":
+                yield f"critic.kind=lora {needs_lora}: both adapters share one frozen base"
+        if critic.model is not None and critic.kind != "separate":
+            yield f"critic.model needs critic.kind=separate, not {critic.kind}"

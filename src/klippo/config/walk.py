@@ -1,0 +1,94 @@
+"""Ways through RunConfig's types: which settings class or value belongs to a key path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from klippo.config.located import KeyPath
+from klippo.config.schema import RunConfig
+from klippo.settings import Settings
+
+Section = type[Settings]
+
+
+class Place(NamedTuple):
+    """Where a pydantic error happened, in terms of what the user wrote."""
+
+    path: KeyPath
+    section: Section | None
+    """The settings class that holds the last key."""
+    annotation: Any
+    """The type of the value."""
+
+
+def members(annotation: Any) -> list[Any]:
+    """The members of a (nested) union without None; any other type alone."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [member for arg in get_args(annotation) for member in members(arg)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def sections_of(annotation: Any) -> list[Section]:
+    """The settings classes among `members`."""
+    return [m for m in members(annotation) if isinstance(m, type) and issubclass(m, Settings)]
+
+
+def by_kind(annotation: Any) -> dict[str, Section]:
+    """`kind` -> settings class, where there are several to choose from; else empty."""
+    found = sections_of(annotation)
+    if len(found) < 2:
+        return {}
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in found}
+
+
+def child(annotation: Any, key: str | int, kind: object = None) -> Any:
+    """The type of `key`'s value; `object` where the schema does not know the key."""
+    kinds = by_kind(annotation)
+    for member in [kinds.get(str(kind))] if kinds else members(annotation):
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+        if get_origin(member) in (list, tuple):
+            return get_args(member)[0]
+        if isinstance(member, type) and issubclass(member, Settings) and key in member.model_fields:
+            return member.model_fields[str(key)].annotation
+    return object
+
+
+def find(loc: KeyPath) -> Place:
+    """The place of a pydantic `loc`, which also names the union members that it tried."""
+    path: KeyPath = ()
+    section: Section | None = None
+    annotation: Any = RunConfig
+    for step in loc:
+        found = members(annotation)
+        if len(found) > 1:
+            lists = [member for member in found if get_origin(member) in (list, tuple)]
+            tried_list = lists[0] if lists and str(step).startswith(("list", "tuple")) else object
+            annotation = by_kind(annotation).get(str(step), tried_list)
+            continue
+        path = (*path, step)
+        section = next(iter(sections_of(annotation)), None)
+        annotation = child(annotation, step)
+    return Place(path, section, annotation)
+
+
+def all_sections() -> Iterator[tuple[str, Section]]:
+    """Every settings class with the name of its section, each reward kind once."""
+    yield from _sections(RunConfig, "", set())
+
+
+def _sections(annotation: Any, name: str, seen: set[Section]) -> Iterator[tuple[str, Section]]:
+    kinds = by_kind(annotation)
+    for kind, section in kinds.items():
+        if section not in seen:
+            seen.add(section)
+            yield f"{name} (kind: {kind})", section
+    for section in [] if kinds else sections_of(annotation):
+        yield name, section
+        for key, field in section.model_fields.items():
+            yield from _sections(field.annotation, f"{name}.{key}".removeprefix("."), seen)
