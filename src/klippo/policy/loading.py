@@ -192,7 +192,8 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
     from peft import PeftModel, get_peft_model
 
     if settings.adapter is None:
-        peft_model = get_peft_model(model, _lora_config(settings.lora), adapter_name=POLICY)
+        config = _lora_config(settings.lora, model)
+        peft_model = get_peft_model(model, config, adapter_name=POLICY)
     else:
         path = resolve(settings.adapter)
         try:
@@ -203,14 +204,15 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
         except (OSError, ValueError, RuntimeError) as error:
             raise PreflightError(f"policy.adapter={settings.adapter}: {error}") from error
     if critic.kind == "lora":
-        peft_model.add_adapter(CRITIC, _lora_config(critic.lora))
+        peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
     peft_model.set_adapter(POLICY)
     turn_dropout_off(peft_model)
     return peft_model
 
 
-def _lora_config(settings: LoraSettings) -> Any:
+def _lora_config(settings: LoraSettings, model: Any) -> Any:
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -218,6 +220,7 @@ def _lora_config(settings: LoraSettings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=settings.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 
 

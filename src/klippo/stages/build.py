@@ -1,0 +1,89 @@
+"""From settings to objects: the one place that maps a reward's `kind` to its class."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from klippo.errors import ConfigError, PreflightError
+from klippo.ranks import Ranks
+from klippo.rewards import settings as kinds
+from klippo.rewards.classifier import ClassifierReward
+from klippo.rewards.combined import Part, SumReward
+from klippo.rewards.function import FunctionReward
+from klippo.rewards.loading import load_function
+from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
+from klippo.types import RewardSource
+
+
+def build_reward(
+    settings: kinds.RewardSettings,
+    *,
+    device: torch.device,
+    prompt_column: str = "prompt",
+    ranks: Ranks | None = None,
+) -> RewardSource:
+    """The reward source that the settings describe."""
+    all_sum = (ranks or Ranks()).all_sum
+    match settings:
+        case kinds.ClassifierSettings():
+            return ClassifierReward(settings, device=device, prompt_column=prompt_column)
+        case kinds.FunctionSettings():
+            return FunctionReward(load_function(settings.function), settings.function)
+        case kinds.LengthSettings():
+            return LengthPenalty(max_tokens=settings.max_tokens, min_tokens=settings.min_tokens)
+        case kinds.RepetitionSettings():
+            return RepetitionPenalty(ngram=settings.ngram)
+        case kinds.SumSettings():
+            parts = {
+                name: Part(
+                    source=build_reward(
+                        part.reward, device=device, prompt_column=prompt_column, ranks=ranks
+                    ),
+                    weight=part.weight,
+                    normalize=part.normalize,
+                )
+                for name, part in settings.parts.items()
+            }
+            return SumReward(parts, all_sum)
+    raise AssertionError(f"no class for {type(settings).__name__}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process. Raises PreflightError for one that is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, here in available.items() if here), "cpu")
+    elif not available.get(name, True):
+        raise PreflightError(
+            f"device={name}: PyTorch {torch.__version__} finds no such device here; use device=auto"
+        )
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens that the model's positions allow, where its config says so."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
+def room_for_prompts(model: Any, response_length: int | list[int], limit: int | None) -> int:
+    """The longest prompt, in tokens, that leaves room for the longest response.
+
+    Raises ConfigError where none does.
+    """
+    longest = response_length if isinstance(response_length, int) else response_length[1]
+    context = context_length(model)
+    if context is None:
+        return limit or 2**31
+    room = context - longest
+    if room < 1:
+        raise ConfigError(
+            f"rollout.response_length={response_length} leaves no room for a prompt: the model's "
+            f"context is {context} tokens; use at most {context - 1}"
+        )
+    return room if limit is None else min(room, limit)

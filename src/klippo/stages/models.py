@@ -1,0 +1,65 @@
+"""Models to look at rather than to train: a run folder, a model folder, a hub name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klippo.config.load import load_config
+from klippo.data.settings import DataSettings
+from klippo.errors import ConfigError
+from klippo.policy.loading import load_causal_lm, load_tokenizer, turn_dropout_off
+from klippo.policy.settings import PolicySettings
+from klippo.rollouts.collate import stop_token_ids
+from klippo.rollouts.hf import HFEngine
+from klippo.rollouts.sampling import Sampling
+from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
+
+UNNAMED = DataSettings(train="prompts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel:
+    """A model that answers, and how its run read prompts."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    data: DataSettings
+    stop_ids: frozenset[int]
+    device: torch.device
+
+    def engine(self, sampling: Sampling) -> HFEngine:
+        return HFEngine(self.model, stop_ids=self.stop_ids, sampling=sampling)
+
+
+def open_model(source: str, device: torch.device) -> OpenModel:
+    """Load the model of a run (its folder) or any causal LM by folder or hub name.
+
+    Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
+    """
+    folder = Path(source)
+    data, stops, at_eos = UNNAMED, (), True
+    path = source
+    if (folder / STATUS_FILE).is_file():
+        if not (folder / MODEL_DIR).is_dir():
+            raise ConfigError(f"{source}: the run has no {MODEL_DIR}/ (see its {STATUS_FILE})")
+        path = str(folder / MODEL_DIR)
+        config = load_config(folder / CONFIG_FILE).config
+        data, at_eos = config.data, config.rollout.stop_at_eos
+        stops = config.rollout.stop_tokens
+    tokenizer = load_tokenizer(path)
+    model = load_causal_lm(PolicySettings(model=path), device).to(device).eval()
+    turn_dropout_off(model)
+    generation_config = getattr(model, "generation_config", None)
+    return OpenModel(
+        name=source,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        stop_ids=stop_token_ids(tokenizer, generation_config, at_eos=at_eos, extra=stops),
+        device=device,
+    )

@@ -1,0 +1,172 @@
+"""Everything that one run needs, put together from its config."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from klippo.config.schema import RunConfig
+from klippo.data.files import Row
+from klippo.data.prompts import build_prompts
+from klippo.data.rows import load_rows, validation_source
+from klippo.data.sampler import PromptSampler
+from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.policy.loading import load_policy
+from klippo.ppo.learner import Learner
+from klippo.ranks import Ranks
+from klippo.rewards.function import FunctionReward
+from klippo.rewards.resolve import resolve_scores
+from klippo.rollouts.collate import stop_token_ids
+from klippo.rollouts.hf import HFEngine
+from klippo.rollouts.online import OnlineSource
+from klippo.rollouts.sampling import Sampling
+from klippo.stages.build import build_reward, choose_device, room_for_prompts
+from klippo.types import Prompt, RewardSource, Rollout, Scores
+
+EVALUATION_SEED = 1_000_003
+"""Added to the run's seed, so that evaluation draws the same random numbers at every step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """The objects of a run."""
+
+    config: RunConfig
+    device: torch.device
+    ranks: Ranks
+    tokenizer: Any
+    policy: ActorCritic
+    reference: Reference
+    learner: Learner
+    source: OnlineSource
+    evaluation_source: Callable[[], OnlineSource]
+    """A fresh one each time: same prompts, same random numbers."""
+    score: Callable[[Rollout], Scores]
+    stop_ids: frozenset[int]
+    evaluation_prompts: list[Prompt]
+    prepare: Callable[[Sequence[Any]], list[Prompt]]
+    """Raw prompts (text or chat messages) as the policy reads them."""
+
+
+def open_session(
+    config: RunConfig,
+    *,
+    model: Any | None = None,
+    tokenizer: Any | None = None,
+    reward: RewardSource | Callable[..., Any] | None = None,
+    prompts: Sequence[Any] | None = None,
+) -> Session:
+    """Build a run. Objects given here stand in for what the config names.
+
+    What is cheap to check comes first: the data before the models.
+    """
+    device = choose_device(config.device)
+    ranks = Ranks.from_environment(device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    if prompts is None:
+        rows, held_out = load_rows(config.data, config.seed)
+    else:
+        rows, held_out = as_rows(prompts, config.data.prompt_column), []
+    source = _reward_source(config, reward, device, ranks)
+    if isinstance(source, FunctionReward):
+        source.check_columns(rows[0].columns)
+    torch.manual_seed(config.seed)
+    loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
+    tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
+    room = room_for_prompts(hf_model, config.rollout.response_length, config.data.max_prompt_tokens)
+
+    def prepare(rows: Sequence[Row], name: str) -> list[Prompt]:
+        return build_prompts(
+            rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed, source=name
+        )
+
+    train_prompts = prepare(rows, config.data.train)
+    fixed = prepare(held_out, validation_source(config.data)) if held_out else train_prompts
+    learner = Learner(
+        loaded.policy,
+        loaded.reference,
+        ppo=config.ppo,
+        kl=config.kl,
+        score=config.score,
+        optimizer=config.optimizer,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    sampler = PromptSampler(
+        train_prompts,
+        config.ppo.batch_size,
+        config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    stop_ids = stop_token_ids(
+        tokenizer,
+        getattr(hf_model, "generation_config", None),
+        at_eos=config.rollout.stop_at_eos,
+        extra=config.rollout.stop_tokens,
+    )
+    engine = HFEngine(
+        hf_model,
+        stop_ids=stop_ids,
+        sampling=Sampling(temperature=config.rollout.temperature),
+        batch_size=config.rollout.generation_batch_size,
+        record_logprobs=config.rollout.record_logprobs,
+        autocast=config.policy.autocast,
+    )
+    evaluation_prompts = pick(fixed, config.evaluation.num_prompts, config.seed)
+
+    def source_with(next_prompts: Callable[[], list[Prompt]], seed: int) -> OnlineSource:
+        generator = torch.Generator(device).manual_seed(seed)
+        return OnlineSource(next_prompts, engine, tokenizer, config.rollout, generator)
+
+    return Session(
+        config=config,
+        device=device,
+        ranks=ranks,
+        tokenizer=tokenizer,
+        policy=loaded.policy,
+        reference=loaded.reference,
+        learner=learner,
+        source=source_with(sampler.next, config.seed + ranks.rank),
+        evaluation_source=lambda: source_with(
+            lambda: evaluation_prompts, config.seed + EVALUATION_SEED
+        ),
+        score=lambda rollout: resolve_scores(source, rollout),
+        stop_ids=stop_ids,
+        evaluation_prompts=evaluation_prompts,
+        prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_column), "prompts"),
+    )
+
+
+def as_rows(prompts: Sequence[Any], column: str) -> list[Row]:
+    """Prompts from Python (texts, chat messages, or mappings with all columns) as rows."""
+    return [
+        Row(number=i, columns=prompt if isinstance(prompt, Mapping) else {column: prompt})
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def pick(prompts: list[Prompt], number: int, seed: int) -> list[Prompt]:
+    """A fixed choice of at most `number` prompts, in the data's order."""
+    if len(prompts) <= number:
+        return prompts
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), number))
+    return [prompts[i] for i in chosen]
+
+
+def _reward_source(
+    config: RunConfig,
+    reward: RewardSource | Callable[..., Any] | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> RewardSource:
+    if reward is None:
+        return build_reward(
+            config.reward, device=device, prompt_column=config.data.prompt_column, ranks=ranks
+        )
+    return reward if hasattr(reward, "score") else FunctionReward(reward)

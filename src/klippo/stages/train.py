@@ -1,0 +1,14 @@
+"""The stage behind `klippo train`."""
+
+from pathlib import Path
+
+from klippo.config.load import LoadedConfig
+from klippo.runs.folder import RunFolder
+from klippo.stages.trainer import PPOTrainer
+
+
+def train(loaded: LoadedConfig, *, overwrite: bool = False, quiet: bool = False) -> int:
+    """Run PPO as the config says; returns the exit code."""
+    RunFolder.check(Path(loaded.config.output_dir), overwrite=overwrite)
+    PPOTrainer(loaded, overwrite=overwrite, quiet=quiet).train()
+    return 0

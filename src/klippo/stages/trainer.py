@@ -1,0 +1,276 @@
+"""PPOTrainer: a whole run from Python, and its single steps for loops of your own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from klippo.config.load import LoadedConfig, config_from_mapping, to_yaml
+from klippo.config.schema import RunConfig
+from klippo.errors import ConfigError, KlippoError, StorageError
+from klippo.evaluation.samples import SampleRow, evaluate, summarize
+from klippo.policy.saving import save_policy
+from klippo.ppo import trainer as ppo_trainer
+from klippo.ranks import Ranks
+from klippo.rollouts.collate import collate, truncate_after_stop
+from klippo.runs.folder import CONFIG_FILE, CRITIC_DIR, MODEL_DIR, RunFolder, write_text
+from klippo.runs.memory import peak_memory_gib
+from klippo.runs.progress import Progress
+from klippo.stages.outcome import Outcome, conclude
+from klippo.stages.session import Session, open_session
+from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
+
+IN_MEMORY = "(given from Python)"
+
+
+class PPOTrainer:
+    """PPO on a policy with any reward.
+
+    `config` is a LoadedConfig, a RunConfig, or a mapping of the same shape. `policy` (a Hugging
+    Face causal LM with `tokenizer`, or a name), `reward` (a function of keyword arguments
+    `prompts`, `responses`, `token_ids` and the data's columns, or any object with `score`) and
+    `prompts` (texts, chat messages or mappings of columns) stand in for what the config names.
+
+    Raises ConfigError or PreflightError before anything expensive starts.
+    """
+
+    def __init__(
+        self,
+        config: LoadedConfig | RunConfig | Mapping[str, Any],
+        policy: Any | None = None,
+        reward: RewardSource | Callable[..., Any] | None = None,
+        prompts: Sequence[Any] | None = None,
+        *,
+        tokenizer: Any | None = None,
+        overwrite: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        loaded = _loaded(config, policy, reward, prompts)
+        self.config = loaded.config
+        self.name = loaded.name
+        self._overwrite = overwrite
+        self._quiet = quiet
+        in_memory = policy is not None and not isinstance(policy, str)
+        if in_memory and tokenizer is None:
+            raise ConfigError(
+                "a policy given as a model needs its tokenizer: PPOTrainer(…, tokenizer=…)"
+            )
+        self.session: Session = open_session(
+            self.config,
+            model=policy if in_memory else None,
+            tokenizer=tokenizer,
+            reward=reward,
+            prompts=prompts,
+        )
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def train(self) -> Outcome:
+        """The whole run: trains, evaluates, writes the run folder, compares before and after."""
+        session = self.session
+        recorder = RunRecorder(session, self.output_dir, self._overwrite, self._quiet)
+        try:
+            with recorder.progress:
+                ppo_trainer.train(session.learner, session.source, session.score, recorder)
+            self._save(recorder)
+            return conclude(session, self.name, recorder.folder, recorder.console)
+        except BaseException as error:
+            self._rescue(recorder, error)
+            raise
+
+    def generate(self, prompts: Sequence[Any]) -> Rollout:
+        """Sample one response per prompt from the current policy, for `step`."""
+        ready = _ready(prompts) or self.session.prepare(prompts)
+        return self.session.source.answer(list(ready))
+
+    def step(
+        self, prompts: Sequence[Any], responses: Sequence[Any], scores: Sequence[float | None]
+    ) -> Metrics:
+        """One PPO step on responses that you scored yourself.
+
+        prompts: as given to `generate`, or its `rollout.prompts`. responses: token ids of each, as
+        in `rollout.response_token_ids()`. scores: one number each; None or NaN leaves a response
+        out. The number of responses must be `ppo.batch_size`. Returns the step's metrics.
+        """
+        ready = list(_ready(prompts) or self.session.prepare(prompts))
+        rollout = self._rollout(ready, responses, len(scores))
+        reward = torch.tensor([float("nan") if s is None else float(s) for s in scores])
+        return self.session.learner.learn(
+            self.session.learner.experience(rollout, Scores(reward=reward))
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        save_model(self.session, RunFolder(path))
+
+    def _rollout(self, prompts: list[Prompt], responses: Sequence[Any], num_scores: int) -> Rollout:
+        sizes = (len(prompts), len(responses), num_scores)
+        expected = self.config.ppo.batch_size // self.session.ranks.world_size
+        if any(size != expected for size in sizes):
+            raise ConfigError(
+                f"step got {sizes[0]} prompts, {sizes[1]} responses and {sizes[2]} scores; "
+                f"ppo.batch_size={self.config.ppo.batch_size} needs {expected} of each"
+            )
+        completions = []
+        for i, response in enumerate(responses):
+            if isinstance(response, str):
+                raise ConfigError(
+                    f"responses[{i}] is text; step needs the token ids that were sampled "
+                    "(rollout.response_token_ids()): tokenizing text again may give other tokens"
+                )
+            ids = [int(token) for token in response]
+            if not ids:
+                raise ConfigError(f"responses[{i}] is empty; a response has at least one token")
+            completions.append(truncate_after_stop(ids, self.session.stop_ids))
+        return collate(
+            prompts,
+            completions,
+            self.session.tokenizer,
+            temperature=self.config.rollout.temperature,
+            device=self.session.device,
+        )
+
+    def _save(self, recorder: RunRecorder) -> None:
+        if self.session.ranks.is_main:
+            save_model(self.session, recorder.folder)
+
+    def _rescue(self, recorder: RunRecorder, error: BaseException) -> None:
+        """After a failure: keep the policy as it is and write down why the run ended."""
+        if not self.session.ranks.is_main:
+            return
+        done = self.session.learner.num_steps_done
+        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        try:
+            if done > 0 and not isinstance(error, StorageError):
+                save_model(self.session, recorder.folder)
+                recorder.progress.say(
+                    f"The policy after {done} steps is in {self.output_dir}/{MODEL_DIR}."
+                )
+            recorder.folder.write_status(state, reason=_reason(error), num_steps_done=done)
+        except KlippoError as second:
+            recorder.progress.say(f"And while cleaning up: {second}")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return text if isinstance(error, KlippoError) else f"{type(error).__name__}: {text}"
+
+
+class RunRecorder:
+    """The loop's recorder: run folder, metrics, evaluations, the line on the screen."""
+
+    def __init__(self, session: Session, output_dir: Path, overwrite: bool, quiet: bool) -> None:
+        self.session = session
+        self.is_main = session.ranks.is_main
+        self.console = Console(quiet=quiet or not self.is_main)
+        self.progress = Progress(
+            self.console, session.config.ppo.num_steps, quiet=quiet or not self.is_main
+        )
+        self._seconds: dict[str, float] = {}
+        self.folder = RunFolder(output_dir)
+        if self.is_main:
+            self.folder = RunFolder.create(output_dir, overwrite=overwrite)
+            write_text(output_dir / CONFIG_FILE, to_yaml(session.config))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to this step's `time/{name}_s`."""
+        start = time.perf_counter()
+        yield
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize(self.session.device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def is_eval_step(self, step: int) -> bool:
+        every = self.session.config.evaluation.every
+        return step == 0 or (every is not None and step % every == 0)
+
+    def evaluate(self, step: int) -> None:
+        """Sample the fixed prompts and write eval/step-N.jsonl."""
+        session = self.session
+        if not self.is_main or not session.evaluation_prompts:
+            return
+        rollout = session.evaluation_source().next()
+        rows: list[SampleRow] = evaluate(
+            session.policy,
+            session.reference,
+            rollout,
+            session.score(rollout),
+            step=step,
+            episodes=step * session.config.ppo.batch_size,
+            batch_size=session.config.ppo.micro_batch_size or session.config.ppo.batch_size,
+        )
+        self.folder.write_rows(step, rows)
+        summary = summarize(rows)
+        proxy = summary.get("eval/proxy_mean", float("nan"))
+        self.progress.say(
+            f"evaluation at step {step}: proxy {proxy:+.3f}  "
+            f"KL {summary['eval/kl_exact_nats']:.2f} nats  "
+            f"length {summary['eval/length_tokens']:.1f}  ({len(rows)} prompts)"
+        )
+
+    def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None:
+        """One line of metrics.jsonl and of the screen."""
+        ranks: Ranks = self.session.ranks
+        tokens = float(ranks.all_sum(rollout.tokens.response_mask.sum().double()))
+        seconds = sum(self._seconds.values())
+        metrics = metrics | {f"time/{name}_s": value for name, value in self._seconds.items()}
+        metrics["time/step_s"] = seconds
+        metrics["throughput/response_tokens_per_s"] = tokens / seconds
+        metrics["memory/peak_gib"] = peak_memory_gib(self.session.device)
+        self._seconds = {}
+        if self.is_main:
+            episodes = (step + 1) * self.session.config.ppo.batch_size
+            self.folder.append_metrics({"step": step, "episodes": episodes} | metrics)
+            self.progress.step(step, metrics)
+
+
+def save_model(session: Session, folder: RunFolder) -> None:
+    """model/ and critic/, each taking its name only when it is whole."""
+    with (
+        folder.new_directory(MODEL_DIR) as model_dir,
+        folder.new_directory(CRITIC_DIR) as critic_dir,
+    ):
+        save_policy(session.policy, session.tokenizer, model_dir, critic_dir)
+
+
+def _ready(prompts: Sequence[Any]) -> list[Prompt] | None:
+    """Prompts that are prepared already."""
+    ready = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    return ready if ready and len(ready) == len(prompts) else None
+
+
+def _loaded(
+    config: LoadedConfig | RunConfig | Mapping[str, Any],
+    policy: Any | None,
+    reward: Any | None,
+    prompts: Sequence[Any] | None,
+) -> LoadedConfig:
+    """The config, with notes in place of what was given as objects."""
+    if isinstance(config, LoadedConfig):
+        return config
+    if isinstance(config, RunConfig):
+        return config_from_mapping(config)
+    filled = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
+    if policy is not None:
+        name = (
+            policy if isinstance(policy, str) else getattr(policy, "name_or_path", "") or IN_MEMORY
+        )
+        filled["policy"] = {"model": name} | filled.get("policy", {})
+    if reward is not None:
+        filled.setdefault("reward", {"kind": "function", "function": IN_MEMORY})
+    if prompts is not None:
+        filled["data"] = {"train": IN_MEMORY} | filled.get("data", {})
+    return config_from_mapping(filled)
