@@ -142,7 +142,7 @@ def _reference_logprobs(ppo: PPOSettings, reference: Reference, rollout: Rollout
 
 def micro_batches(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
     """Row numbers (n,) in groups of `size`; one group by default."""
-    return (rows,) if size is None else rows.split(size)
+    return (rows,) if size is None else torch.split(rows, size)
 
 
 def _value_after(values: Tensor, rollout: Rollout) -> Tensor:

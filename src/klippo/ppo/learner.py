@@ -110,7 +110,7 @@ def build_optimizer(policy: ActorCritic, settings: OptimizerSettings) -> AdamW:
     ]
     return AdamW(
         [group for group in groups if group["params"]],
-        betas=(settings.betas[0], settings.betas[1]),
+        betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=True,

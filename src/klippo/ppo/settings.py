@@ -44,7 +44,7 @@ class OptimizerSettings(Settings):
     """Peak learning rate of the policy (and the critic)."""
     critic_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the critic's own weights; default: `learning_rate`."""
-    betas: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
     """AdamW's moments."""
     eps: PositiveFloat = 1e-5
     """AdamW's epsilon."""
@@ -72,7 +72,7 @@ class PPOSettings(Settings):
     minibatch_size: PositiveInt | None = None
     """Responses per optimizer step; default: the whole batch."""
     micro_batch_size: PositiveInt | None = None
-    """Responses per forward and backward pass (memory, not numbers); default: the minibatch."""
+    """Responses per forward and backward pass of one process: changes memory, not numbers."""
     gamma: UnitInterval = 1.0
     """Discount per token."""
     gae_lambda: UnitInterval = 0.95

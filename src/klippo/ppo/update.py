@@ -57,7 +57,7 @@ def ppo_update(
     policy.train()
     for _ in range(settings.num_epochs):
         order = torch.randperm(num_rows, generator=generator).to(experience.mask.device)
-        for rows in order.split(size):
+        for rows in micro_batches(order, size):
             approximate_kl = _optimizer_step(
                 settings,
                 policy,
@@ -102,9 +102,8 @@ def _optimizer_step(
         tally.num_skipped += 1
         return 0.0
     optimizer.zero_grad(set_to_none=True)
-    micro_size = settings.micro_batch_size
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=rows.device)
-    for part in micro_batches(rows, micro_size and max(micro_size // ranks.world_size, 1)):
+    for part in micro_batches(rows, settings.micro_batch_size):
         losses = _losses(settings, policy, experience, part, kl_in_loss_coef, critic_only)
         # Rule 23: every token of the optimizer step weighs the same, whatever its micro-batch.
         (losses.total / num_tokens).backward()  # type: ignore[no-untyped-call]
@@ -115,7 +114,7 @@ def _optimizer_step(
     if not _is_safe(means["ratio"], settings.ratio_threshold):
         tally.num_skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        return means["k3"]
+        return float(means["k3"])
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -124,7 +123,7 @@ def _optimizer_step(
     tally.first = tally.first or means
     for name, value in means.items():
         tally.sums[name] = tally.sums.get(name, 0.0) + value
-    return means["k3"]
+    return float(means["k3"])
 
 
 def _is_safe(ratio: float, threshold: float | None) -> bool:
@@ -166,8 +165,10 @@ def _losses(
             clip_range=settings.value_clip_range,
         )
         value_total = masked_sum(per_token, mask)
-        sums = [0.0, float(value_total), 0.0, float(mask.sum()), 0.0, 0.0, 0.0]
-        return _Losses(value_total, torch.tensor(sums, dtype=torch.float64, device=rows.device))
+        still = {"value_loss": float(value_total), "ratio": float(mask.sum())}
+        logged = [still.get(name, 0.0) for name in _SUMS]
+        sums = torch.tensor(logged, dtype=torch.float64, device=rows.device)
+        return _Losses(value_total, sums)
 
     output = policy(tokens, experience.temperature, with_entropy=settings.entropy_coef > 0)
     old_logprobs, advantages = of(experience.old_logprobs), of(experience.advantages)
@@ -190,7 +191,7 @@ def _losses(
     if kl_in_loss_coef > 0:
         per_token = per_token + kl_in_loss_coef * leash
     with torch.no_grad():
-        logged = (
+        per_token_logs = (
             actor,
             critic,
             output.entropy,
@@ -199,14 +200,14 @@ def _losses(
             k3(old_logprobs, output.logprobs),
             leash,
         )
-        sums = torch.stack([masked_sum(x.double(), mask) for x in logged])
+        sums = torch.stack([masked_sum(x.double(), mask) for x in per_token_logs])
     return _Losses(masked_sum(per_token, mask), sums)
 
 
 def _summary(tally: _Tally, stopped_early: bool) -> Metrics:
     steps = max(tally.num_optimizer_steps, 1)
     mean = {name: total / steps for name, total in tally.sums.items()}
-    metrics = {
+    return {
         "loss/policy": mean.get("policy_loss", 0.0),
         "loss/value": mean.get("value_loss", 0.0),
         "policy/ratio_mean": mean.get("ratio", 1.0),
@@ -218,4 +219,3 @@ def _summary(tally: _Tally, stopped_early: bool) -> Metrics:
         "update/num_skipped_minibatches": float(tally.num_skipped),
         "update/stopped_early": float(stopped_early),
     }
-    return metrics

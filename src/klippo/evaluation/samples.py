@@ -1,0 +1,115 @@
+"""Samples of the fixed evaluation prompts: one row each, with proxy score and KL; gold comes later.
+
+B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.tensors.masked import masked_sum
+from klippo.types import Prompt, Rollout, Scores, TokenBatch
+
+SampleRow = dict[str, Any]
+"""step, episodes, prompt_id, prompt, response, response_ids, length, finished, proxy, kl_k1_nats,
+kl_exact_nats; then members and parts where the reward has them, and gold once it was scored."""
+
+
+@torch.no_grad()
+def evaluate(
+    policy: ActorCritic,
+    reference: Reference,
+    rollout: Rollout,
+    scores: Scores,
+    *,
+    step: int,
+    episodes: int,
+    batch_size: int,
+) -> list[SampleRow]:
+    """Rows for a rollout of the evaluation prompts; KL in nats per sequence."""
+    rows: list[SampleRow] = []
+    ids = rollout.response_token_ids()
+    for start in range(0, len(rollout), batch_size):
+        index = torch.arange(start, min(start + batch_size, len(rollout)), device=policy.device)
+        tokens = rollout.tokens.rows(index)
+        mask = tokens.response_mask
+        logprobs = policy(tokens, rollout.temperature, with_entropy=False).logprobs
+        log_ratio = logprobs - reference.logprobs(tokens, rollout.temperature)
+        exact = reference.kl_from(policy.lm, tokens, rollout.temperature)
+        kl_k1 = masked_sum(log_ratio, mask, 1).tolist()
+        kl_exact = masked_sum(exact, mask, 1).tolist()
+        for i, k1_nats, exact_nats in zip(index.tolist(), kl_k1, kl_exact, strict=True):
+            row: SampleRow = {
+                "step": step,
+                "episodes": episodes,
+                "prompt_id": rollout.prompts[i].id,
+                "prompt": rollout.prompts[i].text,
+                "response": rollout.responses[i],
+                "response_ids": ids[i],
+                "length": len(ids[i]),
+                "finished": bool(rollout.finished[i]),
+                "proxy": _number(scores.reward[i]),
+                "kl_k1_nats": k1_nats,
+                "kl_exact_nats": exact_nats,
+            }
+            if scores.members is not None:
+                row["members"] = [_number(member) for member in scores.members[:, i]]
+            if scores.parts:
+                row["parts"] = {name: _number(part[i]) for name, part in scores.parts.items()}
+            rows.append(row)
+    return rows
+
+
+def add_gold(
+    rows: Sequence[SampleRow], prompts: Sequence[Prompt], score: Callable[[Rollout], Scores]
+) -> list[SampleRow]:
+    """The same rows with a gold score each (null where it could not be scored)."""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    gold = score(rollout_of(rows, [by_id[row["prompt_id"]] for row in rows])).reward
+    return [row | {"gold": _number(value)} for row, value in zip(rows, gold, strict=True)]
+
+
+def rollout_of(rows: Sequence[SampleRow], prompts: Sequence[Prompt]) -> Rollout:
+    """Rows as a Rollout again, for reward sources; prompt tokens are not kept: a dummy each."""
+    lengths = torch.tensor([row["length"] for row in rows])
+    width = int(lengths.max())
+    padded = [row["response_ids"] + [0] * (width - row["length"]) for row in rows]
+    prompt_ids = torch.zeros(len(rows), 1, dtype=torch.long)
+    return Rollout(
+        prompts=list(prompts),
+        responses=[row["response"] for row in rows],
+        tokens=TokenBatch(
+            prompt_ids=prompt_ids,
+            prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
+            response_ids=torch.tensor(padded),
+            response_mask=torch.arange(width) < lengths[:, None],
+        ),
+        finished=torch.tensor([row["finished"] for row in rows]),
+        temperature=1.0,
+    )
+
+
+def summarize(rows: Sequence[SampleRow]) -> dict[str, float]:
+    """Means over rows that were scored; keys name their units."""
+    keys = {
+        "eval/proxy_mean": "proxy",
+        "eval/gold_mean": "gold",
+        "eval/kl_exact_nats": "kl_exact_nats",
+        "eval/kl_k1_nats": "kl_k1_nats",
+        "eval/length_tokens": "length",
+        "eval/finished_share": "finished",
+    }
+    summary = {}
+    for name, key in keys.items():
+        values = [float(row[key]) for row in rows if row.get(key) is not None]
+        if values:
+            summary[name] = sum(values) / len(values)
+    return summary
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)

@@ -1,0 +1,49 @@
+"""The loop: sample, score, build experience, learn.
+
+It receives objects that satisfy small protocols and imports no engine and no reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from klippo.ppo.learner import Learner
+from klippo.types import Metrics, Rollout, RolloutSource, Scores
+
+
+class Recorder(Protocol):
+    """What the loop tells the outside world."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times a part of the step."""
+
+    def is_eval_step(self, step: int) -> bool: ...
+
+    def evaluate(self, step: int) -> None:
+        """Sample the fixed evaluation prompts with the policy as it is now."""
+
+    def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None: ...
+
+
+def train(
+    learner: Learner,
+    source: RolloutSource,
+    score: Callable[[Rollout], Scores],
+    recorder: Recorder,
+) -> None:
+    """Run PPO until `ppo.num_steps`; the policy is evaluated before, on the way and after."""
+    for step in range(learner.num_steps_done, learner.ppo.num_steps):
+        if recorder.is_eval_step(step):
+            recorder.evaluate(step)
+        with recorder.phase("generate"):
+            rollout = source.next()
+        with recorder.phase("score"):
+            scores = score(rollout)
+        with recorder.phase("experience"):
+            experience = learner.experience(rollout, scores)
+        with recorder.phase("update"):
+            metrics = learner.learn(experience)
+        recorder.log(step, rollout, metrics)
+    recorder.evaluate(learner.num_steps_done)

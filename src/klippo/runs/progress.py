@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on: one live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from klippo.types import Metrics
+
+MAX_PLAIN_LINES = 60
+
+
+class Progress:
+    """Shows the newest step. Use as a context manager around the run."""
+
+    def __init__(self, console: Console, num_steps: int, *, quiet: bool = False) -> None:
+        self._console = console
+        self._num_steps = num_steps
+        self._quiet = quiet
+        self._every = max(num_steps // MAX_PLAIN_LINES, 1)
+        self._started = time.monotonic()
+        self._num_shown = 0
+        live = console.is_terminal and not quiet
+        self._live = Live(console=console, refresh_per_second=8, transient=False) if live else None
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self._quiet:
+            self._console.print(Text(text))
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Show step (counted from 0) with its metrics."""
+        self._num_shown += 1
+        per_step = (time.monotonic() - self._started) / self._num_shown
+        line = step_line(
+            step + 1, self._num_steps, metrics, per_step * (self._num_steps - step - 1)
+        )
+        if self._live is not None:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif not self._quiet and ((step + 1) % self._every == 0 or step + 1 == self._num_steps):
+            self._console.print(Text(line), soft_wrap=True)
+
+
+def step_line(step: int, num_steps: int, metrics: Metrics, seconds_left: float) -> str:
+    """One line about one step; a phase's seconds stand behind its name."""
+    phases = "  ".join(
+        f"{key.removeprefix('time/').removesuffix('_s')} {value:.1f}"
+        for key, value in metrics.items()
+        if key.startswith("time/") and key != "time/step_s"
+    )
+    parts = [
+        f"step {step:>{len(str(num_steps))}}/{num_steps}",
+        f"reward {metrics.get('reward/score_mean', 0):+.3f}",
+        f"KL {metrics.get('kl/sequence_nats', 0):.2f}",
+        f"entropy {metrics.get('policy/entropy_nats', 0):.2f}",
+        f"length {metrics.get('response/length_tokens', 0):.1f}",
+        f"{metrics.get('throughput/response_tokens_per_s', 0):,.0f} tok/s",
+        f"{metrics.get('time/step_s', 0):.1f} s ({phases})",
+    ]
+    scored = metrics.get("reward/scored_share", 1.0)
+    if scored < 1:
+        parts.append(f"unscored {1 - scored:.0%}")
+    skipped = metrics.get("update/num_skipped_minibatches", 0)
+    if skipped:
+        parts.append(f"skipped {skipped:.0f}")
+    parts.append(f"left {clock(seconds_left)}")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """4:05, or 1:04:05."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

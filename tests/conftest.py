@@ -1,0 +1,11 @@
+"""Settings for all tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+# Tiny tensors: threads cost more than they bring.
+torch.set_num_threads(1)
