@@ -193,6 +193,11 @@ def test_chat_needs_a_chat_template(plain):
         build([TEXT], plain, format="chat")
 
 
+def test_a_system_prompt_needs_the_chat_format(plain):
+    with pytest.raises(ConfigError, match=r"set data\.format: chat"):
+        build([TEXT], plain, system_prompt="Be brief.")
+
+
 def test_a_template_that_refuses_messages_is_reported_with_the_row():
     tokenizer = make_tokenizer(adds_bos=False, chat=True)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

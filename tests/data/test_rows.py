@@ -212,7 +212,6 @@ def test_settings_that_do_not_fit_the_source_are_refused(tmp_path, monkeypatch):
         ({"validation": "b.json", "validation_size": 3}, "remove one of them"),
         ({"cut_tokens": [8, 2]}, r"try \[2, 8\]"),
         ({"cut_tokens": [2, 8], "format": "chat"}, "use format: text"),
-        ({"system_prompt": "Be brief."}, "set format: chat"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -88,6 +88,11 @@ def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: 
                 "model's tokenizer, or set data.format: text"
             )
         render = _ChatFormat(settings, tokenizer, source).render
+    elif settings.system_prompt is not None:
+        raise ConfigError(
+            "data.system_prompt has a place only in a chat template; set data.format: chat, or "
+            "write it into the prompts"
+        )
     else:
         render = _TextFormat(settings, source).render
     _check_filled(rows, settings.prompt_column, tokenizer, source)

@@ -53,9 +53,4 @@ class DataSettings(Settings):
             raise ValueError(
                 f"cut_tokens={self.cut_tokens} would cut the chat template; use format: text"
             )
-        if self.format == "text" and self.system_prompt is not None:
-            raise ValueError(
-                "system_prompt has a place only in a chat template; set format: chat, or write it "
-                "into the prompts"
-            )
         return self

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from klippo.settings import Settings
 
 
-class ClassifierReward(Settings):
+class ClassifierSettings(Settings):
     """A sequence-classification model: a reward model with one output, or one label of several."""
 
     kind: Literal["classifier"]
@@ -20,7 +20,8 @@ class ClassifierReward(Settings):
     label: str | int | None = None
     """Which output to use, by name or number; needed exactly when the model has several."""
     output: Literal["logit", "logprob", "probability"] = "logit"
-    """How to read it; log-prob and probability are over the model's labels."""
+    """How to read it. Log-prob (in nats) and probability are the softmax over the model's labels,
+    or the sigmoid where it has one output or labels that do not exclude each other."""
     reads: Literal["full", "response"] = "full"
     """Score prompt plus response, or the response alone."""
     template: str = "{prompt}{response}"
@@ -33,8 +34,8 @@ class ClassifierReward(Settings):
     """Storage of the weights."""
 
 
-class FunctionReward(Settings):
-    """A Python function, sync or async, that returns one number (or None: unscored) per response."""
+class FunctionSettings(Settings):
+    """A Python function, sync or async: one number, or None for unscored, per response."""
 
     kind: Literal["function"]
     function: str
@@ -42,17 +43,26 @@ class FunctionReward(Settings):
     `token_ids` and every column of the data set, as keyword arguments."""
 
 
-class LengthReward(Settings):
+class LengthSettings(Settings):
     """Minus the number of tokens beyond a limit (and below one)."""
 
     kind: Literal["length"]
     max_tokens: PositiveInt | None = None
-    """Each token above costs 1."""
+    """Each token above costs 1; the end-of-sequence token counts as a token."""
     min_tokens: PositiveInt | None = None
     """Each token missing costs 1."""
 
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        low, high = self.min_tokens, self.max_tokens
+        if low is None and high is None:
+            raise ValueError("a length reward needs max_tokens, min_tokens or both")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_tokens={low} is above max_tokens={high}; swap them")
+        return self
 
-class RepetitionReward(Settings):
+
+class RepetitionSettings(Settings):
     """Minus the share of n-grams of the response that occurred before in it, between -1 and 0."""
 
     kind: Literal["repetition"]
@@ -68,10 +78,10 @@ class PartSettings(Settings):
     weight: float = 1.0
     """Factor; negative turns a reward into a penalty."""
     normalize: bool = False
-    """Divide by the running standard deviation and subtract the running mean before weighting."""
+    """Subtract the running mean and divide by the running standard deviation before weighting."""
 
 
-class SumReward(Settings):
+class SumSettings(Settings):
     """A weighted sum of named parts; every part is logged."""
 
     kind: Literal["sum"]
@@ -80,9 +90,9 @@ class SumReward(Settings):
 
 
 RewardSettings = Annotated[
-    ClassifierReward | FunctionReward | LengthReward | RepetitionReward | SumReward,
+    ClassifierSettings | FunctionSettings | LengthSettings | RepetitionSettings | SumSettings,
     Field(discriminator="kind"),
 ]
 
 PartSettings.model_rebuild()
-SumReward.model_rebuild()
+SumSettings.model_rebuild()

@@ -1,0 +1,132 @@
+"""A weighted sum of named reward sources."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klippo.tensors.masked import AllSum, local
+from klippo.tensors.moments import RunningMoments
+from klippo.types import RewardSource, Rollout, Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One summand."""
+
+    source: RewardSource
+    weight: float = 1.0
+    normalize: bool = False
+    """Subtract the running mean and divide by the running standard deviation before weighting."""
+
+
+class SumReward:
+    """reward = sum_i weight_i * part_i, where a part may be standardised by its running moments.
+
+    A batch enters the running moments before it is standardised by them, so that the first batch
+    has a scale too. A response that any part could not score (NaN) has a NaN sum. `Scores.parts`
+    holds each part as its source gave it, under its name; parts of a part are `outer/inner`.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], all_sum: AllSum = local) -> None:
+        """`all_sum` adds a tensor up over all processes, for the running moments."""
+        self._parts = dict(parts)
+        self._all_sum = all_sum
+        self._moments = {name: RunningMoments() for name, p in parts.items() if p.normalize}
+        self._learns = True
+
+    def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]:
+        """reward: (B,) float32; to be awaited exactly when a part is, and then all at once."""
+        results: list[Scores | Awaitable[Scores]] = []
+        try:
+            for part in self._parts.values():
+                results.append(part.source.score(rollout))  # noqa: PERF401, the ones before an error
+        except BaseException:
+            for result in results:
+                if inspect.iscoroutine(result):
+                    result.close()
+            raise
+        if any(inspect.isawaitable(result) for result in results):
+            return self._score_when_ready(results)
+        return self._sum([result for result in results if isinstance(result, Scores)])
+
+    async def _score_when_ready(self, results: Sequence[Scores | Awaitable[Scores]]) -> Scores:
+        tasks = {
+            place: asyncio.ensure_future(result)
+            for place, result in enumerate(results)
+            if not isinstance(result, Scores)
+        }
+        try:
+            await asyncio.gather(*tasks.values())
+        except BaseException:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            raise
+        return self._sum(
+            [
+                r if isinstance(r, Scores) else tasks[place].result()
+                for place, r in enumerate(results)
+            ]
+        )
+
+    def _sum(self, scores: Sequence[Scores]) -> Scores:
+        total = torch.zeros_like(scores[0].reward, dtype=torch.float32)
+        logged: dict[str, Tensor] = {}
+        for (name, part), score in zip(self._parts.items(), scores, strict=True):
+            reward = score.reward.float()
+            logged[name] = reward
+            logged |= {f"{name}/{inner}": values for inner, values in score.parts.items()}
+            total = total + part.weight * self._standardized(name, reward)
+        return Scores(reward=total, parts=logged)
+
+    def _standardized(self, name: str, reward: Tensor) -> Tensor:
+        if name not in self._moments:
+            return reward
+        moments = self._moments[name]
+        if self._learns:
+            moments.update(reward[~reward.isnan()], self._all_sum)
+        return moments.standardize(reward)
+
+    def frozen(self) -> SumReward:
+        """The same sum with the same running moments, which scoring leaves as they are."""
+        view = SumReward(
+            {
+                name: Part(source=frozen(p.source), weight=p.weight, normalize=p.normalize)
+                for name, p in self._parts.items()
+            },
+            self._all_sum,
+        )
+        view._moments = self._moments
+        view._learns = False
+        return view
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments of the parts, and the states of parts that have one."""
+        sources = {name: part.source for name, part in self._parts.items()}
+        return {
+            "moments": {name: moments.state_dict() for name, moments in self._moments.items()},
+            "sources": {
+                name: source.state_dict()
+                for name, source in sources.items()
+                if isinstance(source, SumReward)
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, moments in self._moments.items():
+            moments.load_state_dict(state["moments"][name])
+        for name, part in self._parts.items():
+            if isinstance(part.source, SumReward):
+                part.source.load_state_dict(state["sources"][name])
+
+
+def frozen(source: RewardSource) -> RewardSource:
+    """The source as evaluation should use it: scoring changes nothing in it."""
+    return source.frozen() if isinstance(source, SumReward) else source

@@ -1,0 +1,59 @@
+"""Scores from any reward source, sync or async, for callers that are not async."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections.abc import Awaitable
+
+import torch
+
+from klippo.errors import RewardError
+from klippo.types import RewardSource, Rollout, Scores
+
+
+def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
+    """Score a rollout, waiting for an async source; also inside a running event loop (a notebook).
+
+    Async sources all run on one event loop in a thread of its own, so that what they keep between
+    calls (connections) stays usable. Raises RewardError when the scores do not fit the rollout.
+    """
+    result = source.score(rollout)
+    scores = _wait(result) if inspect.isawaitable(result) else result
+    if not isinstance(scores, Scores):
+        raise RewardError(
+            f"{type(source).__name__}.score returned {type(scores).__name__}, not Scores"
+        )
+    shape, dtype = tuple(scores.reward.shape), scores.reward.dtype
+    if shape != (len(rollout),) or not dtype.is_floating_point:
+        raise RewardError(
+            f"{type(source).__name__}.score returned {dtype} rewards of shape {shape}; float32 of "
+            f"shape ({len(rollout)},) is needed, one per response"
+        )
+    return scores
+
+
+def _wait(result: Awaitable[Scores]) -> Scores:
+    async def finish() -> Scores:
+        return await result
+
+    future = asyncio.run_coroutine_threadsafe(finish(), _event_loop())
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C reaches this thread, not the loop's
+        future.cancel()
+        raise
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        torch.set_grad_enabled(False)  # per thread
+        loop.run_forever()
+
+    threading.Thread(target=run, name="klippo-rewards", daemon=True).start()
+    return loop
