@@ -68,7 +68,9 @@ def compare(
     console.print(samples_table(before_rows[:SHOWN], after_rows[:SHOWN]))
     console.print(change_table(compared, len(before_rows)))
     console.print(
-        f"{same} of {len(before_rows)} answers are identical (sampled with the same random numbers)."
+        f"{same} of {len(before_rows)} answers are identical "
+        "(both models drew the same random numbers).",
+        soft_wrap=True,
     )
     if output is not None:
         figures = {

@@ -42,7 +42,8 @@ def open_model(source: str, device: torch.device) -> OpenModel:
     Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
     """
     folder = Path(source)
-    data, stops, at_eos = UNNAMED, (), True
+    data, at_eos = UNNAMED, True
+    stops: tuple[str | int, ...] = ()
     path = source
     if (folder / STATUS_FILE).is_file():
         if not (folder / MODEL_DIR).is_dir():
