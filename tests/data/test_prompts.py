@@ -161,6 +161,13 @@ def test_empty_prompts_are_errors_with_the_first_row_and_their_number(plain, emp
         build([TEXT, empty, empty], plain)
 
 
+def test_rows_made_by_hand_may_lack_the_column_one_by_one(plain):
+    rows = [Row(0, {"prompt": TEXT}), Row(1, {"text": TEXT})]
+    settings = DataSettings(train="a.jsonl")
+    with pytest.raises(ConfigError, match=r"mine, row 1: .*is empty \(None\)"):
+        build_prompts(rows, settings, plain, max_prompt_tokens=99, seed=0, source="mine")
+
+
 @pytest.mark.parametrize("empty", ["", None, [], [{"role": "user", "content": " "}]])
 def test_empty_chat_prompts_are_errors(with_chat, empty):
     with pytest.raises(ConfigError, match=r"row 0 \(line 1\): .*is empty"):

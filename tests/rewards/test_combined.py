@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klippo.errors import RewardError
+from klippo.errors import ConfigError, RewardError
 from klippo.rewards import FunctionReward, Part, SumReward, frozen, resolve_scores
 from klippo.types import Scores
 
@@ -112,6 +112,14 @@ def test_a_frozen_sum_uses_the_moments_and_leaves_them_alone():
     torch.testing.assert_close(reward, (torch.tensor([50.0, 60.0]) - 3) / 8**0.5)
     plain = Given()
     assert frozen(plain) is plain
+
+
+def test_columns_that_a_part_needs_are_checked_before_the_run():
+    inner = SumReward({"x": Part(source=FunctionReward(lambda answer: answer))})
+    source = SumReward({"a": Part(source=Given()), "outer": Part(source=inner)})
+    source.check_columns(["answer"])
+    with pytest.raises(ConfigError, match="needs the argument 'answer'"):
+        source.check_columns(["prompt"])
 
 
 def test_moments_are_taken_over_all_processes():

@@ -100,9 +100,9 @@ def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: 
 
 
 def _check_filled(rows: Sequence[Row], column: str, tokenizer: Any, source: str) -> None:
-    empty = [row for row in rows if _is_empty(row.columns[column], tokenizer.bos_token)]
+    empty = [row for row in rows if _is_empty(row.columns.get(column), tokenizer.bos_token)]
     if empty:
-        found = repr(empty[0].columns[column])
+        found = repr(empty[0].columns.get(column))
         others = f"; {len(empty)} of {len(rows)} rows are so" if len(empty) > 1 else ""
         raise ConfigError(
             f"{empty[0].place(source)}: the prompt in column {column!r} is empty "

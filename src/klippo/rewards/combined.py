@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from klippo.rewards.function import FunctionReward
 from klippo.tensors.masked import AllSum, local
 from klippo.tensors.moments import RunningMoments
 from klippo.types import RewardSource, Rollout, Scores
@@ -93,6 +94,13 @@ class SumReward:
         if self._learns:
             moments.update(reward[~reward.isnan()], self._all_sum)
         return moments.standardize(reward)
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise ConfigError when a part needs a column that is not among these."""
+        columns = list(columns)
+        for part in self._parts.values():
+            if isinstance(part.source, FunctionReward | SumReward):
+                part.source.check_columns(columns)
 
     def frozen(self) -> SumReward:
         """The same sum with the same running moments, which scoring leaves as they are."""
