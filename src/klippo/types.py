@@ -23,7 +23,7 @@ class Prompt:
     id: int
     """Row number in the data set, from 0."""
     text: str
-    """What the policy reads, after the chat template and any cut; special tokens left out."""
+    """What the policy reads, after the chat template and any cut, without a leading BOS token."""
     token_ids: list[int]
     """The same as token ids, including a BOS token where the tokenizer wants one."""
     meta: Mapping[str, Any] = field(default_factory=dict)

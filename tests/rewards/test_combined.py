@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, RewardError
-from klippo.rewards import FunctionReward, Part, SumReward, frozen, resolve_scores
+from klippo.rewards import FunctionReward, Part, SumReward, resolve_scores, yardstick
 from klippo.types import Scores
 
 from .conftest import make_rollout
@@ -102,16 +102,20 @@ def test_running_moments_survive_a_resume():
     assert score(resumed).reward.equal(score(whole).reward)
 
 
-def test_a_frozen_sum_uses_the_moments_and_leaves_them_alone():
-    inner = SumReward({"x": Part(source=Given([1.0, 5.0], [50.0, 60.0]), normalize=True)})
+def test_a_yardstick_keeps_the_scale_of_its_first_batch_and_leaves_training_alone():
+    inner = SumReward(
+        {"x": Part(source=Given([1.0, 5.0], [1.0, 5.0], [50.0, 60.0]), normalize=True)}
+    )
     source = SumReward({"outer": Part(source=inner)})
     score(source)
     before = source.state_dict()
-    reward = score(frozen(source)).reward
+    fixed = yardstick(source)
+    score(fixed)
+    reward = score(fixed).reward
     assert source.state_dict() == before
     torch.testing.assert_close(reward, (torch.tensor([50.0, 60.0]) - 3) / 8**0.5)
     plain = Given()
-    assert frozen(plain) is plain
+    assert yardstick(plain) is plain
 
 
 def test_columns_that_a_part_needs_are_checked_before_the_run():

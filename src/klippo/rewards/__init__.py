@@ -1,7 +1,7 @@
 """Rewards: anything that gives a response a number, with NaN for "could not be scored"."""
 
 from klippo.rewards.classifier import ClassifierReward
-from klippo.rewards.combined import Part, SumReward, frozen
+from klippo.rewards.combined import Part, SumReward, yardstick
 from klippo.rewards.function import FunctionReward
 from klippo.rewards.loading import load_function
 from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
@@ -14,7 +14,7 @@ __all__ = [
     "Part",
     "RepetitionPenalty",
     "SumReward",
-    "frozen",
     "load_function",
     "resolve_scores",
+    "yardstick",
 ]

@@ -35,12 +35,17 @@ class SumReward:
     holds each part as its source gave it, under its name; parts of a part are `outer/inner`.
     """
 
-    def __init__(self, parts: Mapping[str, Part], all_sum: AllSum = local) -> None:
-        """`all_sum` adds a tensor up over all processes, for the running moments."""
+    def __init__(
+        self, parts: Mapping[str, Part], all_sum: AllSum = local, *, measures_once: bool = False
+    ) -> None:
+        """`all_sum` adds a tensor up over all processes, for the running moments.
+
+        With `measures_once` the moments are those of the first batch and stay so.
+        """
         self._parts = dict(parts)
         self._all_sum = all_sum
         self._moments = {name: RunningMoments() for name, p in parts.items() if p.normalize}
-        self._learns = True
+        self._measures_once = measures_once
 
     def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]:
         """reward: (B,) float32; to be awaited exactly when a part is, and then all at once."""
@@ -91,7 +96,7 @@ class SumReward:
         if name not in self._moments:
             return reward
         moments = self._moments[name]
-        if self._learns:
+        if not (self._measures_once and moments.count > 0):
             moments.update(reward[~reward.isnan()], self._all_sum)
         return moments.standardize(reward)
 
@@ -102,18 +107,15 @@ class SumReward:
             if isinstance(part.source, FunctionReward | SumReward):
                 part.source.check_columns(columns)
 
-    def frozen(self) -> SumReward:
-        """The same sum with the same running moments, which scoring leaves as they are."""
-        view = SumReward(
+    def yardstick(self) -> SumReward:
+        """The same sum for evaluation, in this process alone: one scale for all of its batches."""
+        return SumReward(
             {
-                name: Part(source=frozen(p.source), weight=p.weight, normalize=p.normalize)
+                name: Part(source=yardstick(p.source), weight=p.weight, normalize=p.normalize)
                 for name, p in self._parts.items()
             },
-            self._all_sum,
+            measures_once=True,
         )
-        view._moments = self._moments
-        view._learns = False
-        return view
 
     def state_dict(self) -> dict[str, Any]:
         """The running moments of the parts, and the states of parts that have one."""
@@ -135,6 +137,10 @@ class SumReward:
                 part.source.load_state_dict(state["sources"][name])
 
 
-def frozen(source: RewardSource) -> RewardSource:
-    """The source as evaluation should use it: scoring changes nothing in it."""
-    return source.frozen() if isinstance(source, SumReward) else source
+def yardstick(source: RewardSource) -> RewardSource:
+    """The source as evaluation uses it: the same text gets the same score at every step.
+
+    Running moments would move the scale while the policy trains, so parts that are normalised are
+    standardised by the moments of the first batch that the yardstick sees.
+    """
+    return source.yardstick() if isinstance(source, SumReward) else source

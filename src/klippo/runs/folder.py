@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from klippo.errors import ConfigError, StorageError
 from klippo.types import Metrics
 
@@ -117,13 +119,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a StorageError that names the file and what to do."""
+    """Turn a failure to write into a StorageError that names the file and what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
-            "output_dir (everything written before is whole)"
+            f"cannot write {path}: {cause}; free some space or choose another output_dir "
+            "(everything written before is whole)"
         ) from error
 
 

@@ -65,6 +65,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def longest(response_length: int | list[int]) -> int:
+    """The most tokens that a response may have."""
+    return response_length if isinstance(response_length, int) else response_length[1]
+
+
 def context_length(model: Any) -> int | None:
     """The most tokens that the model's positions allow, where its config says so."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -76,11 +81,10 @@ def room_for_prompts(model: Any, response_length: int | list[int], limit: int | 
 
     Raises ConfigError where none does.
     """
-    longest = response_length if isinstance(response_length, int) else response_length[1]
     context = context_length(model)
     if context is None:
         return limit or 2**31
-    room = context - longest
+    room = context - longest(response_length)
     if room < 1:
         raise ConfigError(
             f"rollout.response_length={response_length} leaves no room for a prompt: the model's "

@@ -37,7 +37,7 @@ def compare(
     reward: str | None = None,
     num_prompts: int = 64,
     output: Path | None = None,
-    max_tokens: int = 64,
+    max_tokens: int | None = None,
     seed: int = 0,
 ) -> int:
     """Print whether the answers changed and, given a reward, whether they got better."""
@@ -59,7 +59,8 @@ def compare(
         scorer = build_reward(settings, device=device, prompt_column=data.prompt_column)
     sides = []
     for opened in (first, second):
-        rollout = _answers(opened, data, num_prompts, max_tokens, seed)
+        limit = second.max_tokens if max_tokens is None else max_tokens
+        rollout = _answers(opened, data, num_prompts, limit, seed)
         scores = None if scorer is None else resolve_scores(scorer, rollout).reward
         sides.append(_rows(rollout, scores))
     before_rows, after_rows = sides

@@ -26,7 +26,7 @@ def generate(
     file: Path | None,
     *,
     num_samples: int = 1,
-    max_tokens: int = 64,
+    max_tokens: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -42,14 +42,15 @@ def generate(
             raise ConfigError("standard input has no prompt; give --prompt TEXT or --file FILE")
     device = choose_device("auto")
     opened = open_model(source, device)
+    limit = opened.max_tokens if max_tokens is None else max_tokens
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     generator = torch.Generator(device).manual_seed(seed)
     batches: Iterable[list[str]] = _typed(console) if interactive else [texts]
     for batch in batches:
-        ready = as_prompts(opened, batch, max_tokens)
+        ready = as_prompts(opened, batch, limit)
         for _ in range(num_samples):
             for prompt, answer in zip(
-                ready, answers(opened, ready, sampling, max_tokens, generator), strict=True
+                ready, answers(opened, ready, sampling, limit, generator), strict=True
             ):
                 console.print(
                     Text(clean(prompt.text), style="bold") + Text(" → ") + Text(clean(answer)),

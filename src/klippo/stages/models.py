@@ -17,8 +17,10 @@ from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
+from klippo.stages.build import longest
 
 UNNAMED = DataSettings(train="prompts")
+MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class OpenModel:
     tokenizer: Any
     data: DataSettings
     stop_ids: frozenset[int]
+    max_tokens: int
+    """The longest response of its run."""
     device: torch.device
 
     def engine(self, sampling: Sampling) -> HFEngine:
@@ -42,7 +46,7 @@ def open_model(source: str, device: torch.device) -> OpenModel:
     Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
     """
     folder = Path(source)
-    data, at_eos = UNNAMED, True
+    data, at_eos, max_tokens = UNNAMED, True, MAX_TOKENS
     stops: tuple[str | int, ...] = ()
     path = source
     if (folder / STATUS_FILE).is_file():
@@ -52,6 +56,7 @@ def open_model(source: str, device: torch.device) -> OpenModel:
         config = load_config(folder / CONFIG_FILE).config
         data, at_eos = config.data, config.rollout.stop_at_eos
         stops = config.rollout.stop_tokens
+        max_tokens = longest(config.rollout.response_length)
     tokenizer = load_tokenizer(path)
     model = load_causal_lm(PolicySettings(model=path), device).to(device).eval()
     turn_dropout_off(model)
@@ -62,5 +67,6 @@ def open_model(source: str, device: torch.device) -> OpenModel:
         tokenizer=tokenizer,
         data=data,
         stop_ids=stop_token_ids(tokenizer, generation_config, at_eos=at_eos, extra=stops),
+        max_tokens=max_tokens,
         device=device,
     )

@@ -18,6 +18,7 @@ from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
 from klippo.ppo.learner import Learner
 from klippo.ranks import Ranks
+from klippo.rewards.combined import SumReward, yardstick
 from klippo.rewards.function import FunctionReward
 from klippo.rewards.resolve import resolve_scores
 from klippo.rollouts.collate import stop_token_ids
@@ -46,6 +47,9 @@ class Session:
     evaluation_source: Callable[[], OnlineSource]
     """A fresh one each time: same prompts, same random numbers."""
     score: Callable[[Rollout], Scores]
+    """The training reward."""
+    measure: Callable[[Rollout], Scores]
+    """The same for evaluation, on a scale that stays."""
     stop_ids: frozenset[int]
     evaluation_prompts: list[Prompt]
     prepare: Callable[[Sequence[Any]], list[Prompt]]
@@ -73,8 +77,9 @@ def open_session(
     else:
         rows, held_out = as_rows(prompts, config.data.prompt_column), []
     source = _reward_source(config, reward, device, ranks)
-    if isinstance(source, FunctionReward):
+    if isinstance(source, FunctionReward | SumReward):
         source.check_columns(rows[0].columns)
+    fixed = yardstick(source)
     torch.manual_seed(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
@@ -137,6 +142,7 @@ def open_session(
             lambda: evaluation_prompts, config.seed + EVALUATION_SEED
         ),
         score=lambda rollout: resolve_scores(source, rollout),
+        measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
         prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_column), "prompts"),

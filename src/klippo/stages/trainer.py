@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,8 @@ class PPOTrainer:
         try:
             with recorder.progress:
                 ppo_trainer.train(session.learner, session.source, session.score, recorder)
-            self._save(recorder)
+            if session.ranks.is_main:
+                save_model(session, recorder.folder)
             return conclude(session, self.name, recorder.folder, recorder.console)
         except BaseException as error:
             self._rescue(recorder, error)
@@ -140,25 +142,24 @@ class PPOTrainer:
             device=self.session.device,
         )
 
-    def _save(self, recorder: RunRecorder) -> None:
-        if self.session.ranks.is_main:
-            save_model(self.session, recorder.folder)
-
     def _rescue(self, recorder: RunRecorder, error: BaseException) -> None:
         """After a failure: keep the policy as it is and write down why the run ended."""
+        done = self.session.learner.num_steps_done
         if not self.session.ranks.is_main:
             return
-        done = self.session.learner.num_steps_done
-        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        folder = recorder.folder
+        if isinstance(error, StorageError):
+            folder = RunFolder(Path(tempfile.mkdtemp(prefix="klippo-rescued-")))
         try:
-            if done > 0 and not isinstance(error, StorageError):
-                save_model(self.session, recorder.folder)
+            if done > 0:
+                save_model(self.session, folder)
                 recorder.progress.say(
-                    f"The policy after {done} steps is in {self.output_dir}/{MODEL_DIR}."
+                    f"The policy as it was after {done} steps is in {folder.path / MODEL_DIR}"
                 )
+            state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             recorder.folder.write_status(state, reason=_reason(error), num_steps_done=done)
-        except KlippoError as second:
-            recorder.progress.say(f"And while cleaning up: {second}")
+        except StorageError as second:
+            recorder.progress.say(f"And then: {second}")
 
 
 def _reason(error: BaseException) -> str:
@@ -205,7 +206,7 @@ class RunRecorder:
             session.policy,
             session.reference,
             rollout,
-            session.score(rollout),
+            session.measure(rollout),
             step=step,
             episodes=step * session.config.ppo.batch_size,
             batch_size=session.config.ppo.micro_batch_size or session.config.ppo.batch_size,
