@@ -91,7 +91,9 @@ def open_session(
         )
 
     train_prompts = prepare(rows, config.data.train)
-    fixed = prepare(held_out, validation_source(config.data)) if held_out else train_prompts
+    held_out_prompts = (
+        prepare(held_out, validation_source(config.data)) if held_out else train_prompts
+    )
     learner = Learner(
         loaded.policy,
         loaded.reference,
@@ -123,7 +125,7 @@ def open_session(
         record_logprobs=config.rollout.record_logprobs,
         autocast=config.policy.autocast,
     )
-    evaluation_prompts = pick(fixed, config.evaluation.num_prompts, config.seed)
+    evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
 
     def source_with(next_prompts: Callable[[], list[Prompt]], seed: int) -> OnlineSource:
         generator = torch.Generator(device).manual_seed(seed)
