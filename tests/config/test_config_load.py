@@ -95,7 +95,8 @@ def test_a_changed_kind_inside_a_sum_replaces_that_part_alone(tmp_path):
     for name in ("a", "b"):
         parts += f"    {name}: {{weight: 2, reward: {{kind: classifier, model: m}}}}\n"
     path = write(tmp_path, BASE[: BASE.index("reward")] + parts)
-    config = load_config(path, ["reward.parts.a.reward.kind=length"]).config
+    section = "reward.parts.a.reward"
+    config = load_config(path, [f"{section}.kind=length", f"{section}.max_tokens=9"]).config
     assert config.reward.parts["a"].reward.kind == "length"
     assert config.reward.parts["a"].weight == 2
     assert config.reward.parts["b"].reward.model == "m"

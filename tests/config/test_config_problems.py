@@ -162,6 +162,11 @@ def test_a_rule_between_keys_points_at_the_key_at_fault(tmp_path):
     ]
 
 
+def test_a_rule_that_names_no_key_first_points_at_its_section(tmp_path):
+    (problem,) = problems(tmp_path, HEAD + "gold: {kind: length}\n")
+    assert problem.startswith("run.yaml:6: gold: a length reward needs max_tokens")
+
+
 def test_all_rules_between_sections_are_checked_at_once(tmp_path):
     text = HEAD + "critic:\n  kind: lora\n  model: x\nrollout: {top_k: 5, top_p: 0.9}\n"
     found = problems(tmp_path, text, "policy.quantize_4bit=true")

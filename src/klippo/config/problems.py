@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from klippo.config.located import KeyPath, Located, Problem, dotted, write_value
-from klippo.config.walk import Section, all_sections, by_kind, find, members
+from klippo.config.walk import Section, all_sections, by_kind, find, members, sections_of
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -76,7 +76,8 @@ def _problems_of(tries: list[ErrorDetails], tree: Located) -> list[Problem]:
             return [Problem(origin, f"{key}.kind={write_value(value['kind'])}: {rule}")]
         case "value_error":
             return [
-                _broken_rule(line, path, tree) for line in str(details["ctx"]["error"]).split("\n")
+                _broken_rule(line, path, annotation, tree)
+                for line in str(details["ctx"]["error"]).split("\n")
             ]
     rule = _rules(tries, annotation)
     if value is None:
@@ -127,11 +128,12 @@ def _meaning(section: Section | None, path: KeyPath) -> str:
     return meaning.split(". ")[0] or "it has no default"
 
 
-def _broken_rule(line: str, path: KeyPath, tree: Located) -> Problem:
-    """A validator's message; its first word is the key at fault, from the validator's section."""
-    first = re.match(r"[\w.]*", line)
-    key = tuple(first[0].split(".")) if first else ()
-    return Problem(tree.origin_at((*path, *key)), dotted((*path, line)))
+def _broken_rule(line: str, path: KeyPath, annotation: Any, tree: Located) -> Problem:
+    """A validator's message; if it begins with a key of the section, that key is at fault."""
+    key = tuple(re.findall(r"\w+", line.partition("=")[0].partition(" ")[0]))
+    if key and any(key[0] in section.model_fields for section in sections_of(annotation)):
+        return Problem(tree.origin_at((*path, *key)), dotted((*path, line)))
+    return Problem(tree.origin_at(path), f"{dotted(path)}: {line}" if path else line)
 
 
 def _advice(path: KeyPath, section: Section | None) -> str:

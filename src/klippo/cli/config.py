@@ -1,0 +1,89 @@
+"""`klippo config`: what a run would use, whether it is right, and what may stand in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from klippo.cli.ending import ending, plain
+
+if TYPE_CHECKING:
+    from klippo.config.load import LoadedConfig
+
+config_app = typer.Typer(
+    help="Show, check and describe configs.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A YAML file or a recipe's name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, for instance ppo.num_steps=200."),
+]
+
+
+@config_app.command()
+@ending
+def show(
+    run: Run,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Every value and where it comes from."""
+    from klippo.config.load import load_config, show
+
+    rows = show(load_config(run, overrides or ()))
+    if as_json:
+        entries = {key: {"value": value, "origin": origin} for key, value, origin in rows}
+        typer.echo(json.dumps(entries, indent=2, ensure_ascii=False))
+    elif sys.stdout.isatty():
+        _print_table(rows)
+    else:
+        _print_lines(rows)
+
+
+@config_app.command()
+@ending
+def check(run: Run, overrides: Overrides = None) -> None:
+    """Say ok, or everything that is wrong."""
+    from klippo.config.load import load_config
+
+    loaded: LoadedConfig = load_config(run, overrides or ())
+    typer.echo(plain(f"{loaded.name}: ok"))
+
+
+@config_app.command()
+@ending
+def schema() -> None:
+    """The JSON schema of a config, for editors."""
+    from klippo.config.load import schema
+
+    typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
+
+
+def _print_table(rows: list[tuple[str, Any, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from klippo.config.located import write_value
+
+    table = Table("key", "value", "origin")
+    for key, value, origin in rows:
+        style = "dim" if origin == "default" else ""
+        cells = (key, write_value(value), origin)
+        table.add_row(*(Text(plain(cell), style=style, overflow="fold") for cell in cells))
+    Console().print(table)
+
+
+def _print_lines(rows: list[tuple[str, Any, str]]) -> None:
+    """Lines whose first part can be copied behind `klippo train RUN`."""
+    from klippo.config.located import write_value
+
+    words = [shlex.quote(plain(f"{key}={write_value(value)}")) for key, value, _ in rows]
+    width = min(max(map(len, words)), 60)
+    for word, (_, _, origin) in zip(words, rows, strict=True):
+        typer.echo(f"{word:<{width}}  # {plain(origin)}")

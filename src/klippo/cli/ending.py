@@ -1,0 +1,75 @@
+"""How a command ends: its exit code, and what a person reads when it went wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from types import FrameType
+from typing import NoReturn, ParamSpec
+
+import typer
+
+from klippo.errors import KlippoError
+
+BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a bug in Klippo; 2 usage, config or data; 3 this machine, model or "
+    "folder cannot do it; 4 reward; 6 training diverged; 130 interrupted; 143 terminated."
+)
+
+P = ParamSpec("P")
+
+
+def ending(command: Callable[P, int | None]) -> Callable[P, None]:
+    """The command, ending the process with the code that it returns or that its error carries."""
+
+    @wraps(command)
+    def ended(*args: P.args, **kwargs: P.kwargs) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            code = command(*args, **kwargs)
+            sys.stdout.flush()
+        except KlippoError as error:
+            complain(str(error))
+            code = error.exit_code
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            complain("Interrupted.")
+            code = INTERRUPTED
+        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = PIPE_CLOSED
+        except Exception:
+            sys.stderr.write(plain(traceback.format_exc()))
+            complain(
+                "This is a bug in Klippo. Please report it with the lines above and the output of "
+                "`klippo doctor --json`."
+            )
+            code = BUG
+        raise SystemExit(code or 0)
+
+    return ended
+
+
+def complain(text: str) -> None:
+    """A message on stderr, red in a terminal that wants colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text(plain(text), style="red"))
+
+
+def plain(text: str) -> str:
+    """Text without control characters, which could move the cursor or hide what is said."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)

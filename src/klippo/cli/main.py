@@ -1,0 +1,150 @@
+"""The command line: one thin command per stage, each importing its stage when called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klippo.cli.config import Overrides, Run, config_app
+from klippo.cli.ending import EXIT_CODES, ending
+
+app = typer.Typer(
+    help="PPO for language models from any reward.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(config_app, name="config")
+
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest response; default: the run's.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+
+
+@app.callback(invoke_without_command=True)
+def klippo(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"klippo {version_of('klippo')}")
+        raise typer.Exit
+
+
+@app.command()
+@ending
+def train(
+    run: Run,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing run folder.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+) -> int:
+    """Train a policy with PPO."""
+    from klippo.config.load import load_config
+
+    loaded = load_config(run, overrides or ())
+
+    from klippo.stages.train import train
+
+    return train(loaded, overwrite=overwrite, quiet=quiet)
+
+
+@app.command()
+@ending
+def generate(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or name.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given several times.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="One prompt per line.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
+    max_tokens: MaxTokens = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Divides the logits; 0 is greedy.")
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0 is off.")] = 0,
+    seed: Seed = 0,
+) -> int:
+    """Sample responses to prompts.
+
+    Without --prompt and --file, prompts are read from standard input, or asked for.
+    """
+    from klippo.stages.generate import generate
+
+    return generate(
+        source,
+        prompt or None,
+        file,
+        num_samples=num_samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+
+
+@app.command()
+@ending
+def compare(
+    before: Annotated[str, typer.Argument(help="A run folder, a model folder or name.")],
+    after: Annotated[str, typer.Argument(help="The same, after training.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Prompts; default: the run's own."),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="demo:gold, a model's name, or file.py:function; default: the run's."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write every pair to this file.")
+    ] = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = 0,
+) -> int:
+    """Put the same prompts through two models.
+
+    Did the responses change, and are they better?
+    """
+    from klippo.stages.compare import compare
+
+    return compare(
+        before,
+        after,
+        prompts=prompts,
+        reward=reward,
+        num_prompts=num_prompts,
+        output=output,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+
+
+@app.command()
+@ending
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Versions, devices, storage, and which keys are set."""
+    from klippo.stages.doctor import doctor
+
+    return doctor(as_json=as_json)
+
+
+def main() -> None:
+    """The `klippo` command."""
+    app(prog_name="klippo")
