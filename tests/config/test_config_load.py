@@ -15,6 +15,7 @@ from klippo.config.load import (
     show,
     to_yaml,
 )
+from klippo.config.located import read_yaml, write_value
 from klippo.config.schema import RunConfig
 from klippo.errors import ConfigError
 
@@ -191,3 +192,13 @@ def test_a_resolved_config_written_as_yaml_loads_to_an_equal_one(tmp_path_factor
     config = config_from_mapping(mapping).config
     path = write(tmp_path_factory.mktemp("round"), to_yaml(config))
     assert load_config(path).config == config
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=st.one_of(texts, finite, st.booleans(), st.none(), st.lists(texts | st.integers())))
+def test_a_value_is_written_on_one_line_that_reads_back(value):
+    text = write_value(value)
+    located, problems = read_yaml(text, str)
+    assert "\n" not in text
+    assert not problems
+    assert located.plain() == value

@@ -201,10 +201,11 @@ def write_yaml(value: Any) -> str:
 
 def write_value(value: Any) -> str:
     """One value on one line, as it could stand after `key=`."""
+    flow = isinstance(value, dict | list | tuple)
     try:
         text: str = yaml.dump(
-            [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6
+            value, Dumper=_Dumper, default_flow_style=flow, allow_unicode=True, width=10**6
         )
     except yaml.YAMLError:  # a Python object that YAML has no form for
         return repr(value)
-    return text.strip()[1:-1]
+    return text.removesuffix("...\n").rstrip("\n")
