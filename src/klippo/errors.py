@@ -1,4 +1,4 @@
-"""Errors that users meet: each names the value, the rule and the remedy, and carries its exit code."""
+"""Errors that users meet: each names value, rule and remedy, and carries its exit code."""
 
 
 class KlippoError(Exception):
@@ -32,6 +32,6 @@ class DivergedError(KlippoError):
 
 
 class StorageError(KlippoError):
-    """A file could not be written (disk full, folder read-only); what was written before stays whole."""
+    """A file could not be written (disk full, folder read-only); older files stay whole."""
 
     exit_code = 3

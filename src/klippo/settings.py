@@ -1,6 +1,8 @@
-"""The base of every settings class: unknown keys are errors, values are frozen, docs sit under fields."""
+"""The base of every settings class: unknown keys are errors, values are frozen, docs in place."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 
 class Settings(BaseModel):
@@ -13,3 +15,16 @@ class Settings(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+
+def _ordered(pair: list[int]) -> list[int]:
+    low, high = pair
+    if low > high:
+        raise ValueError(f"{pair}: [low, high] needs low <= high; try [{high}, {low}]")
+    return pair
+
+
+LengthRange = Annotated[
+    list[PositiveInt], Field(min_length=2, max_length=2), AfterValidator(_ordered)
+]
+"""[low, high], in tokens; a number is drawn uniformly from it, both ends included."""

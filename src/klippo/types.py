@@ -86,7 +86,7 @@ class Rollout:
 
     prompts: list[Prompt]
     responses: list[str]
-    """Decoded responses, special tokens left out: for rewards and people, never re-tokenized for training."""
+    """Decoded, special tokens left out: for rewards and people, never tokenized again to train."""
     tokens: TokenBatch
     finished: Tensor  # (B,) bool, False where the length limit cut the response
     temperature: float
@@ -104,7 +104,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """One score per response; NaN means "could not be scored" and masks the row out of everything."""
+    """One score per response; NaN means "unscored" and masks the row out of everything."""
 
     reward: Tensor  # (B,) float32
     members: Tensor | None = None  # (K, B) float32, an ensemble's single scores
@@ -112,7 +112,7 @@ class Scores:
 
 
 class Engine(Protocol):
-    """Samples responses. Hugging Face today; another engine needs nothing from PPO."""
+    """Samples responses. Another engine needs nothing from PPO."""
 
     def sync(self) -> None:
         """Take over the policy's current weights."""

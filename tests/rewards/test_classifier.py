@@ -237,7 +237,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path, folders):
     for name in ("gpt2", "llama", "roberta"):
         model = AutoModelForSequenceClassification.from_pretrained(folders[name])
         model.save_pretrained(tmp_path / name)
-        with pytest.raises(PreflightError, match=r"tokenizer.*save the tokenizer that the model"):
+        with pytest.raises(PreflightError, match=r"tokenizer.*save the model"):
             reward(str(tmp_path / name), label=0)
 
 

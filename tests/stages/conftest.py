@@ -15,7 +15,22 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-WORDS = "the a movie film was is good bad great dull I liked it and not very".split()
+WORDS = [
+    "the",
+    "a",
+    "movie",
+    "film",
+    "was",
+    "is",
+    "good",
+    "bad",
+    "great",
+    "dull",
+    "I",
+    "liked",
+    "it",
+]
+WORDS += ["and", "not", "very"]
 
 
 def word_tokenizer(*, pad: bool, classifier: bool = False) -> PreTrainedTokenizerFast:

@@ -169,7 +169,7 @@ def test_the_gpt2_imdb_recipe_runs_on_models_of_its_two_architectures(
     cli, tmp_path: Path, gpt2: Path, roberta: Path, imdb_like: Path
 ) -> None:
     names = dict(zip(GPT2_IMDB_NAMES, (gpt2, roberta, imdb_like), strict=True))
-    code, out, err = cli(
+    code, _, err = cli(
         "train",
         "gpt2-imdb",
         *(f"{key}={value}" for key, value in names.items()),

@@ -9,7 +9,7 @@ from typing import Any
 from klippo.data.files import Row, is_file_name, quiet, read_file
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
-from klippo.names import resolve
+from klippo.hub import resolve
 
 
 def load_rows(settings: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.names import resolve
+from klippo.hub import load_model, load_tokenizer, resolve
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
@@ -77,22 +76,6 @@ def load_policy(
     return LoadedPolicy(policy=policy.eval(), reference=reference, tokenizer=tokenizer)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model folder or hub name. A pad token is not needed."""
-    from transformers import AutoTokenizer
-
-    path = resolve(name)
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
-    except Exception as error:
-        if Path(path).is_dir() and not list(Path(path).glob("tokenizer*")):
-            raise PreflightError(
-                f"{name}: the folder has no tokenizer (tokenizer.json); "
-                "save it there with tokenizer.save_pretrained(folder)"
-            ) from error
-        raise PreflightError(f"{name}: the tokenizer cannot be loaded: {error}") from error
-
-
 def load_causal_lm(settings: PolicySettings, device: torch.device) -> Any:
     """The causal LM of a model folder or hub name, weights in the settings' dtype."""
     from transformers import AutoModelForCausalLM
@@ -100,21 +83,7 @@ def load_causal_lm(settings: PolicySettings, device: torch.device) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
     if settings.quantize_4bit:
         options |= _four_bit(device)
-    return from_pretrained(AutoModelForCausalLM, settings.model, settings.revision, **options)
-
-
-def from_pretrained(auto_class: Any, name: str, revision: str | None, **options: Any) -> Any:
-    """`auto_class.from_pretrained` with errors that say which model and what to do."""
-    path = resolve(name)
-    try:
-        return auto_class.from_pretrained(path, revision=revision, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        text = str(error).strip().splitlines()
-        raise PreflightError(
-            f"{name}: the model cannot be loaded ({text[0] if text else type(error).__name__}); "
-            "give a folder written by save_pretrained, or a hub name "
-            "(gated models need the environment variable HF_TOKEN)"
-        ) from error
+    return load_model(AutoModelForCausalLM, settings.model, settings.revision, **options)
 
 
 def turn_dropout_off(model: nn.Module) -> None:
@@ -233,8 +202,8 @@ def _separate_critic(
     if critic.model is None:
         trunk = copy.deepcopy(model.base_model).requires_grad_(True)
         return SeparateCritic(trunk, autocast=settings.autocast)
-    classifier = from_pretrained(
-        AutoModelForSequenceClassification, critic.model, None, dtype=torch.float32, num_labels=1
+    classifier = load_model(
+        AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
     )
     vocabulary = classifier.config.get_text_config().vocab_size
     if vocabulary != model.config.get_text_config().vocab_size:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from klippo.hub import no_progress_bars
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.adapters import CRITIC, POLICY
 from klippo.policy.critic import LoraCritic, SeparateCritic
@@ -17,27 +16,13 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir: Path) -> None:
     """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on."""
-    with _no_progress_bar():
+    with no_progress_bars():
         if policy.peft_model is None:
             policy.lm.model.save_pretrained(model_dir)
         else:
             policy.peft_model.save_pretrained(model_dir, selected_adapters=[POLICY])
         tokenizer.save_pretrained(model_dir)
         save_critic(policy, critic_dir)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep the writing of weight files off the screen."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def save_critic(policy: ActorCritic, critic_dir: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klippo.errors import ConfigError, PreflightError, RewardError
-from klippo.names import resolve
+from klippo.errors import ConfigError, RewardError
+from klippo.hub import load_model, load_tokenizer
 from klippo.rewards.rendering import Renderer
 from klippo.rewards.settings import ClassifierSettings
 from klippo.types import Prompt, Rollout, Scores
@@ -43,7 +43,8 @@ class ClassifierReward:
         """
         self._settings = settings
         self._device = torch.device(device)
-        self._tokenizer = _load_tokenizer(settings)
+        self._tokenizer = load_tokenizer(settings.model, settings.revision)
+        self._tokenizer.truncation_side = "left"
         adds_bos = self._tokenizer("a")["input_ids"][:1] == [self._tokenizer.bos_token_id]
         self._added_bos: str = self._tokenizer.bos_token if adds_bos else ""
         self._model = _load_model(settings).to(self._device)
@@ -176,47 +177,16 @@ def find_label(label: str | int | None, config: Any, model: str) -> int:
 
 
 def _load_model(settings: ClassifierSettings) -> Any:
-    """The frozen model, dropout off; every weight must come from the checkpoint."""
+    """The frozen model, dropout off."""
     from transformers import AutoModelForSequenceClassification
 
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            resolve(settings.model),
-            revision=settings.revision,
-            dtype=getattr(torch, settings.dtype),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PreflightError(
-            f"reward model {settings.model} cannot be loaded: {error}; check the name, and that it "
-            "is a sequence-classification model (HF_TOKEN for a gated one)"
-        ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:4])
-        raise PreflightError(
-            f"reward model {settings.model} lacks weights ({missing}), which would be random; name "
-            "a model that was trained as a reward model or classifier"
-        )
+    model = load_model(
+        AutoModelForSequenceClassification,
+        settings.model,
+        settings.revision,
+        dtype=getattr(torch, settings.dtype),
+    )
     return model.eval().requires_grad_(False)
-
-
-def _load_tokenizer(settings: ClassifierSettings) -> Any:
-    from transformers import AutoTokenizer
-
-    remedy = "save the tokenizer that the model was trained with beside it"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve(settings.model), revision=settings.revision
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise PreflightError(
-            f"reward model {settings.model}: its tokenizer cannot be loaded: {error}; {remedy}"
-        ) from error
-    # Without files, transformers makes an empty tokenizer of the model's kind and says nothing.
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise PreflightError(f"reward model {settings.model} has no tokenizer; {remedy}")
-    tokenizer.truncation_side = "left"
-    return tokenizer
 
 
 def _max_tokens(settings: ClassifierSettings, model: Any, tokenizer: Any) -> int | None:

@@ -1,12 +1,8 @@
 """Settings of sampling."""
 
-from typing import Annotated
-
 from pydantic import Field, PositiveInt
 
-from klippo.settings import Settings
-
-LengthRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+from klippo.settings import LengthRange, Settings
 
 
 class RolloutSettings(Settings):

@@ -11,7 +11,8 @@ import torch
 from klippo.config.load import load_config
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
-from klippo.policy.loading import load_causal_lm, load_tokenizer, turn_dropout_off
+from klippo.hub import load_tokenizer
+from klippo.policy.loading import load_causal_lm, turn_dropout_off
 from klippo.policy.settings import PolicySettings
 from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine

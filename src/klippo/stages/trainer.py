@@ -147,19 +147,27 @@ class PPOTrainer:
         done = self.session.learner.num_steps_done
         if not self.session.ranks.is_main:
             return
+        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        with self._second_failure(recorder):
+            recorder.folder.write_status(state, reason=_reason(error), num_steps_done=done)
+        if done == 0:
+            return
         folder = recorder.folder
         if isinstance(error, StorageError):
             folder = RunFolder(Path(tempfile.mkdtemp(prefix="klippo-rescued-")))
+        with self._second_failure(recorder):
+            save_model(self.session, folder)
+            recorder.progress.say(
+                f"The policy as it was after {done} steps is in {folder.path / MODEL_DIR}"
+            )
+
+    @contextmanager
+    def _second_failure(self, recorder: RunRecorder) -> Iterator[None]:
+        """What goes wrong while cleaning up must not hide what went wrong first."""
         try:
-            if done > 0:
-                save_model(self.session, folder)
-                recorder.progress.say(
-                    f"The policy as it was after {done} steps is in {folder.path / MODEL_DIR}"
-                )
-            state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-            recorder.folder.write_status(state, reason=_reason(error), num_steps_done=done)
-        except StorageError as second:
-            recorder.progress.say(f"And then: {second}")
+            yield
+        except StorageError as error:
+            recorder.progress.say(f"And then: {error}")
 
 
 def _reason(error: BaseException) -> str:

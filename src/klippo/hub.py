@@ -1,0 +1,88 @@
+"""Models and tokenizers by the names that users write: folders, hub names, `demo:` names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from klippo.demo import demo_path
+from klippo.errors import ConfigError, PreflightError
+
+DEMO_PREFIX = "demo:"
+
+
+def resolve(name: str) -> str:
+    """`demo:policy` as the path inside the package; every other name unchanged.
+
+    Raises ConfigError for a `demo:` name that does not exist.
+    """
+    if not name.startswith(DEMO_PREFIX):
+        return name
+    try:
+        return str(demo_path(name.removeprefix(DEMO_PREFIX)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model folder or hub name. A pad token is not needed.
+
+    Raises PreflightError when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    remedy = "save the model's own tokenizer beside it with tokenizer.save_pretrained(folder)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise PreflightError(
+            f"{name}: the tokenizer cannot be loaded ({_first_line(error)}); {remedy}"
+        ) from error
+    # Without files, transformers makes an empty tokenizer of the model's kind and says nothing.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise PreflightError(f"{name}: the folder has no tokenizer; {remedy}")
+    return tokenizer
+
+
+def load_model(auto_class: Any, name: str, revision: str | None = None, **options: Any) -> Any:
+    """`auto_class.from_pretrained`; every weight must come from the checkpoint.
+
+    Raises PreflightError when the model cannot be loaded or some of its weights would be random.
+    """
+    try:
+        with no_progress_bars():
+            model, report = auto_class.from_pretrained(
+                resolve(name), revision=revision, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise PreflightError(
+            f"{name}: the model cannot be loaded ({_first_line(error)}); give a folder written by "
+            "save_pretrained, or a hub name (gated models need the environment variable HF_TOKEN)"
+        ) from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:4])
+        raise PreflightError(
+            f"{name}: the checkpoint lacks weights ({missing}), which would be random; "
+            f"give a model that was trained as {auto_class.__name__.removeprefix('AutoModelFor')}"
+        )
+    return model
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars about weight files off the screen; a hub download still shows its."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
