@@ -75,7 +75,6 @@ def test_the_command_line_imports_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.xfail(reason="klippo.data and klippo.rewards import torch from their __init__")
 def test_checking_a_config_imports_no_torch():
     code = "import klippo.config.load, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

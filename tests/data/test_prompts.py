@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klippo.data import Row, build_prompts
+from klippo.data.files import Row
+from klippo.data.prompts import build_prompts
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 

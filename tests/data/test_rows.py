@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from klippo.data import Row, load_rows, validation_source
-from klippo.data.rows import hold_out
+from klippo.data.files import Row
+from klippo.data.rows import hold_out, load_rows, validation_source
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klippo.data import PromptSampler
+from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
 from klippo.types import Prompt
 

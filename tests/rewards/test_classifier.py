@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from klippo.errors import ConfigError, PreflightError, RewardError
-from klippo.rewards import ClassifierReward
+from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.settings import ClassifierSettings
 
 from .conftest import CONTEXT, llama, make_rollout

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, RewardError
-from klippo.rewards import FunctionReward, Part, SumReward, resolve_scores, yardstick
+from klippo.rewards.combined import Part, SumReward, yardstick
+from klippo.rewards.function import FunctionReward
+from klippo.rewards.resolve import resolve_scores
 from klippo.types import Scores
 
 from .conftest import make_rollout

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from klippo.errors import ConfigError, RewardError
-from klippo.rewards import FunctionReward, load_function, resolve_scores
+from klippo.rewards.function import FunctionReward
+from klippo.rewards.loading import load_function
+from klippo.rewards.resolve import resolve_scores
 
 from .conftest import make_rollout
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from klippo.rewards import LengthPenalty, RepetitionPenalty
+from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
 from klippo.rewards.settings import LengthSettings
 
 from .conftest import make_rollout

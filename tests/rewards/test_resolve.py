@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from klippo.errors import RewardError
-from klippo.rewards import FunctionReward, resolve_scores
+from klippo.rewards.function import FunctionReward
+from klippo.rewards.resolve import resolve_scores
 from klippo.types import Scores
 
 from .conftest import make_rollout

@@ -19,9 +19,14 @@ def test_a_full_disk_stops_the_metrics_with_an_error_that_names_the_file(tmp_pat
 def test_metrics_lines_written_before_a_failure_stay_whole(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     folder.append_metrics({"step": 0})
-    with pytest.raises(StorageError), folder.new_directory("model") as building:
-        (building / "part").write_text("half")
-        raise OSError(28, "No space left on device")
+
+    def fill() -> None:
+        with folder.new_directory("model") as building:
+            (building / "part").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError):
+        fill()
     assert read_rows(folder.path / "metrics.jsonl") == [{"step": 0}]
     assert sorted(p.name for p in folder.path.iterdir()) == ["metrics.jsonl", "run_status.json"]
 
