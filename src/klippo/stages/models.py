@@ -18,7 +18,7 @@ from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
-from klippo.stages.build import longest
+from klippo.stages.build import context_length, longest
 
 UNNAMED = DataSettings(train="prompts")
 MAX_TOKENS = 64
@@ -34,7 +34,7 @@ class OpenModel:
     data: DataSettings
     stop_ids: frozenset[int]
     max_tokens: int
-    """The longest response of its run."""
+    """The longest response of its run; for other models 64, or half the context."""
     device: torch.device
 
     def engine(self, sampling: Sampling) -> HFEngine:
@@ -47,7 +47,8 @@ def open_model(source: str, device: torch.device) -> OpenModel:
     Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
     """
     folder = Path(source)
-    data, at_eos, max_tokens = UNNAMED, True, MAX_TOKENS
+    data, at_eos = UNNAMED, True
+    max_tokens: int | None = None
     stops: tuple[str | int, ...] = ()
     path = source
     if (folder / STATUS_FILE).is_file():
@@ -61,6 +62,8 @@ def open_model(source: str, device: torch.device) -> OpenModel:
     tokenizer = load_tokenizer(path)
     model = load_causal_lm(PolicySettings(model=path), device).to(device).eval()
     turn_dropout_off(model)
+    if max_tokens is None:
+        max_tokens = min(MAX_TOKENS, (context_length(model) or 2 * MAX_TOKENS) // 2)
     generation_config = getattr(model, "generation_config", None)
     return OpenModel(
         name=source,
