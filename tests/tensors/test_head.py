@@ -1,0 +1,223 @@
+"""Rules 4, 10, 13 and 22: the LM head in chunks against the dense computation.
+
+N tokens, D hidden width, V vocabulary.
+"""
+
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import klippo.tensors.head as head_module
+from klippo.tensors.head import LMHead, chunks, exact_kl, token_logprobs
+
+SHAPES = {
+    "plain": {"bias": False, "scale": 1.0, "softcap": None},
+    "bias": {"bias": True, "scale": 1.0, "softcap": None},
+    "temperature": {"bias": False, "scale": 1 / 0.7, "softcap": None},
+    "softcap": {"bias": False, "scale": 1.0, "softcap": 3.0},
+    "everything": {"bias": True, "scale": 0.25 / 1.3, "softcap": 2.0},
+}
+
+
+def draw(num_tokens, vocabulary, width=5, seed=0, *, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator)
+    offset = torch.randn(vocabulary, generator=generator) if bias else None
+    token_ids = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    return hidden, weight, offset, token_ids
+
+
+def dense(hidden, weight, bias, *, scale, softcap):
+    """Log-probs of every token, (N, V), in the dtype given."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits * scale, -1)
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 10**6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_the_dense_head(monkeypatch, shape, chunk):
+    # rules 4, 10 and 22; the oracle is plain autograd in float64
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
+    options = dict(SHAPES[shape])
+    hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
+    pull = torch.randn(2, 7, generator=torch.Generator().manual_seed(9))
+
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    head = LMHead(weight=ours[1], bias=ours[2] if bias is not None else None, **options)
+    logprobs, entropy = token_logprobs(head, ours[0], token_ids)
+    (pull[0] * logprobs + pull[1] * entropy).sum().backward()
+
+    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logp = dense(theirs[0], theirs[1], theirs[2] if bias is not None else None, **options)
+    true_logprobs = logp.gather(1, token_ids[:, None]).squeeze(1)
+    true_entropy = -(logp.exp() * logp).sum(1)
+    (pull[0] * true_logprobs + pull[1] * true_entropy).sum().backward()
+
+    torch.testing.assert_close(logprobs.double(), true_logprobs, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), true_entropy, atol=2e-6, rtol=1e-5)
+    for mine, true in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trains", ["hidden", "weight", "bias"])
+def test_whichever_input_trains_alone_gets_its_gradient(trains):  # rule 10, frozen heads
+    hidden, weight, bias, token_ids = draw(4, 6)
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+
+    def gradient(inputs, function):
+        leaf = inputs[trains].clone().requires_grad_()
+        function(**{**inputs, trains: leaf}).sum().backward()
+        return leaf.grad
+
+    mine = gradient(
+        inputs,
+        lambda hidden, weight, bias: token_logprobs(
+            LMHead(weight=weight, bias=bias, scale=1.0), hidden, token_ids
+        )[0],
+    )
+    true = gradient(
+        {name: x.double() for name, x in inputs.items()},
+        lambda hidden, weight, bias: dense(hidden, weight, bias, scale=1.0, softcap=None).gather(
+            1, token_ids[:, None]
+        ),
+    )
+    torch.testing.assert_close(mine.double(), true, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 40), st.integers(1, 500))
+def test_chunks_cover_every_token_once_within_the_budget(num_tokens, vocabulary, budget):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_module, "CHUNK_ELEMENTS", budget)
+        parts = list(chunks(num_tokens, vocabulary))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(num_tokens))
+    assert all((part.stop - part.start) * vocabulary <= max(budget, vocabulary) for part in parts)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every tensor that comes out of an operation: the largest, and the live sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.live = self.peak = 0
+        self._storages = set()
+
+    def _freed(self, key, size):
+        self._storages.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                size = storage.nbytes() // x.element_size()
+                self.largest = max(self.largest, size)
+                key = storage._cdata
+                if key not in self._storages:
+                    self._storages.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, key, size)
+        return result
+
+
+def watched(num_tokens, vocabulary, *, width=4):
+    hidden, weight, bias, token_ids = draw(num_tokens, vocabulary, width)
+    hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
+    head = LMHead(weight=weight, bias=bias, scale=0.9, softcap=5.0)
+    with LargestTensor() as seen:
+        logprobs, entropy = token_logprobs(head, hidden, token_ids)
+        (logprobs + 0.1 * entropy).sum().backward()
+    assert weight.grad is not None
+    return seen
+
+
+@pytest.mark.parametrize(("num_tokens", "vocabulary"), [(64, 50), (512, 50), (512, 400)])
+def test_no_tensor_outgrows_the_chunk_budget_forward_or_backward(
+    monkeypatch, num_tokens, vocabulary
+):  # rule 10: nothing of the size tokens * vocabulary, ever
+    budget, width = 1000, 4
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
+    seen = watched(num_tokens, vocabulary, width=width)
+    model_size = vocabulary * width
+    assert seen.largest <= max(budget, model_size, num_tokens * width)
+    assert seen.largest < num_tokens * vocabulary
+
+
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):  # rule 10
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 1000)
+    few, many = watched(50, 100), watched(800, 100)
+    extra_tokens = 750
+    # Per token: hidden state, its gradient, and a handful of scalars; never V = 100 numbers.
+    assert many.peak - few.peak <= extra_tokens * (2 * 4 + 16)
+
+
+def test_entropy_that_nobody_wants_is_zero_and_changes_nothing():  # rule 22
+    hidden, weight, _, token_ids = draw(5, 9)
+    head = LMHead(weight=weight, bias=None, scale=1.0)
+    logprobs, entropy = token_logprobs(head, hidden, token_ids, with_entropy=False)
+    assert torch.equal(logprobs, token_logprobs(head, hidden, token_ids)[0])
+    assert not entropy.any()
+
+
+def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size():  # rules 22 and 29
+    head = LMHead(weight=torch.zeros(8, 3), bias=None, scale=1.0)
+    logprobs, entropy = token_logprobs(head, torch.randn(2, 3), torch.tensor([0, 7]))
+    torch.testing.assert_close(entropy, torch.full((2,), 3.0).mul(torch.log(torch.tensor(2.0))))
+    torch.testing.assert_close(logprobs, -entropy)
+
+
+def test_half_precision_heads_normalise_in_float32():  # rule 4
+    hidden, weight, _, token_ids = draw(6, 300, 16)
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    head = LMHead(weight=weight, bias=None, scale=1.0)
+    logprobs, _ = token_logprobs(head, hidden, token_ids)
+    logits = (hidden @ weight.T).detach().double()
+    expected = logits.log_softmax(1).gather(1, token_ids[:, None]).squeeze(1)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("chunk", [1, 25, 10**6])
+def test_exact_kl_is_the_sum_over_the_whole_vocabulary(monkeypatch, chunk):  # rules 13 and 29
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, _ = draw(6, 10, 5, 0)
+    ref_hidden, ref_weight, _, _ = draw(6, 10, 5, 1)
+    kl = exact_kl(
+        LMHead(weight=weight, bias=bias, scale=0.8, softcap=4.0), hidden,
+        LMHead(weight=ref_weight, bias=None, scale=0.8), ref_hidden,
+    )  # fmt: skip
+    logp = dense(hidden.double(), weight.double(), bias.double(), scale=0.8, softcap=4.0)
+    ref = dense(ref_hidden.double(), ref_weight.double(), None, scale=0.8, softcap=None)
+    for n in range(6):
+        total = sum(float(logp[n, v].exp() * (logp[n, v] - ref[n, v])) for v in range(10))
+        assert float(kl[n]) == pytest.approx(total, abs=1e-5)
+
+
+def test_exact_kl_of_a_head_with_itself_is_zero():  # rule 13
+    hidden, weight, bias, _ = draw(6, 10)
+    head = LMHead(weight=weight, bias=bias, scale=1.0)
+    assert not exact_kl(head, hidden, head, hidden).any()
+
+
+def test_the_watch_sees_what_a_dense_head_would_hold():
+    hidden, weight, bias, token_ids = draw(64, 50)
+    hidden.requires_grad_()
+    with LargestTensor() as seen:
+        logp = dense(hidden, weight, bias, scale=1.0, softcap=None)
+        logp.gather(1, token_ids[:, None]).sum().backward()
+    assert seen.largest >= 64 * 50
+    assert seen.peak >= 2 * 64 * 50
