@@ -1,0 +1,157 @@
+"""docs/benchmarks.md from benchmarks/results/*.json: no figure on that page is typed by hand.
+
+python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+TITLES = {
+    "trl": "TRL {trl} (its own critic model)",
+    "trunk": "Klippo, default (critic on the policy's trunk)",
+    "separate": "Klippo, separate critic (like for like)",
+}
+
+INTRODUCTION = """# Benchmarks
+
+Written by `benchmarks/page.py` from the files in `benchmarks/results/`; the figures are not typed \
+by hand.
+
+TRL removed PPO in 1.13; 1.12.0 is its last release with it. The arms run in turn, each in a \
+process of its own, on the same prompts with the same models' sizes, response lengths, epochs, \
+minibatches, optimizer steps and threads, and a KL penalty from a frozen reference. Machines are \
+shared and noisy, so seconds depend on what else was running, and the ratio within a round is what \
+counts. The first update of each process is left out of medians: memory is still being laid out \
+then.
+"""
+
+REMARKS = """Seconds are wall-clock medians over updates, processor seconds (all threads, first \
+update included) are less disturbed by other work on the machine. Memory is the peak resident size \
+of the process, with Python, PyTorch and every model in it.
+
+What differs besides the code: Klippo's default critic shares the policy's trunk; TRL's critic is \
+a model of its own, as is that of the last arm. Klippo's reward model reads decoded text through \
+its own tokenizer; TRL's reads the policy's token ids. Klippo clips gradients by default, TRL's \
+PPO does not. What this does not show: GPUs, models beyond this size, and the quality of what is \
+learnt.
+"""
+
+
+def write_page() -> None:
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(render(load_results()), encoding="utf-8")
+
+
+def load_results() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+
+
+def render(results: Sequence[dict[str, Any]]) -> str:
+    return "\n".join([INTRODUCTION, *(section(result) for result in results)])
+
+
+def section(result: dict[str, Any]) -> str:
+    """One workload: what it is, what came out, on which machine."""
+    work, machine, versions = result["workload"], result["machine"], result["versions"]
+    vocabulary = result["rounds"][0]["trl"].get("vocabulary")
+    return "\n".join(
+        [
+            f"## {result['name']}",
+            "",
+            f"GPT-2 shape, {work['num_layers']} layers, width {work['width']}, vocabulary "
+            f"{vocabulary:,}, random weights, full fine-tuning, float32; batch "
+            f"{work['batch_size']}, response {work['response_length']} tokens, "
+            f"{work['num_epochs']} PPO epochs, {work['num_minibatches']} minibatch; reward model "
+            f"of the same size; {work['num_threads']} threads.",
+            "",
+            comparison_table(result),
+            "",
+            phase_table(result),
+            "",
+            REMARKS,
+            f"The machine's load average before each round was {loads(result)}; threads wait "
+            "without spinning (`OMP_WAIT_POLICY=PASSIVE`, in every arm).",
+            "",
+            f"Measured {result['date']} with `{result['command']}` on {machine['cores']} "
+            f"{machine['architecture']} cores ({machine['float32_matmul_gflops']} GFLOP/s in a "
+            f"float32 matrix product), Python {versions['python']}, PyTorch {versions['torch']}, "
+            f"transformers {versions['transformers']}, Klippo {versions['klippo']} at "
+            f"{versions['commit']}.",
+            "",
+        ]
+    )
+
+
+def comparison_table(result: dict[str, Any]) -> str:
+    """One row per arm: medians over the rounds, and ratios to TRL round by round."""
+    rounds = result["rounds"]
+    lines = [
+        "| | s/update | tokens/s | processor s/update | peak memory, GB | times as fast as TRL "
+        "(round by round) | the same in processor seconds | peak memory, TRL = 1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, title in TITLES.items():
+        speed = _ratios(rounds, arm, lambda trl, own: trl["median_s"] / own["median_s"])
+        processor = _ratios(
+            rounds, arm, lambda trl, own: trl["cpu_s_per_update"] / own["cpu_s_per_update"]
+        )
+        memory = _ratios(rounds, arm, lambda trl, own: own["peak_rss_gb"] / trl["peak_rss_gb"])
+        is_trl = arm == "trl"
+        lines.append(
+            f"| {title.format(**result['versions'])} "
+            f"| {_median(rounds, arm, 'median_s'):.1f} "
+            f"| {_median(rounds, arm, 'response_tokens_per_s'):.0f} "
+            f"| {_median(rounds, arm, 'cpu_s_per_update'):.1f} "
+            f"| {_median(rounds, arm, 'peak_rss_gb'):.2f} "
+            f"| {'1' if is_trl else _spread(speed)} "
+            f"| {'1' if is_trl else _spread(processor)} "
+            f"| {'1' if is_trl else f'{statistics.median(memory):.2f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def loads(result: dict[str, Any]) -> str:
+    """How busy the machine was, round by round."""
+    return ", ".join(f"{done['trl']['load_before']:.1f}" for done in result["rounds"])
+
+
+def phase_table(result: dict[str, Any]) -> str:
+    """Where the seconds go, medians over the rounds."""
+    lines = []
+    for arm, title in TITLES.items():
+        phases = [done[arm]["phase_medians_s"] for done in result["rounds"]]
+        parts = ", ".join(
+            f"{name} {statistics.median(phase[name] for phase in phases):.1f}" for name in phases[0]
+        )
+        lines.append(f"- {title.format(**result['versions'])}: {parts} s")
+    return "\n".join(["Phases:", "", *lines])
+
+
+def _ratios(
+    rounds: Sequence[dict[str, Any]],
+    arm: str,
+    ratio: Callable[[dict[str, Any], dict[str, Any]], float],
+) -> list[float]:
+    return [ratio(done["trl"], done[arm]) for done in rounds]
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    each = ", ".join(f"{x:.2f}" for x in ratios)
+    return f"**{statistics.median(ratios):.2f}** ({each})"
+
+
+def _median(rounds: Sequence[dict[str, Any]], arm: str, key: str) -> float:
+    return statistics.median(done[arm][key] for done in rounds)
+
+
+if __name__ == "__main__":
+    write_page()

@@ -1,0 +1,83 @@
+"""The benchmark's own arm runs, and its page says what the results files say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def scripts_are_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in ("klippo_ppo", "page", "prepare_smollm", "workload"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    """A byte-level tokenizer without merges: every byte is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={text: i for i, text in enumerate(special + alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[2],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("critic", ["trunk", "separate"])
+def test_klippo_arm_runs_the_whole_workload_in_miniature(critic, tokenizer_folder):
+    import klippo_ppo
+    from workload import Workload
+
+    tiny = Workload(
+        num_layers=1,
+        width=16,
+        num_heads=2,
+        context=128,
+        batch_size=8,
+        response_length=6,
+        num_epochs=2,
+        num_minibatches=2,
+        num_threads=1,
+    )
+
+    result = klippo_ppo.run(tiny, tokenizer_folder, critic=critic, updates=2)
+
+    assert len(result["seconds"]) == 2
+    assert result["response_length"] == [6.0], "responses are of full length, as in TRL's arm"
+    assert result["optimizer_steps_per_update"] == [4.0]
+    assert result["response_tokens_per_s"] > 0
+    assert set(result["phase_medians_s"]) == {"generate", "score", "experience", "update"}
+
+
+def test_benchmark_page_says_what_the_results_files_say():
+    import page
+
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(page.load_results())
+
+
+def test_every_round_compares_like_with_like():
+    import page
+
+    for result in page.load_results():
+        for done in result["rounds"]:
+            assert done["trl"]["response_length"] == [32]
+            assert done["trunk"]["response_length"] == done["separate"]["response_length"] == [32.0]
+            steps = {tuple(arm["optimizer_steps_per_update"]) for arm in done.values()}
+            assert steps == {(4.0,)}
