@@ -1,0 +1,148 @@
+"""The model card, rendered from the figures and nothing else."""
+
+from typing import Any
+
+TEMPLATE = """\
+# The demo models
+
+Three small models that ship with Klippo so that every command can be tried in minutes on a CPU
+and so that over-optimisation can be watched. They are for learning and testing, for nothing else.
+Written by `scripts/build_demo.py` from the figures in `metrics.json`; seed {seed}, torch {torch},
+transformers {transformers}.
+
+| folder | parameters | what it is |
+|---|---|---|
+| `policy/` | {policy_parameters:,} | GPT2LMHeadModel: continues a movie-review sentence |
+| `proxy/` | {proxy_parameters:,} | GPT2ForSequenceClassification: a reward, useful and foolable |
+| `gold/` | {gold_parameters:,} | ModernBertForSequenceClassification: the better judge |
+
+`prompts.jsonl` holds short openings written for this project. Weights are stored as float16 and
+load as float32. All three share one byte-level BPE tokenizer of 2,048 tokens; it puts
+`<|endoftext|>` before every text, the policy ends with the same token, and `<|pad|>` pads on the
+right. The rewards read the opening and the continuation together, with or without the end token.
+
+## Policy
+
+Held-out perplexity {perplexity_token} per token ({perplexity_word} per word and end of sentence)
+on {num_held_out:,} movie sentences that no model and no tokenizer has seen. At temperature 1
+{ended:.0%} of samples end within 24 new tokens; their mean length is {mean_new} tokens. Samples,
+not chosen:
+
+{samples}
+
+## Rewards
+
+Agreement with the raters' mean on the same {num_held_out:,} sentences, with 95% bootstrap
+intervals over sentences. The lexicon is VADER's, with negation and without its other rules: no
+training, an independent yardstick.
+
+| judge | Pearson r | pairs in the right order |
+|---|---|---|
+{agreement}
+
+On samples of the policy, proxy and gold correlate at r = {proxy_gold}. On one shared reference set
+of such samples (24 new tokens, temperature 1) both are scaled to mean 0 and sd 1, so a score of 1
+is one standard deviation above the starting policy. The scale is folded into the weights: into the
+classifier's weight and bias for gold; for the proxy, whose head has no bias, into the head and the
+bias of the layer norm before it, which is exact because nothing else reads that layer norm.
+Measured after saving: proxy {proxy_reference}, gold {gold_reference}.
+Before scaling: proxy {proxy_raw}, gold {gold_raw}.
+
+Gold by what raters said, and on degenerate text made from held-out sentences (praise words
+that it has not been taught to distrust):
+
+| text | mean | sd | 5% | 95% | below a real sentence |
+|---|---|---|---|---|---|
+{gold_rows}
+
+## What an attack does
+
+The policy trained by plain REINFORCE on one reward alone, without a KL penalty; means over the
+first five and the last five of the steps.
+
+| rewarded by | when | proxy | gold | lexicon | repetitive | tokens | example |
+|---|---|---|---|---|---|---|---|
+{attack_rows}
+
+## How they were made
+
+- **Policy**: on newspaper editorials, product reviews and movie sentences, then on movie sentences
+  alone; Muon and AdamW.
+- **Proxy**: a narrow language model of the movie sentences, then Bradley-Terry on a few hundred of
+  them. Each sentence is judged by one of its raters, drawn once, so the comparisons carry one
+  person's noise.
+- **Gold**: masked-language-model pretraining, then squared error on the mean ratings of movie
+  sentences, editorials, product reviews and tweets; degenerate text at -3; samples of the policy
+  rated by a teacher trained on the ratings alone; then rounds of attack, in which a copy of the
+  policy optimises gold and its repetitive samples join the text at -3.
+
+## Limits
+
+- The policy is in the style of a review and often not fluent; it knows nothing.
+- Gold is a small model and no truth: it can be fooled too, only later than the proxy. Look at the
+  lexicon, at repetition and at the text beside it.
+- Ratings are of English sentences from around 2000, by paid raters; their views of films, and of
+  people in them, are in the models.
+
+## Source and licence
+
+Rated sentences of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for
+Sentiment Analysis of Social Media Text", ICWSM 2014, from the source distribution of
+`vaderSentiment==0.5` (MIT licence, copyright 2014 C.J. Hutto). The movie sentences go back to
+reviews collected by Pang and Lee. The text is not part of this package; the script downloads it.
+The models and the prompts are under the project's licence.
+"""
+
+
+def render_card(metrics: dict[str, Any]) -> str:
+    """The card's text for the figures of a build."""
+    policy, proxy, gold = metrics["policy"], metrics["proxy"], metrics["gold"]
+    raw = metrics["raw_reference"]
+    return TEMPLATE.format(
+        seed=metrics["seed"],
+        **metrics["versions"],
+        policy_parameters=policy["num_parameters"],
+        proxy_parameters=proxy["num_parameters"],
+        gold_parameters=gold["num_parameters"],
+        perplexity_token=policy["held_out_perplexity_per_token"],
+        perplexity_word=policy["held_out_perplexity_per_word"],
+        num_held_out=metrics["num_held_out_sentences"],
+        ended=policy["share_ended_within_24_tokens"],
+        mean_new=policy["mean_new_tokens"],
+        samples="\n".join(f"- **{s['prompt']}**{s['continuation']}" for s in policy["samples"]),
+        agreement="\n".join(agreement_row(n, metrics[n]) for n in ("proxy", "gold", "lexicon")),
+        proxy_gold=proxy["pearson_r_with_gold_on_policy_samples"],
+        proxy_reference=mean_and_sd(proxy["reference"]),
+        gold_reference=mean_and_sd(gold["reference"]),
+        proxy_raw=mean_and_sd(raw["proxy"]),
+        gold_raw=mean_and_sd(raw["gold"]),
+        gold_rows="\n".join(
+            f"| {name} | {s['mean']} | {s['sd']} | {s['p5']} | {s['p95']} "
+            f"| {s.get('share_below_a_real_sentence', '')} |"
+            for name, s in (gold["held_out"] | gold["degenerate"]).items()
+        ),
+        attack_rows="\n".join(attack_rows(metrics["attacks"])),
+    )
+
+
+def mean_and_sd(values: dict[str, float]) -> str:
+    """Both numbers in words."""
+    return f"mean {values['mean']}, sd {values['sd']}"
+
+
+def agreement_row(name: str, values: dict[str, Any]) -> str:
+    """One judge's line of the table."""
+    r, accuracy = values["pearson_r"], values["pair_accuracy"]
+    (r_low, r_high), (low, high) = values["pearson_r_ci95"], values["pair_accuracy_ci95"]
+    return f"| {name} | {r} ({r_low} to {r_high}) | {accuracy} ({low} to {high}) |"
+
+
+def attack_rows(attacks: dict[str, Any]) -> list[str]:
+    """Two lines for each attack: its beginning and its end."""
+    return [
+        f"| {target.removeprefix('on_')} | {when} of {attack['num_steps']} | {v['proxy_mean']} "
+        f"| {v['gold_mean']} | {v['lexicon_mean']} | {v['share_repetitive']} | {v['mean_tokens']} "
+        f"| {v['example'].replace('|', '/')} |"
+        for target, attack in attacks.items()
+        for when, v in ((when, attack[when]) for when in ("first", "last"))
+    ]
