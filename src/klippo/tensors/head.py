@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once: 64 MiB in float32."""
+CHUNK_ELEMENTS = 2**23
+"""Logits held at once: 32 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +35,13 @@ class LMHead:
             logits += self.bias.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.mul_(self.scale)
+        return logits if self.scale == 1 else logits.mul_(self.scale)
 
-    def logits_gradient(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the raw product, from that of `logits` (n, V)."""
-        if self.softcap is not None:
-            capped = logits / (self.scale * self.softcap)
-            grad = grad * (1 - capped**2)
-        return grad.mul_(self.scale)
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d (hidden @ weight.T + bias), given the logits (n, V)."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (logits / (self.scale * self.softcap)) ** 2)
 
 
 def chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
@@ -126,15 +125,17 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = weight.new_zeros(len(weight)) if needs_bias and ctx.has_bias else None
         for part in chunks(len(hidden), len(weight)):
             logits = head.logits(hidden[part])
-            logp = logits - log_normalizer[part, None]
-            grad = logp.exp()
+            slope = head.slope(logits)
+            # In place from here on: a chunk of logits is the largest thing in memory.
+            logp = logits.sub_(log_normalizer[part, None])
+            pull = grad_logprobs[part, None]
             if use_entropy:
-                pull = grad_entropy[part, None] * (logp + entropy[part, None])
-                grad = grad.mul_(-(grad_logprobs[part, None] + pull))
-            else:
-                grad = grad.mul_(-grad_logprobs[part, None])
+                pull = pull + grad_entropy[part, None] * (logp + entropy[part, None])
+            grad = logp.exp_().mul_(-pull)
             grad.scatter_add_(1, token_ids[part, None], grad_logprobs[part, None])
-            grad = head.logits_gradient(grad, logits).to(hidden.dtype)
+            if isinstance(slope, Tensor) or slope != 1:
+                grad.mul_(slope)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
             if grad_weight is not None:
