@@ -1,0 +1,102 @@
+"""PPO steps that are the same work for one process and for two; run by test_ranks.py.
+
+python -m tests.ppo.two_ranks FOLDER    (with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from klippo.policy.settings import CriticSettings
+from klippo.ppo.learner import Learner
+from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
+from klippo.ranks import Ranks
+from klippo.types import Scores
+from tests.toys import CPU, LORA, RAGGED, disturb, llama, load, make_rollout, weights
+
+NAN = math.nan
+REWARD = [1.0, -2.0, 0.5, 3.0]
+LORA_CRITIC = CriticSettings(kind="lora", lora=LORA)
+
+
+@dataclasses.dataclass
+class Case:
+    """A batch of four rows (two a process), learnt from `num_steps` times."""
+
+    reward: list[float] = dataclasses.field(default_factory=lambda: REWARD)
+    ppo: dict = dataclasses.field(default_factory=dict)
+    kl: dict = dataclasses.field(default_factory=dict)
+    score: dict = dataclasses.field(default_factory=dict)
+    tuning: str = "full"
+    critic: CriticSettings = dataclasses.field(default_factory=CriticSettings)
+    num_steps: int = 1
+    old_shift: list[float] | None = None
+    """Added to the old log-probs of each row."""
+
+
+CASES = {
+    "plain": Case(ppo={"num_epochs": 2, "entropy_coef": 0.05}),
+    "micro-batches": Case(ppo={"micro_batch_size": 1}, kl={"placement": "loss", "coef": 0.3}),
+    "score statistics": Case(
+        score={"normalize": True, "whiten": True, "missing_eos": "subtract"},
+        kl={"controller": "adaptive", "target": 0.01, "horizon": 50.0},
+        num_steps=2,
+    ),
+    "lora policy and critic": Case(tuning="lora", critic=LORA_CRITIC, num_steps=2),
+    "a process without scores": Case(reward=[1.0, -2.0, NAN, NAN], num_steps=2),
+    "nobody has scores": Case(reward=[NAN] * 4),
+    "guard by one process": Case(
+        ppo={"ratio_threshold": 10.0, "num_epochs": 2}, old_shift=[0.0, 0.0, 0.0, -6.0]
+    ),
+    "target kl": Case(ppo={"num_epochs": 6, "target_kl": 0.1}, old_shift=[0.0, 0.0, 0.0, -2.0]),
+    "critic warm-up": Case(ppo={"num_critic_warmup_steps": 2}, num_steps=3),
+}
+
+
+def learn(case: Case, ranks: Ranks) -> dict:
+    """Weights, metrics and state after the case's steps in this process."""
+    rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
+    loaded = load(llama(), tuning=case.tuning, critic=case.critic)
+    disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
+    learner = Learner(
+        loaded.policy,
+        loaded.reference,
+        ppo=PPOSettings(batch_size=4, **({"num_epochs": 1} | case.ppo)),
+        kl=KLSettings(**case.kl),
+        score=ScoreSettings(**case.score),
+        optimizer=OptimizerSettings(learning_rate=1e-3),
+        ranks=ranks,
+    )
+    rollout = make_rollout([RAGGED[i] for i in rows], temperature=0.8)
+    scores = Scores(reward=torch.tensor([case.reward[i] for i in rows]))
+    for _ in range(case.num_steps):
+        experience = learner.experience(rollout, scores)
+        if case.old_shift is not None:
+            shift = torch.tensor([case.old_shift[i] for i in rows])[:, None]
+            experience = dataclasses.replace(
+                experience, old_logprobs=experience.old_logprobs + shift
+            )
+        metrics = learner.learn(experience)
+    return {
+        "weights": weights(learner.policy),
+        "metrics": metrics,
+        "kl_coef": learner.kl_controller.coef,
+        "moments": learner.score_moments.state_dict(),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks.from_environment(CPU)
+    assert ranks.world_size == 2
+    for name, case in CASES.items():
+        torch.save(learn(case, ranks), folder / f"{name}.{ranks.rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
