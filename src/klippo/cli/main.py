@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,10 @@ import typer
 
 from klippo.cli.config import Overrides, Run, config_app
 from klippo.cli.ending import EXIT_CODES, ending
+
+# Read when PyTorch starts its threads: idle ones sleep instead of spinning. On cores that another
+# process uses too this makes a run several times faster.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     help="PPO for language models from any reward.",
