@@ -3,9 +3,12 @@
 B sequences, P prompt tokens, T response tokens, V vocabulary.
 """
 
+import weakref
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from klippo.policy.loading import load_policy
@@ -156,3 +159,31 @@ def over_two_ranks(function, halves):
             return results
         assert len(partial) == len(halves), "ranks made different numbers of sums"
         known.append(torch.stack(partial).sum(0))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every tensor that comes out of an operation: the largest, and the live sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.live = self.peak = 0
+        self._storages = set()
+
+    def _freed(self, key, size):
+        self._storages.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                size = storage.nbytes() // x.element_size()
+                self.largest = max(self.largest, size)
+                key = storage._cdata
+                if key not in self._storages:
+                    self._storages.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, key, size)
+        return result

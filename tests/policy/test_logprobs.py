@@ -22,6 +22,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+import klippo.tensors.head as head_module
 from klippo.errors import PreflightError
 from klippo.policy.actor_critic import CausalLM
 from klippo.policy.loading import check_head, turn_dropout_off
@@ -31,6 +32,7 @@ from tests.toys import (
     FAMILIES,
     RAGGED,
     VOCABULARY,
+    LargestTensor,
     assert_same_tensors,
     dense_logprobs,
     disturb,
@@ -122,6 +124,22 @@ def test_gradients_through_the_chunked_head_are_those_of_the_dense_model(family)
         for prompt_ids, ids in RAGGED
     ).backward()
     assert_same_tensors(ours, gradients(model), atol=2e-5, rtol=1e-4)
+
+
+def test_logits_of_a_whole_batch_never_exist(monkeypatch):  # rule 10, through the whole model
+    vocabulary, budget = 500, 1000
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
+    loaded = load(gpt2(vocab_size=vocabulary))
+    rollout = make_rollout([([3, 7, 1], [2] * 20), ([5], [8] * 12)] * 4)
+    with LargestTensor() as seen:
+        output = loaded.policy(rollout.tokens, 1.0)
+        (output.logprobs + output.entropy + output.values).sum().backward()
+        loaded.reference.logprobs(rollout.tokens, 1.0)
+        loaded.reference.kl_from(loaded.policy.lm, rollout.tokens, 1.0)
+    largest_weight = vocabulary * 16
+    activations = 8 * 23 * 64  # the wide layer of the MLP
+    assert seen.largest <= max(largest_weight, activations, budget)
+    assert seen.largest < 8 * 20 * vocabulary
 
 
 def test_values_are_read_where_the_token_is_emitted_and_one_further():  # rules 4, 9 and 18

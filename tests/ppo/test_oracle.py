@@ -36,7 +36,15 @@ def distribution(policy) -> torch.Tensor:
 def test_ppo_converges_to_the_reference_tilted_by_the_exponential_reward() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=8,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
     for weight in model.parameters():
         weight.data *= 3  # a reference that is far from uniform
@@ -56,8 +64,13 @@ def test_ppo_converges_to_the_reference_tilted_by_the_exponential_reward() -> No
         loaded.policy,
         loaded.reference,
         ppo=PPOSettings(
-            num_steps=steps, batch_size=batch, num_epochs=2, gae_lambda=1.0, value_coef=0.5,
-            value_clip_range=None, whiten_advantages=False,
+            num_steps=steps,
+            batch_size=batch,
+            num_epochs=2,
+            gae_lambda=1.0,
+            value_coef=0.5,
+            value_clip_range=None,
+            whiten_advantages=False,
         ),
         kl=KLSettings(coef=BETA),
         optimizer=OptimizerSettings(learning_rate=5e-3, schedule="cosine"),
@@ -69,11 +82,13 @@ def test_ppo_converges_to_the_reference_tilted_by_the_exponential_reward() -> No
             distribution(loaded.policy), batch, replacement=True, generator=generator
         )
         rollout = Rollout(
-            prompts=[], responses=[], tokens=every_response().rows(drawn),
-            finished=torch.ones(batch, dtype=torch.bool), temperature=1.0,
+            prompts=[],
+            responses=[],
+            tokens=every_response().rows(drawn),
+            finished=torch.ones(batch, dtype=torch.bool),
+            temperature=1.0,
         )
         learner.learn(learner.experience(rollout, Scores(reward=rewards[drawn])))
     end = 0.5 * (distribution(loaded.policy) - optimum).abs().sum()
     assert start > 0.2, "the toy must not start at its optimum"
-    print("TV", start, end)
     assert end < 0.02

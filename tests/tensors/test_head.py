@@ -3,17 +3,14 @@
 N tokens, D hidden width, V vocabulary.
 """
 
-import weakref
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import klippo.tensors.head as head_module
 from klippo.tensors.head import LMHead, chunks, exact_kl, token_logprobs
+from tests.toys import LargestTensor
 
 SHAPES = {
     "plain": {"bias": False, "scale": 1.0, "softcap": None},
@@ -102,34 +99,6 @@ def test_chunks_cover_every_token_once_within_the_budget(num_tokens, vocabulary,
         parts = list(chunks(num_tokens, vocabulary))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(num_tokens))
     assert all((part.stop - part.start) * vocabulary <= max(budget, vocabulary) for part in parts)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every tensor that comes out of an operation: the largest, and the live sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.live = self.peak = 0
-        self._storages = set()
-
-    def _freed(self, key, size):
-        self._storages.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                size = storage.nbytes() // x.element_size()
-                self.largest = max(self.largest, size)
-                key = storage._cdata
-                if key not in self._storages:
-                    self._storages.add(key)
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._freed, key, size)
-        return result
 
 
 def watched(num_tokens, vocabulary, *, width=4):
