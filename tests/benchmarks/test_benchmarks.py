@@ -81,3 +81,17 @@ def test_every_round_compares_like_with_like():
             assert done["trunk"]["response_length"] == done["separate"]["response_length"] == [32.0]
             steps = {tuple(arm["optimizer_steps_per_update"]) for arm in done.values()}
             assert steps == {(4.0,)}
+
+
+def test_smollm_page_says_what_its_results_file_says():
+    import importlib.util
+    import json
+
+    script = BENCHMARKS.parent / "experiments" / "smollm" / "run.py"
+    spec = importlib.util.spec_from_file_location("smollm_run", script)
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+
+    results = json.loads(run.RESULTS.read_text(encoding="utf-8"))
+
+    assert run.README.read_text(encoding="utf-8") == run.render(results)
