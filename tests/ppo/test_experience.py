@@ -79,6 +79,27 @@ def test_the_first_minibatch_sees_the_policy_that_sampled(setup, micro):  # rule
     assert metrics["kl/sequence_nats"] != 0
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("setup", SETUPS)
+def test_half_precision_policies_learn_on_policy_with_float32_heads_and_adapters(setup, precision):
+    # rules 4 and 7
+    tuning, critic = SETUPS[setup]
+    model = llama().bfloat16() if precision == "bfloat16" else llama()
+    loaded = load(
+        model, tuning=tuning, critic=critic, autocast=precision == "autocast",
+        **({"num_unfrozen_layers": 1} if tuning == "last_layers" else {}),
+    )  # fmt: skip
+    one = learner(loaded)
+    assert {p.dtype for p in one.policy.trainable()[1]} == {torch.float32}
+    if tuning == "lora":
+        assert {p.dtype for p in one.policy.trainable()[0]} == {torch.float32}
+    experience = one.experience(make_rollout(RAGGED), Scores(reward=REWARD))
+    assert experience.old_logprobs.dtype == experience.old_values.dtype == torch.float32
+    metrics = one.learn(experience)
+    assert metrics["policy/first_ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/clipped_share"] == 0
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_old_log_probs_do_not_depend_on_the_micro_batch(micro):  # rules 2 and 7
     loaded = load(llama())
