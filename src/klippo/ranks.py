@@ -41,10 +41,19 @@ class Ranks:
         return x
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace every gradient by its sum over all processes; a missing one counts as zero."""
+        """Replace every gradient by its sum over all processes.
+
+        One that is missing here counts as zero; one that is missing everywhere stays missing, so
+        that the optimizer leaves its weights and their moments alone.
+        """
         if self.world_size == 1:
             return
-        for parameter in parameters:
+        parameters = list(parameters)
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+        somewhere = self.all_sum(there.to(parameters[0].device)).tolist()
+        for parameter, number in zip(parameters, somewhere, strict=True):
+            if number == 0:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)

@@ -249,21 +249,7 @@ DROPOUTS = {
 }  # fmt: skip
 
 
-STILL_RANDOM = {
-    "falcon": "FalconDecoderLayer reads its dropout from self.config while it runs",
-    "opt_layerdrop": "OPTDecoder.layerdrop skips whole layers; its name lacks `dropout`",
-}
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=STILL_RANDOM[name]))
-        if name in STILL_RANDOM
-        else name
-        for name in DROPOUTS
-    ],
-)
+@pytest.mark.parametrize("architecture", DROPOUTS)
 def test_two_forwards_in_training_mode_are_identical(architecture):  # rule 6
     torch.manual_seed(0)
     model = DROPOUTS[architecture]()

@@ -44,20 +44,7 @@ def folder(tmp_path_factory):
     return path
 
 
-TWO_DIFFER = {
-    "critic warm-up": "zero gradients advance Adam's step count of the waiting policy weights"
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=TWO_DIFFER[name]))
-        if name in TWO_DIFFER
-        else name
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name):
     alone = learn(CASES[name], Ranks())
     first, second = (torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1))

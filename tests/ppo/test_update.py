@@ -146,15 +146,15 @@ def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(settings, ste
 
 
 def test_every_row_is_visited_once_in_each_epoch(monkeypatch):  # rule 27
-    from klippo.ppo import update
+    from klippo.ppo.objective import PPOLoss
 
-    seen, losses = [], update._losses
+    seen, loss = [], PPOLoss.__call__
 
-    def watched(settings, policy, experience, rows, *rest):
+    def watched(self, rows):
         seen.append(rows.tolist())
-        return losses(settings, policy, experience, rows, *rest)
+        return loss(self, rows)
 
-    monkeypatch.setattr(update, "_losses", watched)
+    monkeypatch.setattr(PPOLoss, "__call__", watched)
     run(learner(ppo={"num_epochs": 3, "minibatch_size": 2, "micro_batch_size": 1}))
     epochs = [seen[i : i + 4] for i in range(0, 12, 4)]
     assert all(sorted(epoch) == [[0], [1], [2], [3]] for epoch in epochs)

@@ -89,14 +89,25 @@ def load_causal_lm(settings: PolicySettings, device: torch.device) -> Any:
 def turn_dropout_off(model: nn.Module) -> None:
     """Set every dropout probability to 0, so that the sampler and the update see one policy.
 
-    Modules and the float attributes that attention code reads; the saved config stays as it was.
+    That is modules, float attributes of modules (attention, layer drop), and the config that inner
+    modules read while they run; the config that is saved stays as it was.
     """
+    config = getattr(model, "config", None)
+    quiet: Any = copy.deepcopy(config)
+    _zero_dropout(quiet)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _zero_dropout(module)
+        if module is not model and config is not None and vars(module).get("config") is config:
+            module.config = quiet
+
+
+def _zero_dropout(holder: object) -> None:
+    """Set the float attributes of an object that are named after dropping to 0."""
+    for name, value in list(getattr(holder, "__dict__", {}).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:

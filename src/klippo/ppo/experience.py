@@ -172,6 +172,7 @@ def _engine_weights(
     weights = None
     if ppo.importance_cap is not None:
         weights = log_ratio.exp().clamp(max=ppo.importance_cap)
+        weights = torch.where(mask, weights, torch.zeros_like(weights))
     return weights, {"engine/logprob_mismatch_nats": mismatch}
 
 
@@ -213,5 +214,5 @@ def _metrics(
     }
     for name, part in scores.parts.items():
         part = part.to(mask.device)
-        metrics[f"reward/part/{name}"] = mean(part, ~part.isnan())
+        metrics[f"reward/part/{name}"] = mean(part, scored & ~part.isnan())
     return metrics
