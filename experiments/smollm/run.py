@@ -173,11 +173,10 @@ intervals of the paired difference:
 
 {samples}
 
-Training with both evaluations took {result["train_s"]:.0f} s on {result["cores"]} cores, busy with \
-other work too ({min(result["update_s"]):.0f} to {max(result["update_s"]):.0f} s an update), and \
-{result["peak_gib"]} GiB
-(PyTorch {result["versions"]["torch"]}, Python {result["versions"]["python"]}, commit \
-{result["versions"]["commit"]}).
+Training with both evaluations took {result["train_s"]:.0f} s on {result["cores"]} cores that had
+other work too ({min(result["update_s"]):.0f} to {max(result["update_s"]):.0f} s an update), and
+{result["peak_gib"]} GiB (PyTorch {result["versions"]["torch"]}, Python \
+{result["versions"]["python"]}, commit {result["versions"]["commit"]}).
 
 ## What this does not show
 
