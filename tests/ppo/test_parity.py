@@ -86,7 +86,7 @@ def losses(policy, rows):
                 row[name][t] for name in ("advantages", "returns", "old_values")
             )
             ratio = (logprob - row["old_logprobs"][t]).exp()
-            bounded = min(max(float(ratio), 1 - EPS), 1 + EPS)
+            bounded = min(max(ratio.item(), 1 - EPS), 1 + EPS)
             if advantage * bounded < float(advantage * ratio):
                 sums["policy"] += torch.tensor(-advantage * bounded, dtype=torch.float64)
                 sums["clipped"] += 1

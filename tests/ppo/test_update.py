@@ -117,6 +117,16 @@ def test_the_guard_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  #
     assert metrics["update/num_skipped_minibatches"] == 1
 
 
+def test_the_update_kl_is_that_of_the_policy_that_sampled_from_the_new_one():  # rules 12 and 27
+    one = learner()
+    experience = one.experience(ROLLOUT, SCORES)
+    metrics = run(one, experience, old_logprobs=experience.old_logprobs - 0.5)
+    # k3 under samples of the old policy: rho - 1 - log rho with log rho = 0.5
+    expected = math.exp(0.5) - 1 - 0.5
+    assert metrics["policy/update_kl_nats_per_token"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(0.5), abs=1e-5)
+
+
 def test_only_the_bad_minibatch_is_skipped():  # rules 24 and 27
     one = learner(ppo={"ratio_threshold": 10.0, "minibatch_size": 1, "num_epochs": 3})
     experience = one.experience(ROLLOUT, SCORES)

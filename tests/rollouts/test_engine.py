@@ -176,6 +176,12 @@ def test_a_token_of_probability_zero_is_never_drawn():  # rule 5
     torch.testing.assert_close(logprobs, torch.full((2000,), -math.log(2)))
 
 
+def test_the_smallest_random_number_draws_the_first_possible_token(monkeypatch):  # rule 5
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape).double())
+    logits = torch.tensor([[-math.inf, 0.0, 0.0], [0.0, -math.inf, 0.0]])
+    assert draw(logits, Sampling(), random())[0].tolist() == [1, 0]
+
+
 def test_the_same_seed_draws_the_same_responses():
     first, again, other = (
         engine(gpt2()).generate(PROMPTS, [8] * 4, random(seed)) for seed in (3, 3, 4)
