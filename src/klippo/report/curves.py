@@ -97,11 +97,13 @@ def _evaluated(ax: Any, evaluations: Mapping[int, Sequence[SampleRow]]) -> None:
                 steps, means, yerr=halves, color=colour, marker="o", ms=3, lw=1.5, capsize=2
             )
             ax.annotate(
-                key, (steps[-1], means[-1]), xytext=(4, 6), textcoords="offset points", color=colour
+                key, (steps[-1], means[-1]), xytext=(6, 8), textcoords="offset points", color=colour
             )
     ax.axhline(0, color=GREY, lw=0.6)
     ax.set(xlabel="PPO step", ylabel="change in sd of the start")
-    ax.set_title("fixed prompts: what trains it, and a second opinion", loc="left", fontsize=9)
+    ax.set_title(
+        "fixed prompts: proxy trains it, gold never does (95% intervals)", loc="left", fontsize=9
+    )
 
 
 def _over_kl(ax: Any, evaluations: Mapping[int, Sequence[SampleRow]]) -> None:

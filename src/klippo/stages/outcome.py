@@ -67,6 +67,7 @@ def conclude(session: Session, name: str, folder: RunFolder, console: Console) -
             "low": result.difference.low,
             "high": result.difference.high,
             "in_sd": result.difference_in_sd,
+            "num": result.difference.num,
         }
         for key, result in outcome.compared.items()
     }

@@ -45,8 +45,8 @@ class RunningMoments:
         self.count = whole
 
     def standardize(self, values: Tensor) -> Tensor:
-        """(values - mean) / sd."""
-        return (values - self.mean) / self.sd
+        """(values - mean) / sd, in the values' dtype; taken in float64, for close values."""
+        return ((values.double() - self.mean) / self.sd).to(values.dtype)
 
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "sum_of_squares": self._sum_of_squares}
