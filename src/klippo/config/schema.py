@@ -23,7 +23,7 @@ class RunConfig(Settings):
     """Seed of everything random."""
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is the config's name, `{seed}` the seed."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
     num_threads: PositiveInt | None = None
     """CPU threads; default: PyTorch's choice."""

@@ -53,12 +53,11 @@ def build_reward(
 
 def choose_device(name: str) -> torch.device:
     """The device of this process. Raises PreflightError for one that is not here."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next((kind for kind, here in available.items() if here), "cpu")
-    elif not available.get(name, True):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
         raise PreflightError(
-            f"device={name}: PyTorch {torch.__version__} finds no such device here; use device=auto"
+            f"device=cuda: PyTorch {torch.__version__} finds no CUDA GPU here; use device=auto"
         )
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
