@@ -87,7 +87,7 @@ def losses(policy, rows):
             )
             ratio = (logprob - row["old_logprobs"][t]).exp()
             bounded = min(max(ratio.item(), 1 - EPS), 1 + EPS)
-            if advantage * bounded < float(advantage * ratio):
+            if advantage * bounded < advantage * ratio.item():
                 sums["policy"] += torch.tensor(-advantage * bounded, dtype=torch.float64)
                 sums["clipped"] += 1
             else:

@@ -93,6 +93,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.from_environment(CPU)
     assert ranks.world_size == 2
+    own = torch.tensor([ranks.rank + 1.0])
+    assert ranks.all_sum(own).item() == 3.0
+    assert own.item() == ranks.rank + 1.0, "a sum leaves its input alone"
     for name, case in CASES.items():
         torch.save(learn(case, ranks), folder / f"{name}.{ranks.rank}.pt")
     dist.destroy_process_group()
