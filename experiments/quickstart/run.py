@@ -7,12 +7,12 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-from klippo.config.load import load_config
 from klippo.runs.folder import read_rows
-from klippo.stages.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
@@ -23,8 +23,8 @@ NUM_EXAMPLES = 10
 def train(seed: int, folder: Path) -> dict[str, object]:
     """One run; its figures."""
     start = time.monotonic()
-    loaded = load_config("quickstart", [f"seed={seed}", f"output_dir={folder}"])
-    PPOTrainer(loaded, overwrite=True).train()
+    command = [sys.executable, "-m", "klippo", "train", "quickstart", "--overwrite"]
+    subprocess.run([*command, f"seed={seed}", f"output_dir={folder}"], check=True)
     figures = json.loads((folder / "run_status.json").read_text())["before_after"]
     return {"seed": seed, "minutes": (time.monotonic() - start) / 60, "measures": figures}
 

@@ -103,6 +103,17 @@ def test_a_minibatch_beyond_the_ratio_guard_is_truly_skipped(shift, threshold): 
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing():  # rule 24
+    one = learner()
+    run(one)
+    before, state = weights(one.policy), optimizer_state(one)
+    experience = one.experience(ROLLOUT, SCORES)
+    metrics = run(one, experience, returns=experience.returns * math.inf)
+    assert_same_tensors(weights(one.policy), before, atol=0)
+    assert same_state(state, optimizer_state(one))
+    assert metrics["update/num_skipped_minibatches"] == 1
+
+
 def test_the_guard_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  # rule 24
     one = learner(ppo={"ratio_threshold": 10.0})
     experience = one.experience(ROLLOUT, SCORES)

@@ -22,7 +22,7 @@ from klippo.types import TokenBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOutput:
-    """Zero wherever response_mask is False."""
+    """Log-probs and entropy are zero wherever response_mask is False."""
 
     logprobs: Tensor  # (B, T) float32, nats
     entropy: Tensor  # (B, T) float32, nats

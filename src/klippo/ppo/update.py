@@ -56,6 +56,7 @@ def ppo_update(
     size = (settings.minibatch_size or settings.batch_size) // ranks.world_size
     stopped_early = False
     policy.train()
+    optimizer.zero_grad(set_to_none=True)
     for _ in range(settings.num_epochs):
         order = torch.randperm(num_rows, generator=generator).to(experience.mask.device)
         for rows in micro_batches(order, size):
@@ -72,7 +73,6 @@ def ppo_update(
         if stopped_early:
             break
     policy.eval()
-    assert len(tally.means) + tally.num_skipped == tally.num_minibatches
     planned = settings.num_epochs * math.ceil(num_rows / size)
     assert stopped_early or tally.num_minibatches == planned
     return _summary(tally, stopped_early)
@@ -103,18 +103,21 @@ def _step(
     tally: _Tally,
     ranks: Ranks,
 ) -> None:
-    """One optimizer step, or none where the mean ratio is NaN or above the threshold."""
+    """One optimizer step, or none where it would do harm.
+
+    That is where the mean ratio is NaN or above the threshold, or a gradient is not finite.
+    """
     tally.num_minibatches += 1
     ratio = means["ratio"]
     if math.isfinite(ratio) and (ratio_threshold is None or ratio <= ratio_threshold):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ranks.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        optimizer.step()
-        tally.grad_norms.append(float(norm))
-        tally.means.append(means)
-    else:
-        tally.num_skipped += 1
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        if math.isfinite(norm):
+            optimizer.step()
+            tally.grad_norms.append(norm)
+            tally.means.append(means)
+    tally.num_skipped = tally.num_minibatches - len(tally.means)
     optimizer.zero_grad(set_to_none=True)
 
 
