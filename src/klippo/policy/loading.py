@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,7 +51,10 @@ def load_policy(
         reference_model = _frozen_copy(model)
         peft_model = None
     else:
-        peft_model = _with_adapters(settings, critic, model)
+        with warnings.catch_warnings():
+            # peft asks transformers by names that transformers is about to drop: not a user's matter.
+            warnings.simplefilter("ignore", FutureWarning)
+            peft_model = _with_adapters(settings, critic, model)
         model = reference_model = peft_model.get_base_model()
     lm = CausalLM(model, autocast=settings.autocast).to(device)
     check_head(lm)
@@ -72,7 +76,9 @@ def load_policy(
         critic_module = TrunkCritic(lm.hidden_size)
     policy = ActorCritic(lm, critic_module.to(device), peft_model)
     if settings.gradient_checkpointing:
-        _checkpoint_gradients(policy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            _checkpoint_gradients(policy)
     return LoadedPolicy(policy=policy.eval(), reference=reference, tokenizer=tokenizer)
 
 
