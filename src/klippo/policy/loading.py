@@ -52,7 +52,7 @@ def load_policy(
         peft_model = None
     else:
         with warnings.catch_warnings():
-            # peft asks transformers by names that transformers is about to drop: not a user's matter.
+            # peft calls transformers by names that are about to go: no news for users.
             warnings.simplefilter("ignore", FutureWarning)
             peft_model = _with_adapters(settings, critic, model)
         model = reference_model = peft_model.get_base_model()
