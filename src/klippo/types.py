@@ -23,7 +23,7 @@ class Prompt:
     id: int
     """Row number in the data set, from 0."""
     text: str
-    """What the policy reads, after the chat template and any cut, without a leading BOS token."""
+    """What the policy reads, after the chat template or any cut; plain text has no BOS in front."""
     token_ids: list[int]
     """The same as token ids, including a BOS token where the tokenizer wants one."""
     meta: Mapping[str, Any] = field(default_factory=dict)

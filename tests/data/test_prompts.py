@@ -74,7 +74,7 @@ def test_chat_prompts_are_the_tokenizers_own_rendering(with_chat):
         expected = with_chat.apply_chat_template(conversation, add_generation_prompt=True)
         assert prompt.token_ids == expected["input_ids"]
         assert prompt.token_ids.count(with_chat.bos_token_id) == 1
-        assert "<s>" + prompt.text == with_chat.apply_chat_template(
+        assert prompt.text == with_chat.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=False
         )
 

@@ -22,7 +22,7 @@ class _Encoded:
     """A row as the policy will read it."""
 
     row: Row
-    text: str  # without a BOS token at its start
+    text: str  # without a BOS token at its start, unless a chat template wrote it
     bos: list[int]  # the BOS token's id, or nothing
     content: list[int]  # the other ids
 
@@ -43,8 +43,8 @@ def build_prompts(
 
     `tokenizer` is the policy's. `source` names the rows' file in messages. `seed` and the row's
     number decide a cut, so other rows have no influence on it. Rows that `overlong: drop` left out
-    are counted in the log. `Prompt.text` is what the policy reads, with a chat template's special
-    tokens, without a BOS token at its start.
+    are counted in the log. `Prompt.text` is what the policy reads: with all of a chat template's
+    special tokens, and in text format without a BOS token at its start.
 
     Raises ConfigError for a missing column, an empty prompt, a wrong type, a tokenizer without a
     chat template where one is needed, an overlong prompt, and when no prompt is left.
@@ -200,7 +200,9 @@ def _encode(
     encoded = []
     for row, text, ids in zip(rows, texts, all_ids, strict=True):
         if bos_token and text.startswith(bos_token) and ids[:1] == [bos_id]:
-            entry = _Encoded(row, text.removeprefix(bos_token), ids[:1], ids[1:])
+            # A chat template's first token is part of its text (SmolLM2's <|im_start|> is its BOS).
+            read = text if settings.format == "chat" else text.removeprefix(bos_token)
+            entry = _Encoded(row, read, ids[:1], ids[1:])
         else:
             entry = _Encoded(row, text, added, ids)
         if not entry.content:
