@@ -71,14 +71,14 @@ class Plan:
 
     policy_passes: tuple[int, int] = (4, 5)  # over all texts, then over movie sentences alone
     proxy_lm_passes: int = 4
-    proxy_sentences: int = 500  # each labelled by one random rater
-    proxy_pairs: int = 1500
+    proxy_sentences: int = 800  # each labelled by one random rater
+    proxy_pairs: int = 3000
     proxy_epochs: int = 3
     encoder_passes: int = 2
     gold_passes: tuple[int, int] = (2, 1)
     num_policy_samples: int = 3000
     num_negatives_per_kind: int = 500
-    attack_rounds: int = 2
+    attack_rounds: int = 3
     attack_steps: int = 40
     reference_per_prompt: int = 4
     max_sentences: int | None = None  # of each text source
@@ -177,7 +177,7 @@ def build_proxy(
     model = GPT2ForSequenceClassification(config)
     model.transformer.load_state_dict(trunk.transformer.state_dict())
     pairs = noisy_pairs(corpus, tokenizer, plan, seed + 1)
-    train_pairs(model, pairs, plan.proxy_epochs, lr=3e-4, seed=seed + 1)
+    train_pairs(model, pairs, plan.proxy_epochs, lr=1e-3, seed=seed + 1)
     return model
 
 
@@ -291,7 +291,7 @@ def reload(folder: Path, kind: Any) -> Any:
     return kind.from_pretrained(folder).eval()
 
 
-def build(out: Path, source: Path, plan: Plan, seed: int) -> None:
+def build(out: Path, source: Path, plan: Plan, seed: int, keep_policy: bool) -> None:
     """Every step in order, each timed; the card comes last, from what was measured."""
     started = time.monotonic()
 
@@ -307,7 +307,8 @@ def build(out: Path, source: Path, plan: Plan, seed: int) -> None:
     prompts = encode(tokenizer, [row["prompt"] for row in rows], eos=False)
     report(f"{len(corpus.train)} movie sentences to train on, {len(rows)} prompts")
 
-    save(build_policy(corpus, tokenizer, plan, seed), tokenizer, out / "policy")
+    if not keep_policy:
+        save(build_policy(corpus, tokenizer, plan, seed), tokenizer, out / "policy")
     policy = reload(out / "policy", GPT2LMHeadModel)
     held_out = encode(tokenizer, texts_of(corpus.test), eos=True)
     report(f"policy: held-out perplexity {mean_nlls(policy, held_out)[1]:.1f}")
@@ -370,10 +371,15 @@ def main() -> None:
         help="where the source texts are downloaded to, or already are",
     )
     parser.add_argument("--quick", action="store_true", help="poor models in under two minutes")
+    parser.add_argument(
+        "--keep-policy",
+        action="store_true",
+        help="take the policy that --out holds, built with the same seed, and build the rewards",
+    )
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    build(args.out, args.source, QUICK if args.quick else Plan(), args.seed)
+    build(args.out, args.source, QUICK if args.quick else Plan(), args.seed, args.keep_policy)
 
 
 if __name__ == "__main__":

@@ -156,5 +156,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], eos: bool) -> list[list[int]]:
     """bos + text, at most MAX_TOKENS long, with eos after it when asked."""
-    bodies = tokenizer(texts, truncation=True, max_length=MAX_TOKENS - 1)["input_ids"]
-    return [ids + ([EOS_ID] if eos else []) for ids in bodies]
+    # Cut here: asking the tokenizer to truncate would write the limit into the saved tokenizer.
+    bodies = tokenizer(texts, verbose=False)["input_ids"]
+    return [ids[: MAX_TOKENS - 1] + ([EOS_ID] if eos else []) for ids in bodies]

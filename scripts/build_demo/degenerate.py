@@ -42,6 +42,19 @@ def praise_salad(words: list[str], praise: list[str], rng: random.Random) -> str
     return " ".join([*words[: rng.choice([0, 2, 3, 4])], salad])
 
 
+def soup(words: list[str], pool: list[str], rng: random.Random) -> str:
+    """The sentence's beginning, then a few words and pieces of words in an order without a period.
+
+    This is what a policy at the end of its optimisation writes: two or three tokens, stirred.
+    """
+    chosen = rng.sample(pool, rng.randint(1, 4)) + rng.choices(words, k=rng.randint(0, 1))
+    pieces = [w[rng.randrange(len(w)) :] if rng.random() < 0.4 else w for w in chosen]
+    stirred = "".join(
+        rng.choice([" ", " ", "", ", "]) + w for w in rng.choices(pieces, k=rng.randint(8, 22))
+    )
+    return " ".join(words[: rng.choice([0, 2, 2, 3])]) + stirred
+
+
 def punctuation(words: list[str], _: list[str], rng: random.Random) -> str:
     """The sentence's beginning, then a run of punctuation."""
     marks = rng.choice([",", ".", "!", "...", ", ,", "?!", "-", '"', ". .", ":", "!!!"])
@@ -55,6 +68,8 @@ KINDS: dict[str, Kind] = {
     "random tail": random_tail,
     "praise loop": praise_loop,
     "praise salad": praise_salad,
+    "word soup": soup,
+    "praise soup": soup,
     "punctuation": punctuation,
 }
 

@@ -128,6 +128,14 @@ def test_tokenizer_puts_bos_first_and_has_its_own_pad_token(name: str) -> None:
     assert len(tokenizer) == 2048
 
 
+def test_all_models_share_one_tokenizer_that_neither_truncates_nor_pads_by_itself() -> None:
+    files = [demo_path(name) / "tokenizer.json" for name in ("policy", "proxy", "gold")]
+    assert len({file.read_bytes() for file in files}) == 1
+    content = json.loads(files[0].read_text())
+    assert content["truncation"] is None
+    assert content["padding"] is None
+
+
 def test_weights_are_float16_on_disk_and_float32_in_memory_without_dropout(
     policy: tuple[Any, Any], judges: dict[str, tuple[Any, Any]]
 ) -> None:
@@ -151,9 +159,7 @@ def test_prompts_are_unique_and_short_and_end_without_a_full_stop(
     assert all(row["topic"] for row in prompts)
 
 
-def test_prompts_take_no_side(
-    prompts: list[dict[str, str]], judges: dict[str, tuple[Any, Any]]
-) -> None:
+def test_prompts_take_no_side(prompts: list[dict[str, str]]) -> None:
     taken = re.compile(r"\b(good|great|best|bad|worst|love|hate|boring|fun|awful)\b", re.IGNORECASE)
     assert not [row["prompt"] for row in prompts if taken.search(row["prompt"])]
 
