@@ -1,7 +1,7 @@
 """Build the demo models that ship inside the package, from their source texts to their card.
 
-    python scripts/build_demo.py            # about a quarter of an hour on two cores
-    python scripts/build_demo.py --quick    # under two minutes, poor models: tries the script only
+    python scripts/build_demo.py            # under half an hour on two busy cores
+    python scripts/build_demo.py --quick    # two minutes, poor models: tries the script only
 
 Downloads the rated sentences of Hutto & Gilbert (2014), trains a tokenizer, a policy, a proxy
 reward and a gold reward, measures what it saved, and writes everything under src/klippo/demo.
@@ -370,7 +370,7 @@ def main() -> None:
         default=Path(tempfile.gettempdir()) / "klippo-demo-source",
         help="where the source texts are downloaded to, or already are",
     )
-    parser.add_argument("--quick", action="store_true", help="poor models in under two minutes")
+    parser.add_argument("--quick", action="store_true", help="poor models in two minutes")
     parser.add_argument(
         "--keep-policy",
         action="store_true",
