@@ -192,5 +192,13 @@ def test_the_gpt2_imdb_recipe_runs_whole_with_only_its_three_names_overridden(
     names = dict(zip(GPT2_IMDB_NAMES, (gpt2, roberta, imdb_like), strict=True))
     code, _, err = cli("train", "gpt2-imdb", *(f"{key}={value}" for key, value in names.items()))
     assert code == 0, err
-    figures = json.loads((tmp_path / "runs/gpt2-imdb/run_status.json").read_text())
-    assert figures["before_after"]["proxy"]["low"] > 0
+    run = tmp_path / "runs/gpt2-imdb"
+    assert json.loads((run / "run_status.json").read_text())["state"] == "done"
+    metrics = read_rows(run / "metrics.jsonl")
+    assert len(metrics) == 100
+    assert all(row["update/num_optimizer_steps"] == 16 for row in metrics)
+    # Whether the score rises is not claimed: the models are random and the recipe's learning rate
+    # is meant for trained ones. That it learns is shown by the quickstart and by the easy task.
+    after = read_rows(run / "eval/step-100.jsonl")
+    assert sum(row["kl_exact_nats"] for row in after) > 0
+    AutoModelForCausalLM.from_pretrained(run / "model")
