@@ -43,6 +43,15 @@ def test_every_config_problem_is_listed_at_once_with_its_line(cli, tmp_path: Pat
         ({"rollout": {"response_length": 64}}, "leaves no room for a prompt"),
         ({"rollout": {"response_length": [9, 3]}}, "[9, 3]"),
         ({"critic": {"kind": "lora"}}, "policy.tuning=lora"),
+        ({"ppo": {"importance_cap": 2.0}}, "set rollout.record_logprobs=true"),
+        ({"ppo": {"max_logprob_mismatch": 0.1}}, "set rollout.record_logprobs=true"),
+        (
+            {
+                "policy": {"model": "m", "tuning": "lora", "quantize_4bit": True},
+                "critic": {"kind": "separate"},
+            },
+            "name a critic.model",
+        ),
         (
             {"rollout": {"response_length": 8, "stop_tokens": ["good bad"]}},
             "is 2 tokens for this tokenizer",

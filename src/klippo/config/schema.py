@@ -83,3 +83,16 @@ class RunConfig(Settings):
                 yield f"critic.kind=lora {needs_lora}: both adapters share one frozen base"
         if critic.model is not None and critic.kind != "separate":
             yield f"critic.model needs critic.kind=separate, not {critic.kind}"
+        if critic.kind == "separate" and critic.model is None and policy.quantize_4bit:
+            yield (
+                "critic.kind=separate would train a copy of the policy's 4-bit weights, and these "
+                "cannot be trained; name a critic.model, or use critic.kind=lora"
+            )
+        if not self.rollout.record_logprobs:
+            for name in ("importance_cap", "max_logprob_mismatch"):
+                value = getattr(self.ppo, name)
+                if value is not None:
+                    yield (
+                        f"ppo.{name}={value} compares with the sampler's own log-probs, which are "
+                        "not kept; set rollout.record_logprobs=true"
+                    )

@@ -87,8 +87,6 @@ class Learner:
             )
             self.kl_controller.update(experience.sequence_kl, experience.num_scored)
         stats["update/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        if stats["update/num_optimizer_steps"] == 0:
-            self.optimizer.zero_grad(set_to_none=True)
         self._advance_schedule()
         self.num_steps_done += 1
         return experience.metrics | stats
