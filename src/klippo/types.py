@@ -26,6 +26,8 @@ class Prompt:
     """What the policy reads, after the chat template or any cut; plain text has no BOS in front."""
     token_ids: list[int]
     """The same as token ids, including a BOS token where the tokenizer wants one."""
+    content: str | None = None
+    """The prompt without the data's template, which rewards read; None where `text` is that."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Every column of the row, for reward functions."""
 

@@ -21,8 +21,11 @@ class RunConfig(Settings):
 
     seed: NonNegativeInt = 0
     """Seed of everything random."""
+    rm_seed: int | None = None
+    """Seed of the reward model: fills `{seed}` in the names of `reward` and `critic`."""
     output_dir: str = "runs/{name}"
-    """Run folder; `{name}` is the config's name, `{seed}` the seed."""
+    """Run folder; `{name}` is the config's name, `{seed}` the seed, `{rm_seed}` that of the reward
+    model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
     num_threads: PositiveInt | None = None

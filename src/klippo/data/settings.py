@@ -8,8 +8,8 @@ from klippo.settings import LengthRange, Settings
 
 
 class DataSettings(Settings):
-    train: str
-    """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`."""
+    train: str | list[str]
+    """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`; a list is joined."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -19,8 +19,12 @@ class DataSettings(Settings):
     validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
     """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
     same prompt stay together, so copies can make it a little more."""
-    prompt_column: str = "prompt"
-    """Column with the prompt: text, or a list of chat messages with `format: chat`."""
+    prompt_column: str | list[str] = "prompt"
+    """Column with the prompt: text, or a list of chat messages with `format: chat`. Several columns
+    are joined by line breaks, empty ones left out."""
+    template: str | None = None
+    """With `format: text`: the text around the prompt, written out with {prompt} (and any column),
+    or `alpaca` or `open-assistant`; rewards still see the prompt alone as {prompt}."""
     format: Literal["text", "chat"] = "text"
     """`text` reads the prompt as it stands, `chat` through the tokenizer's chat template."""
     system_prompt: str | None = None

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from klippo.settings import Settings
 
 
-class ClassifierSettings(Settings):
-    """A sequence-classification model: a reward model with one output, or one label of several."""
+class ReadingSettings(Settings):
+    """How a classification or reward model is read."""
 
-    kind: Literal["classifier"]
-    model: str
-    """Folder, hub name, `demo:proxy` or `demo:gold`."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
     label: str | int | None = None
     """Which output to use, by name or number; needed exactly when the model has several."""
     output: Literal["logit", "logprob", "probability"] = "logit"
@@ -24,14 +20,129 @@ class ClassifierSettings(Settings):
     or the sigmoid where it has one output or labels that do not exclude each other."""
     reads: Literal["full", "response"] = "full"
     """Score prompt plus response, or the response alone."""
-    template: str = "{prompt}{response}"
-    """Text given to the model (with `reads: full`); `chat` uses the model's own chat template."""
+    template: str | None = None
+    """Text given to the model (with `reads: full`): written out with {prompt} and {response}, or
+    `chat` (the model's own chat template), `alpaca` or `open-assistant`. Default: the one that was
+    stored with the model or belongs to its class, else {prompt}{response}."""
     batch_size: PositiveInt = 64
     """Texts per forward pass."""
     max_tokens: PositiveInt | None = None
     """Cut longer texts from the left; default: the model's context."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the weights."""
+
+
+class ClassifierSettings(ReadingSettings):
+    """A sequence-classification model: a reward model with one output, or one label of several."""
+
+    kind: Literal["classifier"]
+    model: str
+    """Folder, hub name, `demo:proxy` or `demo:gold`; `{seed}` is filled by `rm_seed`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+
+
+class MemberSettings(ReadingSettings):
+    """One member of an ensemble, where it is read in another way than the others."""
+
+    model: str
+    """Folder or hub name."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+
+
+class MomentsSettings(Settings):
+    """Mean and standard deviation of every member on one shared set of responses."""
+
+    mean: list[float]
+    """One number per member, in the order of the members."""
+    sd: list[PositiveFloat]
+    """One number per member."""
+
+
+class EnsembleSettings(ReadingSettings):
+    """Several reward models that differ by seed, combined conservatively (Coste et al. 2023)."""
+
+    kind: Literal["ensemble"]
+    members: Annotated[list[str | MemberSettings], Field(min_length=1)]
+    """Models by name, or mappings with `model` and what is read differently there. A name with
+    `{seed}` stands for one member per entry of `seeds`."""
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    """Fill `{seed}` in the members' names."""
+    objective: Literal["mean", "WCO", "UWO", "soft_min", "median", "mean_minus_sd"] = "mean"
+    """How K scores become one: their mean, their minimum (WCO), mean - lambda * variance (UWO), a
+    smooth minimum, their median, or mean - k * standard deviation."""
+    uwo_weight: float | None = Field(default=None, ge=0)
+    """lambda of UWO, which needs it; 0 is the mean."""
+    sd_weight: float | None = Field(default=None, ge=0)
+    """k of mean_minus_sd, which needs it."""
+    ddof: Literal[0, 1] = 0
+    """Variance and standard deviation divide by K - ddof: 0 as in the paper, 1 as in its code."""
+    temperature: PositiveFloat = 1.0
+    """Of soft_min, in units of the score: towards 0 it becomes the minimum, far up the mean."""
+    standardize: Literal["stored", "start", "off"] = "stored"
+    """Give every member mean 0 and standard deviation 1 on one shared set of responses: by the
+    moments stored with each model, by moments measured on the starting policy when the run
+    begins, or not at all."""
+    reference_size: PositiveInt = 256
+    """With `standardize: start`: how many responses of the starting policy."""
+    moments: MomentsSettings | None = None
+    """What `standardize: start` measured; a run writes it into its own config.yaml."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if problems := [*self._problems()]:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if self.objective == "UWO" and self.uwo_weight is None:
+            yield (
+                "uwo_weight is missing: objective=UWO is mean - uwo_weight * variance; try 0.1 or "
+                "0.5, or objective=mean"
+            )
+        if self.objective == "mean_minus_sd" and self.sd_weight is None:
+            yield (
+                "sd_weight is missing: objective=mean_minus_sd is mean - sd_weight * standard "
+                "deviation; try 1.0, or objective=mean"
+            )
+        names = [m if isinstance(m, str) else m.model for m in self.members]
+        open_names = [name for name in names if "{seed}" in name]
+        if open_names and self.seeds is None:
+            yield (
+                f"members={open_names[0]}: nothing fills {{seed}}; add seeds, as in "
+                "seeds: [1, 2, 3, 4, 5]"
+            )
+        if self.seeds is not None and not open_names:
+            yield f"seeds={self.seeds}: no member's name contains {{seed}}; remove seeds"
+        expanded = [one.model for one in self.classifiers()]
+        twice = sorted({name for name in expanded if expanded.count(name) > 1})
+        if twice:
+            yield f"members: {twice[0]} is there twice; each member must be another model"
+        if self.ddof == 1 and len(expanded) == 1:
+            yield "ddof=1 needs at least 2 members, and there is 1; use ddof=0"
+        if self.moments is not None:
+            for name in ("mean", "sd"):
+                if len(getattr(self.moments, name)) != len(expanded):
+                    yield f"moments.{name} must have one number per member, {len(expanded)}"
+
+    def classifiers(self) -> list[ClassifierSettings]:
+        """One reading of each member: its own settings over those of the ensemble."""
+        shared = {name: getattr(self, name) for name in ReadingSettings.model_fields}
+        found = []
+        for member in self.members:
+            own = (
+                {"model": member}
+                if isinstance(member, str)
+                else member.model_dump(exclude_unset=True)
+            )
+            seeds = self.seeds if "{seed}" in own["model"] else None
+            for seed in seeds or [None]:
+                name = own["model"].replace("{seed}", str(seed)) if seeds else own["model"]
+                found.append(
+                    ClassifierSettings(**(shared | own | {"kind": "classifier", "model": name}))
+                )
+        return found
 
 
 class FunctionSettings(Settings):
@@ -90,7 +201,12 @@ class SumSettings(Settings):
 
 
 RewardSettings = Annotated[
-    ClassifierSettings | FunctionSettings | LengthSettings | RepetitionSettings | SumSettings,
+    ClassifierSettings
+    | EnsembleSettings
+    | FunctionSettings
+    | LengthSettings
+    | RepetitionSettings
+    | SumSettings,
     Field(discriminator="kind"),
 ]
 
