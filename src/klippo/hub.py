@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from klippo.demo import demo_path
@@ -23,6 +24,21 @@ def resolve(name: str) -> str:
         return str(demo_path(name.removeprefix(DEMO_PREFIX)))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a model's folder or hub repository; None where it has no such file."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        resolve(name),
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
