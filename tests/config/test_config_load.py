@@ -1,6 +1,7 @@
 """Loading: where values come from, how they merge, and that nothing is lost on the way back."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -16,8 +17,9 @@ from klippo.config.load import (
     to_yaml,
 )
 from klippo.config.located import read_yaml, write_value
-from klippo.config.schema import RunConfig
+from klippo.config.schema import RunConfig, WholeConfig
 from klippo.errors import ConfigError
+from klippo.rewards.settings import LengthSettings
 
 BASE = """\
 policy:
@@ -146,6 +148,33 @@ def test_every_packaged_recipe_loads(name):
 
 def test_the_schema_describes_every_section():
     assert set(schema()["properties"]) == set(RunConfig.model_fields)
+
+
+class LengthConfig(WholeConfig):
+    """A stage of its own."""
+
+    recipe_folder: ClassVar[str] = "lengths"
+    length: LengthSettings
+
+
+def test_any_schema_loads_with_its_own_keys_and_messages(tmp_path):
+    path = write(tmp_path, "length: {kind: length, max_tokens: 9}\n", "short.yaml")
+    loaded = load_config(path, ["seed=2"], schema=LengthConfig)
+    assert loaded.config.length.max_tokens == 9
+    assert loaded.config.output_dir == "runs/short"
+    assert loaded.origins["length.max_tokens"] == f"{path}:1"
+    assert config_from_mapping(loaded.config, schema=LengthConfig).config == loaded.config
+    assert set(schema(LengthConfig)["properties"]) == {"seed", "output_dir", "length"}
+    with pytest.raises(ConfigError, match=r"max_token: unknown key; did you mean max_tokens\?$"):
+        load_config(path, ["length.max_token=2"], schema=LengthConfig)
+    with pytest.raises(ConfigError, match=r"ppo: unknown key; known here: seed, output_dir, len"):
+        load_config(path, ["ppo.num_steps=2"], schema=LengthConfig)
+
+
+def test_a_schema_sees_its_own_recipes_alone():
+    assert recipe_names(LengthConfig) == []
+    with pytest.raises(ConfigError, match="quickstart: neither a file nor a recipe"):
+        load_config("quickstart", schema=LengthConfig)
 
 
 texts = st.text(st.characters(codec="utf-8")).filter(lambda text: "{" not in text)

@@ -106,12 +106,12 @@ def test_unknown_key_names_the_nearest_key_or_its_home(tmp_path, text, expected)
         ),
         (
             "gold: {kind: lenth}",
-            "gold.kind=lenth: must be classifier, function, length, repetition or sum; "
+            "gold.kind=lenth: must be classifier, ensemble, function, length, repetition or sum; "
             "did you mean length?",
         ),
         (
             "gold: {model: m}",
-            "gold.kind: missing; it must be classifier, function, length, repetition or sum",
+            "gold.kind: missing; it must be classifier, ensemble, function, length, repetition or sum",
         ),
         ("gold: length", "gold=length: must be a mapping"),
     ],
@@ -242,7 +242,7 @@ def test_an_unknown_name_lists_the_recipes():
 
 
 def test_a_misspelt_recipe_is_guessed(monkeypatch):
-    monkeypatch.setattr("klippo.config.load.recipe_names", lambda: ["gpt2-imdb", "quickstart"])
+    monkeypatch.setattr("klippo.config.load.recipe_names", lambda _: ["gpt2-imdb", "quickstart"])
     with pytest.raises(ConfigError, match=r"did you mean quickstart\? Recipes: gpt2-imdb, quick"):
         load_config("quikstart")
 

@@ -1,4 +1,4 @@
-"""From a YAML file, a recipe or a mapping, plus overrides, to a RunConfig whose origins are known.
+"""From a YAML file, a recipe or a mapping, plus overrides, to a config whose origins are known.
 
 Every problem is found before any is reported.
 """
@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from pydantic import ValidationError
+from typing_extensions import TypeVar
 
 from klippo.config.located import (
     KeyPath,
@@ -25,73 +26,87 @@ from klippo.config.located import (
     write_yaml,
 )
 from klippo.config.problems import describe, nearest
-from klippo.config.schema import RunConfig
+from klippo.config.schema import RunConfig, WholeConfig
 from klippo.config.walk import by_kind, child
 from klippo.errors import ConfigError
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+RECIPES = "klippo.recipes"
+
+C = TypeVar("C", bound=WholeConfig, default=RunConfig)
 
 
 @dataclass(frozen=True)
-class LoadedConfig:
+class LoadedConfig(Generic[C]):
     """A valid config, and who set what."""
 
-    config: RunConfig
+    config: C
     origins: dict[str, str]
     """Dotted key -> `file.yaml:12`, `command line` or `default`, for every value."""
     name: str
     """The file's name without its ending, or the recipe's name."""
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    schema: type[C] = RunConfig,  # type: ignore[assignment]
+) -> LoadedConfig[C]:
     """The config in a YAML file, or of a packaged recipe, with `key.sub=value` overrides on top.
 
     Raises ConfigError that lists every problem with its file and line.
     """
-    label, text = _read_source(source)
+    label, text = _read_source(source, schema)
     tree, problems = read_yaml(text, lambda line: f"{label}:{line}")
-    return _load(tree, problems, overrides, Path(label).stem)
+    return _load(tree, problems, overrides, Path(label).stem, schema)
 
 
 def config_from_mapping(
-    mapping: Mapping[str, Any] | RunConfig, overrides: Sequence[str] = (), *, name: str = "run"
-) -> LoadedConfig:
-    """The same from Python: a mapping of YAML's shape, or a RunConfig."""
-    if isinstance(mapping, RunConfig):
+    mapping: Mapping[str, Any] | C,
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "run",
+    schema: type[C] = RunConfig,  # type: ignore[assignment]
+) -> LoadedConfig[C]:
+    """The same from Python: a mapping of YAML's shape, or a config of the schema."""
+    if isinstance(mapping, schema):
         mapping = mapping.model_dump(exclude_unset=True)
-    return _load(locate(mapping, "argument"), [], overrides, name)
+    return _load(locate(mapping, "argument"), [], overrides, name, schema)
 
 
-def recipe_names() -> list[str]:
-    """The packaged recipes."""
-    folder = resources.files("klippo.recipes")
+def recipe_names(schema: type[WholeConfig] = RunConfig) -> list[str]:
+    """The packaged recipes of a schema."""
+    folder = resources.files(RECIPES) / schema.recipe_folder
+    if not folder.is_dir():
+        return []
     return sorted(
         item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
     )
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: WholeConfig) -> str:
     """The whole config, defaults included; it loads again to an equal one."""
     return write_yaml(config.model_dump(mode="json"))
 
 
-def show(loaded: LoadedConfig) -> list[tuple[str, Any, str]]:
+def show(loaded: LoadedConfig[C]) -> list[tuple[str, Any, str]]:
     """Key, value and origin of everything, in the schema's order."""
     values = {dotted(path): value for path, value in _flat(loaded.config.model_dump(mode="json"))}
     return [(key, value, loaded.origins[key]) for key, value in values.items()]
 
 
-def schema() -> dict[str, Any]:
+def schema(of: type[WholeConfig] = RunConfig) -> dict[str, Any]:
     """The JSON schema of a config file, for editors."""
-    return RunConfig.model_json_schema()
+    return of.model_json_schema()
 
 
-def _read_source(source: str | Path) -> tuple[str, str]:
+def _read_source(source: str | Path, schema: type[WholeConfig]) -> tuple[str, str]:
     """What to call the source in messages, and its text."""
     path = Path(source)
     if not path.is_file():
-        return _read_recipe(str(source))
+        return _read_recipe(str(source), schema)
     try:
         return str(path), path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -101,10 +116,10 @@ def _read_source(source: str | Path) -> tuple[str, str]:
         raise ConfigError(f"{path}:{line}: not UTF-8 text") from None
 
 
-def _read_recipe(name: str) -> tuple[str, str]:
-    recipes = recipe_names()
+def _read_recipe(name: str, schema: type[WholeConfig]) -> tuple[str, str]:
+    recipes = recipe_names(schema)
     if name in recipes:
-        file = resources.files("klippo.recipes") / f"{name}.yaml"
+        file = resources.files(RECIPES) / schema.recipe_folder / f"{name}.yaml"
         return file.name, file.read_text(encoding="utf-8")
     if Path(name).is_dir():
         raise ConfigError(f"{name}: is a folder, not a config; try {Path(name) / 'config.yaml'}")
@@ -117,8 +132,8 @@ def _read_recipe(name: str) -> tuple[str, str]:
 
 
 def _load(
-    tree: Located, problems: list[Problem], overrides: Sequence[str], name: str
-) -> LoadedConfig:
+    tree: Located, problems: list[Problem], overrides: Sequence[str], name: str, schema: type[C]
+) -> LoadedConfig[C]:
     if not isinstance(tree.value, dict):
         what = write_value(tree.plain())
         problems.append(
@@ -126,14 +141,14 @@ def _load(
         )
     if not isinstance(tree.value, dict) or (problems and not tree.value):
         raise _error(problems)  # nothing to go on with
-    over, override_problems = _parse_overrides(overrides)
-    tree = merge(tree, over, RunConfig)
-    tree, placeholder_problems = _fill_placeholders(tree, name)
+    over, override_problems = _parse_overrides(overrides, schema)
+    tree = merge(tree, over, schema)
+    tree, placeholder_problems = _fill_placeholders(tree, name, schema)
     problems += override_problems + placeholder_problems
     try:
-        config = RunConfig.model_validate(tree.plain())
+        config = schema.model_validate(tree.plain())
     except ValidationError as error:
-        raise _error(problems + describe(error, tree)) from None
+        raise _error(problems + describe(error, tree, schema)) from None
     if problems:
         raise _error(problems)
     given = dict(tree.leaves())
@@ -154,7 +169,7 @@ def _error(problems: list[Problem]) -> ConfigError:
     return ConfigError("\n".join(dict.fromkeys(lines)))
 
 
-def merge(base: Located, over: Located, annotation: Any = RunConfig) -> Located:
+def merge(base: Located, over: Located, annotation: Any) -> Located:
     """`over` on top of `base`: mappings merge, everything else replaces.
 
     A section whose `kind` changes is replaced, for the keys of one kind mean nothing to another.
@@ -172,7 +187,9 @@ def merge(base: Located, over: Located, annotation: Any = RunConfig) -> Located:
     return Located(merged, base.origin)
 
 
-def _parse_overrides(overrides: Sequence[str]) -> tuple[Located, list[Problem]]:
+def _parse_overrides(
+    overrides: Sequence[str], schema: type[WholeConfig]
+) -> tuple[Located, list[Problem]]:
     """All overrides as one tree, so that their order only matters for the same key."""
     tree, problems = Located({}, COMMAND_LINE), []
     for override in overrides:
@@ -191,13 +208,15 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[Located, list[Problem]]:
             value = Located(None, COMMAND_LINE)
         for part in reversed(keys):
             value = Located({part: value}, COMMAND_LINE)
-        tree = merge(tree, value)
+        tree = merge(tree, value, schema)
     return tree, problems
 
 
-def _fill_placeholders(tree: Located, name: str) -> tuple[Located, list[Problem]]:
+def _fill_placeholders(
+    tree: Located, name: str, schema: type[WholeConfig]
+) -> tuple[Located, list[Problem]]:
     """`{seed}` in every text and `{name}` in output_dir; templates keep their own braces."""
-    fields = RunConfig.model_fields
+    fields = schema.model_fields
     default = Located(fields["output_dir"].default, DEFAULT)
     folder = tree.value.get("output_dir", default)
     seed = tree.value.get("seed", Located(fields["seed"].default, DEFAULT)).plain()

@@ -30,20 +30,20 @@ _EXPECTED = {
 }
 
 
-def describe(error: ValidationError, tree: Located) -> list[Problem]:
+def describe(error: ValidationError, tree: Located, schema: Section) -> list[Problem]:
     """One problem per key; the tries of a union become one."""
     unions: dict[KeyPath, list[ErrorDetails]] = {}
     problems: list[Problem] = []
     for details in error.errors(include_url=False):
-        path = find(details["loc"]).path
+        path = find(details["loc"], schema).path
         if path != details["loc"] and details["type"] != "extra_forbidden":
             unions.setdefault(path, []).append(details)
         else:
-            problems += _problems_of([details], tree)
+            problems += _problems_of([details], tree, schema)
     for path, tries in unions.items():
         inside = any(len(other) > len(path) and other[: len(path)] == path for other in unions)
         if not inside:
-            problems += _problems_of(tries, tree)
+            problems += _problems_of(tries, tree, schema)
     return problems
 
 
@@ -52,16 +52,16 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(word, list(choices), n=1)), None)
 
 
-def _problems_of(tries: list[ErrorDetails], tree: Located) -> list[Problem]:
+def _problems_of(tries: list[ErrorDetails], tree: Located, schema: Section) -> list[Problem]:
     """The problems at one path: several errors only where a union tried several types."""
     details = tries[0]
-    path, section, annotation = find(details["loc"])
+    path, section, annotation = find(details["loc"], schema)
     key, origin, value = dotted(path), tree.origin_at(path), details["input"]
     match details["type"]:
         case "extra_forbidden":
-            return [Problem(origin, f"{key}: unknown key; {_advice(path, section)}")]
+            return [Problem(origin, f"{key}: unknown key; {_advice(path, section, schema)}")]
         case "missing" if isinstance(path[-1], int):  # a pair with one item
-            path, annotation = path[:-1], find(details["loc"][:-1]).annotation
+            path, annotation = path[:-1], find(details["loc"][:-1], schema).annotation
             num_items = len(members(annotation)[0].__args__)
             rule = f"must have {num_items} items, not {len(value)}"
             return [Problem(tree.origin_at(path), f"{dotted(path)}={write_value(value)}: {rule}")]
@@ -136,11 +136,11 @@ def _broken_rule(line: str, path: KeyPath, annotation: Any, tree: Located) -> Pr
     return Problem(tree.origin_at(path), f"{dotted(path)}: {line}" if path else line)
 
 
-def _advice(path: KeyPath, section: Section | None) -> str:
+def _advice(path: KeyPath, section: Section | None, schema: Section) -> str:
     """Where an unknown key belongs, or which known key it resembles."""
     key = str(path[-1])
     own = list(section.model_fields) if section else []
-    others = [(name, other) for name, other in all_sections() if other is not section]
+    others = [(name, other) for name, other in all_sections(schema) if other is not section]
     homes = [name or "the top level" for name, other in others if key in other.model_fields]
     if homes:
         return f"{key} belongs to {_any_of(homes)}"

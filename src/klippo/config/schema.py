@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
@@ -16,11 +16,23 @@ from klippo.rollouts.settings import RolloutSettings
 from klippo.settings import Settings
 
 
-class RunConfig(Settings):
-    """One PPO run."""
+class WholeConfig(Settings):
+    """What the config of every stage has: a base for one class per stage."""
+
+    recipe_folder: ClassVar[str]
+    """Where the stage's packaged recipes are, inside `klippo/recipes`."""
 
     seed: NonNegativeInt = 0
     """Seed of everything random."""
+    output_dir: str = "runs/{name}"
+    """Run folder; `{name}` is the config's name, `{seed}` the seed."""
+
+
+class RunConfig(WholeConfig):
+    """One PPO run."""
+
+    recipe_folder: ClassVar[str] = "."
+
     rm_seed: int | None = None
     """Seed of the reward model: fills `{seed}` in the names of `reward` and `critic`."""
     output_dir: str = "runs/{name}"

@@ -1,4 +1,4 @@
-"""Ways through RunConfig's types: which settings class or value belongs to a key path."""
+"""Ways through a schema's types: which settings class or value belongs to a key path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from klippo.config.located import KeyPath
-from klippo.config.schema import RunConfig
 from klippo.settings import Settings
 
 Section = type[Settings]
@@ -59,11 +58,11 @@ def child(annotation: Any, key: str | int, kind: object = None) -> Any:
     return object
 
 
-def find(loc: KeyPath) -> Place:
+def find(loc: KeyPath, schema: Section) -> Place:
     """The place of a pydantic `loc`, which also names the union members that it tried."""
     path: KeyPath = ()
     section: Section | None = None
-    annotation: Any = RunConfig
+    annotation: Any = schema
     for step in loc:
         found = members(annotation)
         if len(found) > 1:
@@ -77,9 +76,9 @@ def find(loc: KeyPath) -> Place:
     return Place(path, section, annotation)
 
 
-def all_sections() -> Iterator[tuple[str, Section]]:
+def all_sections(schema: Section) -> Iterator[tuple[str, Section]]:
     """Every settings class with the name of its section, each reward kind once."""
-    yield from _sections(RunConfig, "", set())
+    yield from _sections(schema, "", set())
 
 
 def _sections(annotation: Any, name: str, seen: set[Section]) -> Iterator[tuple[str, Section]]:
