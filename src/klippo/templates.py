@@ -1,0 +1,92 @@
+"""The text around a prompt and a response: named formats, or templates written out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from klippo.errors import ConfigError
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{prompt}\n\n### Response:{response}"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{response}"
+)
+_OPEN_ASSISTANT = "<|prompter|>{prompt}<|endoftext|><|assistant|>{response}<|endoftext|>"
+NAMES = ("alpaca", "open-assistant")
+"""`alpaca` is AlpacaFarm's v0_inputs_noinputs.json: nothing between `### Response:` and the
+response, and no end token, as its reward models were trained (end_sequence_with_eos off).
+`open-assistant` is Open-Assistant's message format, version 2."""
+
+_PLACE = re.compile(r"\{(\w[\w .-]*)\}")
+
+
+def prompt_text(template: str, prompt: str, columns: Mapping[str, Any]) -> str:
+    """What a policy reads: the template up to the response, all of it where it has no {response}.
+
+    `template` is a name or written out with {prompt} and any column. Raises ConfigError for an
+    unknown name, and for {something} that is no column.
+    """
+    before = _written_out(template, columns).partition("{response}")[0]
+    return _fill(before, columns, {"prompt": prompt})
+
+
+def full_text(template: str, prompt: str, response: str, columns: Mapping[str, Any]) -> str:
+    """What a reward model reads: prompt and response in the template.
+
+    Raises ConfigError as `prompt_text` does, and for a template without {response}.
+    """
+    text = _written_out(template, columns)
+    if "{response}" not in text:
+        raise ConfigError(
+            f"template={template!r} does not contain {{response}}, so every response would read "
+            "the same; add it"
+        )
+    return _fill(text, columns, {"prompt": prompt, "response": response})
+
+
+def check_template(template: str) -> None:
+    """Raise ConfigError for a name that is none; columns are checked when they are known."""
+    if template in NAMES or "{" in template:
+        return
+    near = difflib.get_close_matches(template.lower().replace("_", "-"), NAMES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f"template={template!r} is neither {' nor '.join(NAMES)}, nor written out with {{prompt}}"
+        + hint
+    )
+
+
+def _written_out(template: str, columns: Mapping[str, Any]) -> str:
+    check_template(template)
+    if template == "open-assistant":
+        return _OPEN_ASSISTANT
+    if template == "alpaca":
+        both = columns.get("instruction") and columns.get("input")
+        return _ALPACA_INPUT if both else _ALPACA
+    return template
+
+
+def _fill(template: str, columns: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    """Replace every {name} in one pass: braces inside the texts stay as they are."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in own:
+            return own[name]
+        if name in columns:
+            return "" if columns[name] is None else str(columns[name])
+        known = [*own, *columns]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"template={template!r}: {{{name}}} is no column; there are {', '.join(known)}"
+            + (f": did you mean {{{near[0]}}}?" if near else "")
+        )
+
+    return _PLACE.sub(value, template)
