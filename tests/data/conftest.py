@@ -18,13 +18,16 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(*, adds_bos: bool, adds_eos: bool = False, chat: bool = False):
-    """A byte-level BPE tokenizer with <s> and </s>, where `adds_*` says what it adds to a text."""
+    """A byte-level BPE tokenizer with <s>, </s> and Open-Assistant's tokens.
+
+    `adds_*` says what it adds to a text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>", "</s>", "<|prompter|>", "<|assistant|>", "<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

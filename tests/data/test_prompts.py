@@ -211,3 +211,90 @@ def test_a_template_that_refuses_messages_is_reported_with_the_row():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match=r"row 0 \(line 1\): .*refuses.*roles must alternate"):
         build(["hello"], tokenizer, format="chat")
+
+
+def columns(rows, tokenizer, *, limit=1000, **settings):
+    return build_prompts(
+        [Row(n, row, n + 1) for n, row in enumerate(rows)],
+        DataSettings(train="a.jsonl", **settings),
+        tokenizer,
+        max_prompt_tokens=limit,
+        seed=0,
+        source="a.jsonl",
+    )
+
+
+def test_several_prompt_columns_are_joined_by_line_breaks_and_empty_ones_left_out(plain):
+    rows = [{"a": "one", "b": "two"}, {"a": "one", "b": ""}, {"a": None, "b": "two"}]
+    prompts = columns(rows, plain, prompt_column=["a", "b"])
+    assert [p.text for p in prompts] == ["one\ntwo", "one", "two"]
+    assert [p.content for p in prompts] == [None] * 3
+    assert prompts[0].meta == rows[0]
+
+
+def test_several_prompt_columns_make_one_chat_message(with_chat):
+    (prompt,) = columns([{"a": "x", "b": "y"}], with_chat, prompt_column=["a", "b"], format="chat")
+    messages = [{"role": "user", "content": "x\ny"}]
+    assert prompt.text == with_chat.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
+
+
+def test_what_is_wrong_with_one_of_several_columns_is_said(plain):
+    with pytest.raises(ConfigError, match=r"row 1 \(line 2\): the prompt in columns a, b is empty"):
+        columns([{"a": "x", "b": "y"}, {"a": "", "b": None}], plain, prompt_column=["a", "b"])
+    with pytest.raises(ConfigError, match=r"row 0 \(line 1\): column 'b' holds int '3' where text"):
+        columns([{"a": "x", "b": 3}], plain, prompt_column=["a", "b"])
+    with pytest.raises(ConfigError, match="no column 'c'"):
+        columns([{"a": "x", "b": "y"}], plain, prompt_column=["a", "c"])
+
+
+def test_a_template_goes_around_the_prompt_and_rewards_see_it_alone(with_bos):
+    row = {"prompt": "cats {and} dogs", "subject": "pets"}
+    (prompt,) = columns([row], with_bos, template="{subject}: {prompt}?\n")
+    assert prompt.text == "pets: cats {and} dogs?\n"
+    assert prompt.content == "cats {and} dogs"
+    assert prompt.token_ids == with_bos(prompt.text)["input_ids"]
+
+
+def test_special_tokens_of_a_template_become_their_ids(plain, with_bos):
+    for tokenizer in (plain, with_bos):
+        (prompt,) = columns([{"prompt": "Tell me"}], tokenizer, template="open-assistant")
+        assert prompt.text == "<|prompter|>Tell me<|endoftext|><|assistant|>"
+        ids = prompt.token_ids[tokenizer is with_bos :]
+        assert ids == [2, *plain("Tell me")["input_ids"], 4, 3]
+        assert prompt.token_ids[: tokenizer is with_bos] == [0] * (tokenizer is with_bos)
+
+
+def test_a_template_around_a_bos_token_leaves_one_or_none(plain, with_bos):
+    expected = with_bos("Q: The film")["input_ids"]
+    (prompt,) = columns([{"prompt": "<s>The film"}], with_bos, template="Q: {prompt}")
+    assert (prompt.token_ids, prompt.content) == (expected, "The film")
+    (prompt,) = columns([{"prompt": "The film"}], with_bos, template="<s>Q: {prompt}")
+    assert (prompt.token_ids, prompt.text) == (expected, "Q: The film")
+    (prompt,) = columns([{"prompt": "<s>The film"}], plain, template="Q: {prompt}")
+    assert plain.bos_token_id not in prompt.token_ids
+
+
+def test_the_prompt_alone_stays_whole_when_the_end_is_kept(plain):
+    (prompt,) = columns(
+        [{"prompt": TEXT}], plain, template="Q: {prompt}\nA:", limit=5, overlong="keep_end"
+    )
+    assert len(prompt.token_ids) == 5
+    assert prompt.content == TEXT
+
+
+def test_alpaca_reads_its_two_columns(plain):
+    rows = [
+        {"instruction": "Translate.", "input": "Le chat"},
+        {"instruction": "Sing.", "input": ""},
+    ]
+    prompts = columns(rows, plain, template="alpaca", prompt_column=["instruction", "input"])
+    assert "### Input:\nLe chat\n\n### Response:" in prompts[0].text
+    assert prompts[1].text.endswith("### Instruction:\nSing.\n\n### Response:")
+    assert [p.content for p in prompts] == ["Translate.\nLe chat", "Sing."]
+
+
+def test_a_template_with_an_unknown_column_is_an_error(plain):
+    with pytest.raises(ConfigError, match=r"\{subjct\} is no column"):
+        columns([{"prompt": "x", "subject": "y"}], plain, template="{subjct} {prompt}")

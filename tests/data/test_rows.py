@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from klippo.data.files import Row
-from klippo.data.rows import hold_out, load_rows, validation_source
+from klippo.data.rows import hold_out, load_rows, train_source, validation_source
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 
@@ -212,8 +212,62 @@ def test_settings_that_do_not_fit_the_source_are_refused(tmp_path, monkeypatch):
         ({"validation": "b.json", "validation_size": 3}, "remove one of them"),
         ({"cut_tokens": [8, 2]}, r"try \[2, 8\]"),
         ({"cut_tokens": [2, 8], "format": "chat"}, "use format: text"),
+        ({"template": "alpaca", "format": "chat"}, "both put text around the prompt"),
+        ({"template": "alpaca", "cut_tokens": [2, 8]}, "cut the end of the template away"),
+        ({"template": "alpacca"}, "did you mean alpaca"),
+        ({"prompt_column": []}, "at least 1 item"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         DataSettings(train="a.json", **settings)
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    first = write(tmp_path / "a.jsonl", '{"prompt": "one"}\n\n{"prompt": "two"}\n')
+    second = write(tmp_path / "b.csv", "prompt,label\nthree,3\n,4\n")
+    return [first, second]
+
+
+def test_several_sources_follow_one_another_with_all_columns(two_files):
+    rows, _ = load(two_files)
+    assert columns(rows) == [
+        {"prompt": "one", "label": None},
+        {"prompt": "two", "label": None},
+        {"prompt": "three", "label": 3},
+        {"prompt": None, "label": 4},
+    ]
+    assert [row.number for row in rows] == [0, 1, 2, 3]
+    assert train_source(DataSettings(train=two_files)) == ", ".join(two_files)
+
+
+def test_a_row_of_several_sources_is_named_by_its_own_file(two_files):
+    rows, _ = load(two_files)
+    assert rows[1].place("x") == f"{two_files[0]}, row 1 (line 3)"
+    assert rows[3].place("x") == f"{two_files[1]}, row 1 (line 3)"
+
+
+def test_a_split_is_taken_of_each_source_and_numbers_stay_unique(two_files):
+    rows, _ = load([*two_files, two_files[0]], split="train[1:]")
+    assert [row.columns["prompt"] for row in rows] == ["two", None, "two"]
+    assert [row.number for row in rows] == [1, 3, 5]
+    assert rows[2].place("x") == f"{two_files[0]}, row 1 (line 3)"
+
+
+def test_one_source_of_several_can_be_wrong(two_files):
+    with pytest.raises(ConfigError, match=r"c\.jsonl: there is no such file"):
+        load([*two_files, "c.jsonl"])
+    with pytest.raises(ConfigError, match=r"train='.*a\.jsonl' is a file, which has no other"):
+        load(two_files, validation="test")
+
+
+def test_rows_with_the_same_joined_prompt_are_held_out_together():
+    pairs = [("x", "y"), ("x", ""), ("", "x"), ("x", "y"), ("y", "z")]
+    rows = [Row(i, {"a": a, "b": b}) for i, (a, b) in enumerate(pairs)]
+    settings = DataSettings(train="x.json", prompt_column=["a", "b"], validation_size=1)
+    for seed in range(8):
+        train, held = hold_out(rows, settings, seed)
+        sides = [{row.number for row in side} for side in (train, held)]
+        assert all({0, 3} <= side or not {0, 3} & side for side in sides)
+        assert all({1, 2} <= side or not {1, 2} & side for side in sides)

@@ -42,6 +42,22 @@ def test_generate_reads_standard_input(cli, gpt2: Path, monkeypatch: pytest.Monk
     assert out.startswith("the movie was → ")
 
 
+def test_generate_puts_the_template_of_the_run_around_a_prompt(cli, write_config, tmp_path) -> None:
+    prompts = tmp_path / "two.jsonl"
+    prompts.write_text('{"first": "a film", "second": "was"}\n' * 4)
+    data = {
+        "train": [str(prompts), str(prompts)],
+        "prompt_column": ["first", "second"],
+        "template": "it was {prompt} and",
+    }
+    assert cli("train", write_config(data=data, ppo={"num_steps": 1, "batch_size": 4}))[0] == 0
+    _, out, _ = cli("generate", tmp_path / "run", "--prompt", "the movie")
+    assert out.startswith("it was the movie and → ")
+    code, out, _ = cli("compare", tmp_path / "run", tmp_path / "run", "--num-prompts", "2")
+    assert code == 0
+    assert "2 of 2 answers are identical" in out
+
+
 def test_generate_is_greedy_at_temperature_zero_and_repeats_under_a_seed(cli, gpt2: Path) -> None:
     def answer(*options: str) -> str:
         return cli("generate", gpt2, "--prompt", "the movie", *options)[1]

@@ -46,6 +46,17 @@ def test_a_model_a_function_and_a_list_of_prompts_are_enough(tmp_path: Path, gpt
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 2
 
 
+def test_bare_prompts_go_under_the_first_of_several_columns(tmp_path: Path, gpt2: Path) -> None:
+    data = {"prompt_column": ["instruction", "input"], "template": "it was {prompt} and"}
+    trainer = PPOTrainer(
+        settings(tmp_path) | {"data": data}, str(gpt2), count_good, PROMPTS, quiet=True
+    )
+    rollout = trainer.generate(["a film", {"instruction": "the movie", "input": "was"}])
+    assert [p.text for p in rollout.prompts] == ["it was a film and", "it was the movie\nwas and"]
+    assert [p.content for p in rollout.prompts] == ["a film", "the movie\nwas"]
+    assert rollout.prompts[0].meta == {"instruction": "a film", "input": None}
+
+
 def test_an_async_reward_function_is_awaited(tmp_path: Path, gpt2: Path) -> None:
     async def reward(responses: list[str]) -> list[float]:
         return count_good(responses)

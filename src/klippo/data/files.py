@@ -26,17 +26,37 @@ class Row:
     """One row of a data set, with the place where a user finds it again."""
 
     number: int
-    """Position in its source, from 0; it stays the same when rows before it are held out."""
+    """Position in the data, from 0; it stays the same when rows before it are held out."""
     columns: Mapping[str, Any]
     """Every column; all rows of a source have the same ones, None where a row leaves one out."""
     line: int | None = None
     """Line in the file, from 1, where the format has lines."""
+    source: str | None = None
+    """Name of its source, where the data has several."""
+    first: int = 0
+    """Number of its source's first row."""
 
     def place(self, source: str) -> str:
-        """`reviews.jsonl, row 3 (line 4)`, for messages."""
-        return f"{source}, row {self.number}" + (
+        """`reviews.jsonl, row 3 (line 4)`, for messages; `source` names the only source."""
+        return f"{self.source or source}, row {self.number - self.first}" + (
             "" if self.line is None else f" (line {self.line})"
         )
+
+    def prompt(self, columns: Sequence[str]) -> Any:
+        """What one column holds; of several, their texts joined by line breaks, None for nothing.
+
+        Raises ConfigError where one of several holds something other than text.
+        """
+        if len(columns) == 1:
+            return self.columns.get(columns[0])
+        texts = [(name, self.columns.get(name)) for name in columns]
+        for name, value in texts:
+            if not isinstance(value, str | None):
+                raise ConfigError(
+                    f"{self.place('the data')}: column {name!r} holds {_kind(value)} where text is "
+                    "needed, to join it with the other prompt columns; convert it to text"
+                )
+        return "\n".join(text for _, text in texts if text) or None
 
 
 def is_file_name(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""From rows to prompts: chat template, token ids, cuts, and the length limit."""
+"""From rows to prompts: template, token ids, cuts, and the length limit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from klippo.data.files import Row
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
+from klippo.templates import prompt_text
 from klippo.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,16 @@ def build_prompts(
 
     `tokenizer` is the policy's. `source` names the rows' file in messages. `seed` and the row's
     number decide a cut, so other rows have no influence on it. Rows that `overlong: drop` left out
-    are counted in the log. `Prompt.text` is what the policy reads: with all of a chat template's
-    special tokens, and in text format without a BOS token at its start.
+    are counted in the log. `Prompt.text` is what the policy reads: with all of a template's special
+    tokens, and in text format without a BOS token at its start.
 
     Raises ConfigError for a missing column, an empty prompt, a wrong type, a tokenizer without a
     chat template where one is needed, an overlong prompt, and when no prompt is left.
     """
     if not rows:
         return []
-    _check_column(rows[0], settings.prompt_column, source)
+    for column in settings.prompt_columns:
+        _check_column(rows[0], column, source)
     texts = _texts(rows, settings, tokenizer, source)
     encoded = _encode(rows, texts, settings, tokenizer, source)
     if settings.cut_tokens is not None:
@@ -62,9 +64,20 @@ def build_prompts(
         ]
     encoded = _limit(encoded, settings, tokenizer, max_prompt_tokens, source)
     return [
-        Prompt(id=e.row.number, text=e.text, token_ids=e.bos + e.content, meta=dict(e.row.columns))
+        Prompt(
+            id=e.row.number,
+            text=e.text,
+            token_ids=e.bos + e.content,
+            content=None if settings.template is None else _bare(e.row, settings, tokenizer),
+            meta=dict(e.row.columns),
+        )
         for e in encoded
     ]
+
+
+def _bare(row: Row, settings: DataSettings, tokenizer: Any) -> str:
+    """A row's prompt without template and without a BOS token at its start."""
+    return str(row.prompt(settings.prompt_columns)).removeprefix(tokenizer.bos_token or "")
 
 
 def _check_column(row: Row, column: str, source: str) -> None:
@@ -78,7 +91,7 @@ def _check_column(row: Row, column: str, source: str) -> None:
 
 
 def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: str) -> list[str]:
-    """Each row's prompt as one text, after the chat template."""
+    """Each row's prompt as one text, after the template."""
     render: Callable[[Row], str]
     if settings.format == "chat":
         if not getattr(tokenizer, "chat_template", None):
@@ -94,18 +107,19 @@ def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: 
             "write it into the prompts"
         )
     else:
-        render = _TextFormat(settings, source).render
-    _check_filled(rows, settings.prompt_column, tokenizer, source)
+        render = _TextFormat(settings, tokenizer, source).render
+    _check_filled(rows, settings, tokenizer, source)
     return [render(row) for row in rows]
 
 
-def _check_filled(rows: Sequence[Row], column: str, tokenizer: Any, source: str) -> None:
-    empty = [row for row in rows if _is_empty(row.columns.get(column), tokenizer.bos_token)]
+def _check_filled(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: str) -> None:
+    names = settings.prompt_columns
+    empty = [row for row in rows if _is_empty(row.prompt(names), tokenizer.bos_token)]
     if empty:
-        found = repr(empty[0].columns.get(column))
+        found = repr(empty[0].prompt(names))
         others = f"; {len(empty)} of {len(rows)} rows are so" if len(empty) > 1 else ""
         raise ConfigError(
-            f"{empty[0].place(source)}: the prompt in column {column!r} is empty "
+            f"{empty[0].place(source)}: the prompt in {_columns(settings)} is empty "
             f"({found}){others}; a prompt needs text: fill or remove these rows"
         )
 
@@ -118,18 +132,27 @@ def _is_empty(value: Any, bos: str | None) -> bool:
     return value is None
 
 
+def _columns(settings: DataSettings) -> str:
+    names = settings.prompt_columns
+    return f"column {names[0]!r}" if len(names) == 1 else f"columns {', '.join(names)}"
+
+
 class _TextFormat:
-    def __init__(self, settings: DataSettings, source: str) -> None:
-        self._column = settings.prompt_column
+    def __init__(self, settings: DataSettings, tokenizer: Any, source: str) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
         self._source = source
 
     def render(self, row: Row) -> str:
-        value = row.columns[self._column]
+        value = row.prompt(self._settings.prompt_columns)
+        template = self._settings.template
         if isinstance(value, str):
-            return value
+            if template is None:
+                return value
+            return prompt_text(template, _bare(row, self._settings, self._tokenizer), row.columns)
         messages = isinstance(value, list) and all(isinstance(m, dict) for m in value)
         raise ConfigError(
-            f"{row.place(self._source)}: column {self._column!r} holds {type(value).__name__} "
+            f"{row.place(self._source)}: {_columns(self._settings)} holds {type(value).__name__} "
             f"{str(value)[:60]!r} where text is needed; "
             + (
                 "for chat messages set data.format: chat"
@@ -160,9 +183,9 @@ class _ChatFormat:
         return str(text)
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
-        value = row.columns[self._settings.prompt_column]
+        value = row.prompt(self._settings.prompt_columns)
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        where = f"{row.place(self._source)}: column {self._settings.prompt_column!r}"
+        where = f"{row.place(self._source)}: {_columns(self._settings)}"
         if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
             raise ConfigError(
                 f"{where} holds {type(value).__name__} {str(value)[:60]!r} where text or a list of "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from klippo.data.files import Row, is_file_name, quiet, read_file
@@ -18,7 +20,7 @@ def load_rows(settings: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
     Held-out rows depend on `seed` alone, and no prompt is on both sides.
     Raises ConfigError for everything that is wrong with the data.
     """
-    train = _load(settings.train, settings.subset, settings.split)
+    train = _load_all(settings.sources, settings.subset, settings.split)
     if settings.validation is not None:
         return train, _load_validation(settings)
     if settings.validation_size == 0:
@@ -26,13 +28,18 @@ def load_rows(settings: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
     return hold_out(train, settings, seed)
 
 
+def train_source(settings: DataSettings) -> str:
+    """The name of the training rows' source, for `build_prompts` and for messages."""
+    return ", ".join(settings.sources)
+
+
 def validation_source(settings: DataSettings) -> str:
     """The name of the validation rows' source, for `build_prompts` and for messages."""
     if settings.validation is None:
-        return settings.train
+        return train_source(settings)
     if is_file_name(resolve(settings.validation)):
         return settings.validation
-    return f"{settings.train} ({settings.validation})"
+    return f"{train_source(settings)} ({settings.validation})"
 
 
 def hold_out(rows: list[Row], settings: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
@@ -44,7 +51,8 @@ def hold_out(rows: list[Row], settings: DataSettings, seed: int) -> tuple[list[R
     wanted = size if isinstance(size, int) else max(1, round(size * len(rows)))
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        prompt = row.columns.get(settings.prompt_column, row.number)
+        prompt = row.prompt(settings.prompt_columns)
+        prompt = row.number if prompt is None else prompt
         groups.setdefault(json.dumps(prompt, default=str), []).append(row)
     keys = list(groups)
     random.Random(f"{seed}:hold_out").shuffle(keys)
@@ -55,8 +63,8 @@ def hold_out(rows: list[Row], settings: DataSettings, seed: int) -> tuple[list[R
         held.update(row.number for row in groups[key])
     if len(held) >= len(rows):
         raise ConfigError(
-            f"validation_size={size} leaves nothing to train on: {settings.train} has {len(rows)} "
-            f"rows with {len(groups)} different prompts; make it smaller"
+            f"validation_size={size} leaves nothing to train on: {train_source(settings)} has "
+            f"{len(rows)} rows with {len(groups)} different prompts; make it smaller"
         )
     return [r for r in rows if r.number not in held], [r for r in rows if r.number in held]
 
@@ -65,12 +73,27 @@ def _load_validation(settings: DataSettings) -> list[Row]:
     assert settings.validation is not None
     if is_file_name(resolve(settings.validation)):
         return _load(settings.validation, None, "train")
-    if is_file_name(resolve(settings.train)):
-        raise ConfigError(
-            f"validation={settings.validation!r} is not a file, and train={settings.train!r} is a "
-            "file, which has no other splits; name a file, or set validation_size"
-        )
-    return _load(settings.train, settings.subset, settings.validation)
+    for name in settings.sources:
+        if is_file_name(resolve(name)):
+            raise ConfigError(
+                f"validation={settings.validation!r} is not a file, and train={name!r} is a "
+                "file, which has no other splits; name a file, or set validation_size"
+            )
+    return _load_all(settings.sources, settings.subset, settings.validation)
+
+
+def _load_all(names: Sequence[str], subset: str | None, split: str) -> list[Row]:
+    """The rows of all sources, one source after the other, each row with all of their columns."""
+    if len(names) == 1:
+        return _load(names[0], subset, split)
+    rows: list[Row] = []
+    first = 0
+    for name in names:
+        own = _load(name, subset, split)
+        rows += [replace(r, number=first + r.number, source=name, first=first) for r in own]
+        first = rows[-1].number + 1
+    columns = list(dict.fromkeys(column for row in rows for column in row.columns))
+    return [replace(r, columns={name: r.columns.get(name) for name in columns}) for r in rows]
 
 
 def _load(name: str, subset: str | None, split: str) -> list[Row]:

@@ -4,11 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from klippo.errors import ConfigError
 from klippo.settings import LengthRange, Settings
+from klippo.templates import check_template
+
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 class DataSettings(Settings):
-    train: str | list[str]
+    train: str | Names
     """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`; a list is joined."""
     subset: str | None = None
     """Configuration name of a hub data set."""
@@ -19,7 +23,7 @@ class DataSettings(Settings):
     validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
     """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
     same prompt stay together, so copies can make it a little more."""
-    prompt_column: str | list[str] = "prompt"
+    prompt_column: str | Names = "prompt"
     """Column with the prompt: text, or a list of chat messages with `format: chat`. Several columns
     are joined by line breaks, empty ones left out."""
     template: str | None = None
@@ -48,4 +52,32 @@ class DataSettings(Settings):
             raise ValueError(
                 f"cut_tokens={self.cut_tokens} would cut the chat template; use format: text"
             )
+        if self.template is not None:
+            self._check_template(self.template)
         return self
+
+    def _check_template(self, template: str) -> None:
+        if self.format == "chat":
+            raise ValueError(
+                f"template={template!r} and format: chat both put text around the prompt; remove "
+                "one of them"
+            )
+        if self.cut_tokens is not None:
+            raise ValueError(
+                f"cut_tokens={self.cut_tokens} would cut the end of the template away; remove one "
+                "of them"
+            )
+        try:
+            check_template(template)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def sources(self) -> list[str]:
+        """The names in `train`."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The names in `prompt_column`."""
+        return [self.prompt_column] if isinstance(self.prompt_column, str) else self.prompt_column

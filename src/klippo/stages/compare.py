@@ -11,7 +11,7 @@ from rich.console import Console
 
 from klippo.config.load import load_config
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import load_rows
+from klippo.data.rows import load_rows, train_source, validation_source
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.evaluation.samples import SampleRow
@@ -56,7 +56,7 @@ def compare(
         raise ConfigError("neither model is a run folder; say which prompts: --prompts FILE")
     scorer = None
     if settings is not None:
-        scorer = build_reward(settings, device=device, prompt_column=data.prompt_column)
+        scorer = build_reward(settings, device=device, prompt_column=data.prompt_columns[0])
     sides = []
     for opened in (first, second):
         limit = second.max_tokens if max_tokens is None else max_tokens
@@ -100,7 +100,7 @@ def _answers(
         opened.tokenizer,
         max_prompt_tokens=room,
         seed=seed,
-        source=data.train,
+        source=validation_source(data) if held_out else train_source(data),
     )
     prompts = pick(prompts, num_prompts, seed)
     generator = torch.Generator(opened.device).manual_seed(seed)

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
 from klippo.errors import ConfigError
 from klippo.report.tables import clean
 from klippo.rollouts.sampling import Sampling
 from klippo.stages.build import choose_device, room_for_prompts
 from klippo.stages.models import OpenModel, open_model
+from klippo.stages.session import as_rows
 from klippo.types import Prompt
 
 
@@ -74,9 +74,9 @@ def answers(
 
 
 def as_prompts(opened: OpenModel, texts: Sequence[str], max_tokens: int) -> list[Prompt]:
-    """Texts as this model reads prompts: chat template where its run used one; never cut."""
+    """Texts as this model reads prompts: with the template of its run; never cut."""
     settings = opened.data.model_copy(update={"cut_tokens": None})
-    rows = [Row(number=i, columns={settings.prompt_column: text}) for i, text in enumerate(texts)]
+    rows = as_rows(texts, settings.prompt_columns)
     room = room_for_prompts(opened.model, max_tokens, None)
     return build_prompts(
         rows, settings, opened.tokenizer, max_prompt_tokens=room, seed=0, source="prompts"

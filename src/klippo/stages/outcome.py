@@ -85,7 +85,9 @@ def _evaluations(session: Session, folder: RunFolder) -> dict[int, list[SampleRo
     if session.config.gold is None:
         return steps
     gold = build_reward(
-        session.config.gold, device=session.device, prompt_column=session.config.data.prompt_column
+        session.config.gold,
+        device=session.device,
+        prompt_column=session.config.data.prompt_columns[0],
     )
     for step, rows in steps.items():
         steps[step] = add_gold(

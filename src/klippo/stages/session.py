@@ -12,7 +12,7 @@ import torch
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import load_rows, validation_source
+from klippo.data.rows import load_rows, train_source, validation_source
 from klippo.data.sampler import PromptSampler
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
@@ -75,7 +75,7 @@ def open_session(
     if prompts is None:
         rows, held_out = load_rows(config.data, config.seed)
     else:
-        rows, held_out = as_rows(prompts, config.data.prompt_column), []
+        rows, held_out = as_rows(prompts, config.data.prompt_columns), []
     source = _reward_source(config, reward, device, ranks)
     if isinstance(source, FunctionReward | SumReward):
         source.check_columns(rows[0].columns)
@@ -90,7 +90,7 @@ def open_session(
             rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed, source=name
         )
 
-    train_prompts = prepare(rows, config.data.train)
+    train_prompts = prepare(rows, train_source(config.data))
     held_out_prompts = (
         prepare(held_out, validation_source(config.data)) if held_out else train_prompts
     )
@@ -147,14 +147,23 @@ def open_session(
         measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
-        prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_column), "prompts"),
+        prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     )
 
 
-def as_rows(prompts: Sequence[Any], column: str) -> list[Row]:
-    """Prompts from Python (texts, chat messages, or mappings with all columns) as rows."""
+def as_rows(prompts: Sequence[Any], prompt_columns: Sequence[str]) -> list[Row]:
+    """Prompts from Python (texts, chat messages, or mappings with all columns) as rows.
+
+    A bare prompt goes under the first prompt column, and the others stay empty.
+    """
+    first, *others = prompt_columns
     return [
-        Row(number=i, columns=prompt if isinstance(prompt, Mapping) else {column: prompt})
+        Row(
+            number=i,
+            columns=prompt
+            if isinstance(prompt, Mapping)
+            else {first: prompt} | dict.fromkeys(others),
+        )
         for i, prompt in enumerate(prompts)
     ]
 
@@ -175,6 +184,6 @@ def _reward_source(
 ) -> RewardSource:
     if reward is None:
         return build_reward(
-            config.reward, device=device, prompt_column=config.data.prompt_column, ranks=ranks
+            config.reward, device=device, prompt_column=config.data.prompt_columns[0], ranks=ranks
         )
     return reward if hasattr(reward, "score") else FunctionReward(reward)
