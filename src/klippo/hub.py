@@ -61,6 +61,20 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """A model's config.json as it stands, whatever its class.
+
+    Raises PreflightError when there is none.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        content, _ = PretrainedConfig.get_config_dict(resolve(name), revision=revision)
+    except (OSError, ValueError) as error:
+        raise PreflightError(_not_loaded(name, error)) from error
+    return dict(content)
+
+
 def load_model(auto_class: Any, name: str, revision: str | None = None, **options: Any) -> Any:
     """`auto_class.from_pretrained`; every weight must come from the checkpoint.
 
@@ -72,10 +86,7 @@ def load_model(auto_class: Any, name: str, revision: str | None = None, **option
                 resolve(name), revision=revision, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PreflightError(
-            f"{name}: the model cannot be loaded ({_first_line(error)}); give a folder written by "
-            "save_pretrained, or a hub name (gated models need the environment variable HF_TOKEN)"
-        ) from error
+        raise PreflightError(_not_loaded(name, error)) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:4])
         raise PreflightError(
@@ -97,6 +108,13 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _not_loaded(name: str, error: Exception) -> str:
+    return (
+        f"{name}: the model cannot be loaded ({_first_line(error)}); give a folder written by "
+        "save_pretrained, or a hub name (gated models need the environment variable HF_TOKEN)"
+    )
 
 
 def _first_line(error: Exception) -> str:

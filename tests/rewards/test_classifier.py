@@ -100,11 +100,11 @@ def test_text_that_begins_with_the_bos_token_gets_no_second_one(folders):
 
 def test_a_template_is_filled_literally_and_once(folders):
     """Braces in a prompt are text, even where they spell a placeholder."""
-    template = "<|prompter|>{prompt}<|endoftext|>{x}{response}<|endoftext|>"
+    template = "<|prompter|>{prompt}<|endoftext|>{response}<|endoftext|>"
     scores = score(
         folders["gpt2"], prompts=["{response}"], responses=["{prompt}"], template=template
     )
-    text = "<|prompter|>{response}<|endoftext|>{x}{prompt}<|endoftext|>"
+    text = "<|prompter|>{response}<|endoftext|>{prompt}<|endoftext|>"
     torch.testing.assert_close(scores.reward, expected(folders["gpt2"], [text])[:, 0])
 
 
@@ -189,8 +189,8 @@ def test_an_empty_text_is_unscored(folders):
 
 def test_the_model_is_frozen_and_without_dropout(folders):
     source = reward(folders["gpt2"])
-    assert not source._model.training
-    assert not any(p.requires_grad for p in source._model.parameters())
+    assert not source.scorer.training
+    assert not any(p.requires_grad for p in source.scorer.parameters())
     rollout = make_rollout(RESPONSES, prompts=PROMPTS)
     assert source.score(rollout).reward.equal(source.score(rollout).reward)
     assert not source.score(rollout).reward.requires_grad
@@ -259,6 +259,6 @@ def test_a_missing_model_is_refused(tmp_path):
 def test_a_score_that_is_not_finite_is_an_error(tmp_path):
     folder = llama(tmp_path)
     source = reward(folder)
-    source._model.score.weight.fill_(float("inf"))
+    source.scorer.head.weight.fill_(float("inf"))
     with pytest.raises(RewardError, match=r"not finite for 'The film was long'.*float32"):
         source.score(make_rollout(["was long"], prompts=["The film "]))

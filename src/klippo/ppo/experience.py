@@ -16,6 +16,7 @@ from klippo.ppo.score import shape_scores
 from klippo.ppo.settings import KLSettings, PPOSettings, ScoreSettings
 from klippo.ranks import Ranks
 from klippo.tensors.advantages import gae
+from klippo.tensors.ensembles import lowest_shares
 from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_mean, masked_sum, whiten
 from klippo.tensors.moments import RunningMoments
@@ -215,4 +216,10 @@ def _metrics(
     for name, part in scores.parts.items():
         part = part.to(mask.device)
         metrics[f"reward/part/{name}"] = mean(part, scored & ~part.isnan())
+    if scores.members is not None:
+        members = scores.members.to(mask.device)
+        for k, (own, lowest) in enumerate(zip(members, lowest_shares(members), strict=True), 1):
+            whole = scored & ~lowest.isnan()
+            metrics[f"ensemble/member{k}_mean"] = mean(own, whole)
+            metrics[f"ensemble/member{k}_lowest_share"] = mean(lowest, whole)
     return metrics

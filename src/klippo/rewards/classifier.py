@@ -1,32 +1,31 @@
 """A sequence-classification model as the reward.
 
-N texts, L labels, S tokens of the longest text in a batch (right-padded).
+N texts, L labels, S tokens of the longest text in a batch (right-padded), K models.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from klippo.errors import ConfigError, RewardError
-from klippo.hub import load_model, load_tokenizer
-from klippo.rewards.rendering import Renderer
+from klippo.hub import load_tokenizer
+from klippo.rewards import stored
+from klippo.rewards.reading import Reader, check_max_tokens, context_of
+from klippo.rewards.scorers import architecture, load_scorer
 from klippo.rewards.settings import ClassifierSettings
+from klippo.rewards.stored import StoredReward
 from klippo.types import Prompt, Rollout, Scores
 
 
 class ClassifierReward:
-    """Scores texts with a frozen classification or reward model and that model's own tokenizer.
-
-    A causal model (a linear `score` on its trunk) is read at the last real token, found from the
-    text's length: transformers' own forward looks for the last token that is not the padding token,
-    and so skips an end-of-sequence token wherever the two are one.
-    """
+    """Scores texts with a frozen classification or reward model and that model's own tokenizer."""
 
     def __init__(
         self,
@@ -41,20 +40,34 @@ class ClassifierReward:
         Raises PreflightError when model or tokenizer cannot be loaded or lack a part, ConfigError
         when the label, the template or `max_tokens` do not fit them.
         """
-        self._settings = settings
-        self._device = torch.device(device)
-        self._tokenizer = load_tokenizer(settings.model, settings.revision)
-        self._tokenizer.truncation_side = "left"
-        adds_bos = self._tokenizer("a")["input_ids"][:1] == [self._tokenizer.bos_token_id]
-        self._added_bos: str = self._tokenizer.bos_token if adds_bos else ""
-        self._model = _load_model(settings).to(self._device)
-        self._renderer = Renderer(settings, self._tokenizer, prompt_column)
-        self._label = find_label(settings.label, self._model.config, settings.model)
-        self._excludes = getattr(self._model.config, "problem_type", None) != (
+        self.settings = settings
+        self.device = torch.device(device)
+        name = settings.model
+        tokenizer = load_tokenizer(name, settings.revision)
+        loaded = load_scorer(name, settings.revision, settings.dtype)
+        model = loaded.model
+        self.scorer = loaded.module.to(self.device)
+        self.width = int(getattr(model.config.get_text_config(), "hidden_size", 1))
+        self.stored = stored.read(name, settings.revision) or StoredReward()
+        context = context_of(model, tokenizer)
+        self.reader = Reader(
+            name,
+            tokenizer,
+            template=settings.template
+            or self.stored.template
+            or loaded.template
+            or "{prompt}{response}",
+            response_only=settings.reads == "response",
+            max_tokens=check_max_tokens(name, settings.max_tokens, context),
+            prompt_column=prompt_column,
+        )
+        self.label = find_label(settings.label, model.config, name)
+        self.labels_exclude = getattr(model.config, "problem_type", None) != (
             "multi_label_classification"
         )
-        self._max_tokens = _max_tokens(settings, self._model, self._tokenizer)
-        self._filler = _filler_id(self._model, self._tokenizer)
+        self.filler = _filler_id(model, tokenizer)
+        self.kin = json.dumps([architecture(loaded), self.reader.key, self.filler])
+        """Equal for models that read the same ids and differ in their weights alone."""
 
     def score(self, rollout: Rollout) -> Scores:
         """reward: (B,) float32; parts: `cut` (B,), 1 where the text was too long for the model."""
@@ -74,71 +87,62 @@ class ClassifierReward:
         A text without any token gets NaN. Raises RewardError when the model returns a number that
         is not finite.
         """
-        texts = [self._renderer.render(p, r) for p, r in zip(prompts, responses, strict=True)]
-        all_ids, cut = self._tokenize(texts)
-        rewards = torch.full((len(texts),), float("nan"))
-        for rows in self._batches([len(ids) for ids in all_ids]):
-            logits = self._logits([all_ids[row] for row in rows])
-            values = read_output(logits, self._label, self._settings.output, self._excludes)
-            rewards[rows] = values.cpu()
+
+        def outputs(input_ids: Tensor, mask: Tensor) -> Tensor:
+            alone: Tensor = self.scorer(input_ids, mask)
+            return alone[None]
+
+        values, cut = score_together([self], outputs, prompts, responses)
+        return Scores(reward=values[0].to(device), parts={"cut": cut.to(device)})
+
+
+@torch.no_grad()
+def score_together(
+    models: Sequence[ClassifierReward],
+    outputs: Callable[[Tensor, Tensor], Tensor],
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+) -> tuple[Tensor, Tensor]:
+    """Scores (K, N) float32 on the CPU, and 1 where a text was cut (N,), for models that are kin.
+
+    `outputs` maps ids (n, S) and mask (n, S) to the models' outputs (K, n, L). The texts are put
+    together and tokenized once. Raises RewardError when an output is not finite.
+    """
+    first = models[0]
+    texts = first.reader.texts(prompts, responses)
+    all_ids, cut = first.reader.encode(texts)
+    scores = torch.full((len(models), len(texts)), float("nan"))
+    batch_size = min(model.settings.batch_size for model in models)
+    for rows in _batches([len(ids) for ids in all_ids], batch_size):
+        input_ids, mask = _pad([all_ids[row] for row in rows], first.filler, first.device)
+        for k, (model, logits) in enumerate(zip(models, outputs(input_ids, mask), strict=True)):
+            values = read_output(logits, model.label, model.settings.output, model.labels_exclude)
             if not bool(values.isfinite().all()):
                 raise RewardError(
-                    f"reward model {self._settings.model} returned a number that is not finite "
+                    f"reward model {model.settings.model} returned a number that is not finite "
                     f"for {texts[rows[int((~values.isfinite()).nonzero()[0])]][:80]!r}; try "
                     "dtype: float32"
                 )
-        parts = {"cut": torch.tensor(cut, dtype=torch.float32, device=device)}
-        return Scores(reward=rewards.to(device), parts=parts)
+            scores[k, rows] = values.cpu()
+    return scores, torch.tensor(cut, dtype=torch.float32)
 
-    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """Token ids as the model saw them in training, and which texts were cut from the left."""
-        all_ids = [self._encode(text, None) for text in texts]
-        limit = self._max_tokens
-        if limit is None:
-            return all_ids, [False] * len(texts)
-        cut = [len(ids) > limit for ids in all_ids]
-        return [
-            self._encode(text, limit) if long else ids
-            for text, ids, long in zip(texts, all_ids, cut, strict=True)
-        ], cut
 
-    def _encode(self, text: str, limit: int | None) -> list[int]:
-        """One text's ids, never with two BOS tokens: chat templates write one of their own."""
-        encoded = self._tokenizer(
-            text if self._renderer.is_chat else text.removeprefix(self._added_bos),
-            add_special_tokens=not self._renderer.is_chat,
-            truncation=limit is not None,
-            max_length=limit,
-            verbose=False,
-        )
-        return [int(i) for i in encoded["input_ids"]]
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of texts of like length, longest first, without empty texts."""
+    rows = sorted((row for row, n in enumerate(lengths) if n > 0), key=lambda row: -lengths[row])
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row numbers in batches of texts of like length, longest first, without empty texts."""
-        rows = sorted(
-            (row for row, n in enumerate(lengths) if n > 0), key=lambda row: -lengths[row]
-        )
-        size = self._settings.batch_size
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
 
-    @torch.no_grad()
-    def _logits(self, all_ids: Sequence[Sequence[int]]) -> Tensor:
-        """The model's outputs (N, L) float32."""
-        lengths = torch.tensor([len(ids) for ids in all_ids], device=self._device)  # (N,)
-        width = int(lengths.max())
-        input_ids = torch.tensor(
-            [[*ids, *[self._filler] * (width - len(ids))] for ids in all_ids], device=self._device
-        )  # (N, S)
-        mask = (torch.arange(width, device=self._device) < lengths[:, None]).long()  # (N, S)
-        model = self._model
-        if not isinstance(getattr(model, "score", None), nn.Linear):
-            logits: Tensor = model(input_ids=input_ids, attention_mask=mask).logits
-        else:
-            trunk = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            rows = torch.arange(len(all_ids), device=self._device)
-            logits = model.score(trunk.last_hidden_state[rows, lengths - 1])
-        return logits.float()
+def _pad(
+    all_ids: Sequence[Sequence[int]], filler: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids (N, S) padded on the right, and their mask (N, S) int64, both from lengths."""
+    lengths = torch.tensor([len(ids) for ids in all_ids], device=device)  # (N,)
+    width = int(lengths.max())
+    padded = [[*ids, *[filler] * (width - len(ids))] for ids in all_ids]
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    return torch.tensor(padded, device=device), mask.long()
 
 
 def read_output(logits: Tensor, label: int, output: str, labels_exclude: bool = True) -> Tensor:
@@ -174,40 +178,6 @@ def find_label(label: str | int | None, config: Any, model: str) -> int:
     near = difflib.get_close_matches(label.casefold(), folded, n=1)
     hint = f"; did you mean {names[folded.index(near[0])]}?" if near else "; choose one of them"
     raise ConfigError(f"label={label!r}: reward model {model} has the outputs {listed}{hint}")
-
-
-def _load_model(settings: ClassifierSettings) -> Any:
-    """The frozen model, dropout off."""
-    from transformers import AutoModelForSequenceClassification
-
-    model = load_model(
-        AutoModelForSequenceClassification,
-        settings.model,
-        settings.revision,
-        dtype=getattr(torch, settings.dtype),
-    )
-    return model.eval().requires_grad_(False)
-
-
-def _max_tokens(settings: ClassifierSettings, model: Any, tokenizer: Any) -> int | None:
-    """Longest text in tokens: what was asked for, or the model's context (None: no limit)."""
-    limits = [n for n in (tokenizer.model_max_length,) if n is not None and n < 1_000_000]
-    text_config = model.config.get_text_config()
-    limits += [n for n in (getattr(text_config, "max_position_embeddings", None),) if n is not None]
-    for name, module in model.named_modules():
-        if (
-            name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            # RoBERTa's kind counts positions from behind the padding's own.
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    context = min(limits, default=None)
-    if settings.max_tokens is not None and context is not None and settings.max_tokens > context:
-        raise ConfigError(
-            f"max_tokens={settings.max_tokens}: reward model {settings.model} reads at most "
-            f"{context} tokens; lower it or leave it out"
-        )
-    return context if settings.max_tokens is None else settings.max_tokens
 
 
 def _filler_id(model: Any, tokenizer: Any) -> int:

@@ -32,7 +32,8 @@ class SumReward:
 
     A batch enters the running moments before it is standardised by them, so that the first batch
     has a scale too. A response that any part could not score (NaN) has a NaN sum. `Scores.parts`
-    holds each part as its source gave it, under its name; parts of a part are `outer/inner`.
+    holds each part as its source gave it, under its name; parts of a part are `outer/inner`. The
+    members of an ensemble among the parts are passed on, where there is exactly one.
     """
 
     def __init__(
@@ -84,13 +85,15 @@ class SumReward:
 
     def _sum(self, scores: Sequence[Scores]) -> Scores:
         total = torch.zeros_like(scores[0].reward, dtype=torch.float32)
+        ensembles = [score.members for score in scores if score.members is not None]
         logged: dict[str, Tensor] = {}
         for (name, part), score in zip(self._parts.items(), scores, strict=True):
             reward = score.reward.float()
             logged[name] = reward
             logged |= {f"{name}/{inner}": values for inner, values in score.parts.items()}
             total = total + part.weight * self._standardized(name, reward)
-        return Scores(reward=total, parts=logged)
+        members = ensembles[0] if len(ensembles) == 1 else None
+        return Scores(reward=total, members=members, parts=logged)
 
     def _standardized(self, name: str, reward: Tensor) -> Tensor:
         if name not in self._moments:

@@ -136,12 +136,13 @@ class EnsembleSettings(ReadingSettings):
                 if isinstance(member, str)
                 else member.model_dump(exclude_unset=True)
             )
-            seeds = self.seeds if "{seed}" in own["model"] else None
-            for seed in seeds or [None]:
-                name = own["model"].replace("{seed}", str(seed)) if seeds else own["model"]
-                found.append(
-                    ClassifierSettings(**(shared | own | {"kind": "classifier", "model": name}))
-                )
+            pattern = str(own["model"])
+            names = [pattern]
+            if self.seeds is not None and "{seed}" in pattern:
+                names = [pattern.replace("{seed}", str(seed)) for seed in self.seeds]
+            for name in names:
+                reading = shared | own | {"kind": "classifier", "model": name}
+                found.append(ClassifierSettings.model_validate(reading))
         return found
 
 

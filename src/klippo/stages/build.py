@@ -12,6 +12,7 @@ from klippo.ranks import Ranks
 from klippo.rewards import settings as kinds
 from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.combined import Part, SumReward
+from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.function import FunctionReward
 from klippo.rewards.loading import load_function
 from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
@@ -30,6 +31,8 @@ def build_reward(
     match settings:
         case kinds.ClassifierSettings():
             return ClassifierReward(settings, device=device, prompt_column=prompt_column)
+        case kinds.EnsembleSettings():
+            return EnsembleReward(settings, device=device, prompt_column=prompt_column)
         case kinds.FunctionSettings():
             return FunctionReward(load_function(settings.function), settings.function)
         case kinds.LengthSettings():

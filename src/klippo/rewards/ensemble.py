@@ -1,0 +1,152 @@
+"""Several reward models as one conservative reward (Coste et al. 2023, arXiv 2310.02743).
+
+B sequences, K members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from klippo.errors import ConfigError
+from klippo.rewards.classifier import ClassifierReward, score_together
+from klippo.rewards.scorers import Stack
+from klippo.rewards.settings import EnsembleSettings, MomentsSettings
+from klippo.tensors.ensembles import combine, variance
+from klippo.types import Prompt, Rollout, Scores
+
+
+class EnsembleReward:
+    """Scores every text with all members, standardises each member, and combines them.
+
+    Members of one architecture and one tokenizer are scored together: the texts are tokenized once
+    and the weights stacked into one batched forward. Others are scored in turn, each through its
+    own tokenizer and template.
+    """
+
+    def __init__(
+        self,
+        settings: EnsembleSettings,
+        *,
+        device: torch.device | str = "cpu",
+        prompt_column: str = "prompt",
+    ) -> None:
+        """Load all members.
+
+        Raises what ClassifierReward raises, and ConfigError for a member whose stored mean and
+        standard deviation are asked for and missing.
+        """
+        self.settings = settings
+        self.members = [
+            ClassifierReward(one, device=device, prompt_column=prompt_column)
+            for one in settings.classifiers()
+        ]
+        self._moments = self._known_moments()
+        places: dict[str, list[int]] = {}
+        for place, member in enumerate(self.members):
+            places.setdefault(member.kin, []).append(place)
+        self._families = [
+            (group, Stack([self.members[k].scorer for k in group], self.members[group[0]].width))
+            for group in places.values()
+        ]
+
+    @property
+    def waits_for_moments(self) -> bool:
+        """True until `measure` was called, where the run's start is to standardise the members."""
+        return self.settings.standardize == "start" and self._moments is None
+
+    def score(self, rollout: Rollout) -> Scores:
+        """reward: (B,) float32; members: (K, B), standardised; part `variance` (B,) over members.
+
+        A text that any member could not score has a NaN reward.
+        """
+        return self.score_pairs(
+            rollout.prompts, rollout.responses, device=rollout.tokens.response_ids.device
+        )
+
+    def score_pairs(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Scores:
+        """The same from prompts and decoded responses alone; the scores lie on `device`."""
+        assert not self.waits_for_moments, "measure() comes first"
+        raw, cut = self._raw(prompts, responses)
+        settings = self.settings
+        members = self._standardized(raw).to(device)
+        reward = combine(
+            members,
+            settings.objective,
+            uwo_weight=settings.uwo_weight or 0.0,
+            sd_weight=settings.sd_weight or 0.0,
+            ddof=settings.ddof,
+            temperature=settings.temperature,
+        )
+        parts = {"variance": variance(members, settings.ddof), "cut": cut.to(device)}
+        return Scores(reward=reward, members=members, parts=parts)
+
+    def measure(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> MomentsSettings:
+        """Mean and standard deviation of each member on these responses, used from now on.
+
+        Raises ConfigError when a member gives all of them the same score.
+        """
+        raw, _ = self._raw(prompts, responses)
+        scored = raw[:, ~raw.isnan().any(0)].double()
+        sd = scored.std(1)
+        for member, spread in zip(self.members, sd.tolist(), strict=True):
+            if not spread > 0:
+                raise ConfigError(
+                    f"ensemble member {member.settings.model} gives all {scored.shape[1]} "
+                    "reference responses the same score, so it has no scale; remove it, or set "
+                    "standardize: off"
+                )
+        moments = MomentsSettings(mean=scored.mean(1).tolist(), sd=sd.tolist())
+        self._moments = _as_tensors(moments)
+        return moments
+
+    def _raw(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The members' own scores (K, B) on the CPU, and 1 where any member cut the text (B,)."""
+        raw = torch.empty(len(self.members), len(responses))
+        cut = torch.zeros(len(responses))
+        for group, stack in self._families:
+            models = [self.members[k] for k in group]
+            raw[group], was_cut = score_together(models, stack, prompts, responses)
+            cut = torch.maximum(cut, was_cut)
+        return raw, cut
+
+    def _standardized(self, raw: Tensor) -> Tensor:
+        if self._moments is None:
+            return raw
+        mean, sd = self._moments
+        return (raw - mean) / sd
+
+    def _known_moments(self) -> tuple[Tensor, Tensor] | None:
+        """mean (K, 1) and sd (K, 1): from the settings, or stored with every member."""
+        settings = self.settings
+        if settings.standardize == "off":
+            return None
+        if settings.moments is not None:
+            return _as_tensors(settings.moments)
+        if settings.standardize == "start":
+            return None
+        means, sds = [], []
+        for member in self.members:
+            mean, sd = member.stored.mean, member.stored.sd
+            if mean is None or sd is None:
+                raise ConfigError(
+                    f"ensemble member {member.settings.model} has no stored mean and standard "
+                    "deviation, and members on different scales cannot be compared; train it with "
+                    "klippo reward-model and `reference`, set standardize: start to measure them "
+                    "when the run begins, or standardize: off"
+                )
+            means.append(mean)
+            sds.append(sd)
+        return _as_tensors(MomentsSettings(mean=means, sd=sds))
+
+
+def _as_tensors(moments: MomentsSettings) -> tuple[Tensor, Tensor]:
+    return torch.tensor(moments.mean)[:, None], torch.tensor(moments.sd)[:, None]
