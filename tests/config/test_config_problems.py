@@ -39,7 +39,8 @@ def test_all_problems_come_at_once_in_the_order_of_the_lines(tmp_path):
         "run.yaml:7: kl.coef=high: must be a number",
         "run.yaml:9: ppo.clip_rnge: unknown key; did you mean clip_range?",
         "run.yaml:11: ppo.num_steps: given twice, first at run.yaml:10",
-        "run.yaml:12: output_dir=runs/{step}: nothing fills {step}; use {name} or {seed}",
+        "run.yaml:12: output_dir=runs/{step}: nothing fills {step}; use {name}, {seed} or "
+        "{rm_seed}",
         "command line: device: needs key=value, as in ppo.num_steps=200",
         "command line: seed=-1: must be greater than or equal to 0",
     ]
@@ -111,7 +112,8 @@ def test_unknown_key_names_the_nearest_key_or_its_home(tmp_path, text, expected)
         ),
         (
             "gold: {model: m}",
-            "gold.kind: missing; it must be classifier, ensemble, function, length, repetition or sum",
+            "gold.kind: missing; it must be classifier, ensemble, function, length, repetition "
+            "or sum",
         ),
         ("gold: length", "gold=length: must be a mapping"),
     ],

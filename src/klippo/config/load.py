@@ -25,12 +25,12 @@ from klippo.config.located import (
     write_value,
     write_yaml,
 )
+from klippo.config.merge import COMMAND_LINE, merge, parse_overrides
+from klippo.config.placeholders import fill_placeholders
 from klippo.config.problems import describe, nearest
 from klippo.config.schema import RunConfig, WholeConfig
-from klippo.config.walk import by_kind, child
 from klippo.errors import ConfigError
 
-COMMAND_LINE = "command line"
 DEFAULT = "default"
 RECIPES = "klippo.recipes"
 
@@ -107,8 +107,13 @@ def _read_source(source: str | Path, schema: type[WholeConfig]) -> tuple[str, st
     path = Path(source)
     if not path.is_file():
         return _read_recipe(str(source), schema)
+    return str(path), read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """A YAML file's text; ConfigError where there is none to read."""
     try:
-        return str(path), path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -140,17 +145,30 @@ def _load(
             Problem(tree.origin, f"a config must be a mapping (key: value), not {what}")
         )
     if not isinstance(tree.value, dict) or (problems and not tree.value):
-        raise _error(problems)  # nothing to go on with
-    over, override_problems = _parse_overrides(overrides, schema)
-    tree = merge(tree, over, schema)
-    tree, placeholder_problems = _fill_placeholders(tree, name, schema)
-    problems += override_problems + placeholder_problems
+        raise config_error(problems)  # nothing to go on with
+    over, override_problems = parse_overrides(overrides, schema)
+    return resolve(merge(tree, over, schema), problems + override_problems, name, schema)
+
+
+def resolve(
+    tree: Located,
+    problems: list[Problem],
+    name: str,
+    schema: type[C],
+    sources: Mapping[str, str] | None = None,
+) -> LoadedConfig[C]:
+    """The config of a merged tree, or a ConfigError with `problems` and all that is wrong in it.
+
+    `sources` names the keys that were written in another spelling: Klippo's key -> theirs.
+    """
+    tree, placeholder_problems = fill_placeholders(tree, name, schema)
+    problems = problems + placeholder_problems
     try:
         config = schema.model_validate(tree.plain())
     except ValidationError as error:
-        raise _error(problems + describe(error, tree, schema)) from None
+        raise config_error(problems + describe(error, tree, schema), sources) from None
     if problems:
-        raise _error(problems)
+        raise config_error(problems, sources)
     given = dict(tree.leaves())
     origins = {
         dotted(path): given.get(path, DEFAULT) for path, _ in _flat(config.model_dump(mode="json"))
@@ -158,90 +176,21 @@ def _load(
     return LoadedConfig(config, origins, name)
 
 
-def _error(problems: list[Problem]) -> ConfigError:
-    """All problems, in the order of the file's lines, the command line's last."""
+def config_error(
+    problems: Sequence[Problem], sources: Mapping[str, str] | None = None
+) -> ConfigError:
+    """All problems, file by file in the order of the lines, the command line's last."""
 
-    def place(problem: Problem) -> tuple[bool, int]:
-        line = re.search(r":(\d+)$", problem.origin)
-        return problem.origin == COMMAND_LINE, int(line[1]) if line else 0
+    def place(problem: Problem) -> tuple[bool, str, int]:
+        file, _, line = problem.origin.rpartition(":")
+        return problem.origin == COMMAND_LINE, file, int(line) if line.isdigit() else 0
 
-    lines = [str(problem) for problem in sorted(problems, key=place)]
+    def text(problem: Problem) -> str:
+        source = (sources or {}).get(re.split(r"[=:\[ ]", problem.text)[0])
+        return f"{problem} (written as {source})" if source else str(problem)
+
+    lines = [text(problem) for problem in sorted(problems, key=place)]
     return ConfigError("\n".join(dict.fromkeys(lines)))
-
-
-def merge(base: Located, over: Located, annotation: Any) -> Located:
-    """`over` on top of `base`: mappings merge, everything else replaces.
-
-    A section whose `kind` changes is replaced, for the keys of one kind mean nothing to another.
-    """
-    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
-        return over
-    old, new = base.value.get("kind"), over.value.get("kind")
-    if by_kind(annotation) and old and new and old.value != new.value:
-        return over
-    kind = new or old
-    merged = dict(base.value)
-    for key, value in over.value.items():
-        inner = child(annotation, key, kind.value if kind else None)
-        merged[key] = merge(merged[key], value, inner) if key in merged else value
-    return Located(merged, base.origin)
-
-
-def _parse_overrides(
-    overrides: Sequence[str], schema: type[WholeConfig]
-) -> tuple[Located, list[Problem]]:
-    """All overrides as one tree, so that their order only matters for the same key."""
-    tree, problems = Located({}, COMMAND_LINE), []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        keys = key.strip().split(".")
-        if not equals or not all(keys):
-            problems.append(
-                Problem(COMMAND_LINE, f"{override}: needs key=value, as in ppo.num_steps=200")
-            )
-            continue
-        value, broken = read_yaml(text, lambda _: COMMAND_LINE)
-        if broken:
-            problems += [Problem(p.origin, f"{override}: {p.text}; quotes help") for p in broken]
-            continue
-        if not text.strip():
-            value = Located(None, COMMAND_LINE)
-        for part in reversed(keys):
-            value = Located({part: value}, COMMAND_LINE)
-        tree = merge(tree, value, schema)
-    return tree, problems
-
-
-def _fill_placeholders(
-    tree: Located, name: str, schema: type[WholeConfig]
-) -> tuple[Located, list[Problem]]:
-    """`{seed}` in every text and `{name}` in output_dir; templates keep their own braces."""
-    fields = schema.model_fields
-    default = Located(fields["output_dir"].default, DEFAULT)
-    folder = tree.value.get("output_dir", default)
-    seed = tree.value.get("seed", Located(fields["seed"].default, DEFAULT)).plain()
-    problems = []
-    if isinstance(folder.value, str):
-        unknown = set(re.findall(r"\{[^{}]*\}", folder.value)) - {"{name}", "{seed}"}
-        problems = [
-            Problem(
-                folder.origin,
-                f"output_dir={folder.value}: nothing fills {brace}; use {{name}} or {{seed}}",
-            )
-            for brace in sorted(unknown)
-        ]
-        folder = Located(folder.value.replace("{name}", name), folder.origin)
-    return _fill_seed(Located({**tree.value, "output_dir": folder}, tree.origin), seed), problems
-
-
-def _fill_seed(tree: Located, seed: object) -> Located:
-    if isinstance(tree.value, dict):
-        return Located({k: _fill_seed(v, seed) for k, v in tree.value.items()}, tree.origin)
-    if isinstance(tree.value, list):
-        return Located([_fill_seed(item, seed) for item in tree.value], tree.origin)
-    if isinstance(tree.value, str):
-        return Located(tree.value.replace("{seed}", str(seed)), tree.origin)
-    return tree
 
 
 def _flat(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

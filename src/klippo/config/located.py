@@ -80,7 +80,12 @@ def locate(value: Any, origin: str) -> Located:
 _SCALARS: list[tuple[str, str, str, Callable[[str], Any]]] = [
     ("null", r"~|null|Null|NULL|", "~nN\0", lambda _: None),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789", lambda text: int(text.replace("_", ""))),
+    (
+        "int",
+        r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+",
+        "-+0123456789",
+        lambda text: int(text, 16) if "x" in text else int(text.replace("_", "")),
+    ),
     (
         "float",
         r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from klippo.data.preferences import PreferenceSettings
 from klippo.data.settings import DataSettings
 from klippo.evaluation.settings import EvaluationSettings
 from klippo.policy.settings import CriticSettings, PolicySettings
@@ -14,6 +15,14 @@ from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, Scor
 from klippo.rewards.settings import RewardSettings
 from klippo.rollouts.settings import RolloutSettings
 from klippo.settings import Settings
+from klippo.supervised.settings import (
+    ExampleSettings,
+    ModelSettings,
+    ReferenceSettings,
+    RewardModelSettings,
+    RewardTrainingSettings,
+    TrainingSettings,
+)
 
 
 class WholeConfig(Settings):
@@ -21,6 +30,8 @@ class WholeConfig(Settings):
 
     recipe_folder: ClassVar[str]
     """Where the stage's packaged recipes are, inside `klippo/recipes`."""
+    rm_seed_sections: ClassVar[tuple[str, ...]] = ()
+    """Where `{seed}` is the reward model's seed, not the run's."""
 
     seed: NonNegativeInt = 0
     """Seed of everything random."""
@@ -32,9 +43,10 @@ class RunConfig(WholeConfig):
     """One PPO run."""
 
     recipe_folder: ClassVar[str] = "."
+    rm_seed_sections: ClassVar[tuple[str, ...]] = ("reward", "gold", "critic")
 
     rm_seed: int | None = None
-    """Seed of the reward model: fills `{seed}` in the names of `reward` and `critic`."""
+    """Seed of the reward model: fills `{seed}` in the names of `reward`, `gold` and `critic`."""
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is the config's name, `{seed}` the seed, `{rm_seed}` that of the reward
     model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
@@ -111,3 +123,68 @@ class RunConfig(WholeConfig):
                         f"ppo.{name}={value} compares with the sampler's own log-probs, which are "
                         "not kept; set rollout.record_logprobs=true"
                     )
+
+
+class RewardModelConfig(WholeConfig):
+    """Reward models from one set of preferences: one member per seed."""
+
+    recipe_folder: ClassVar[str] = "reward-model"
+
+    seed: NonNegativeInt = 0
+    """Seed of the member: score head, order of the pairs, bagging."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """One member per seed, instead of the one of `seed`; 5 make an ensemble."""
+    output_dir: str = "runs/{name}"
+    """Members are the folders `{output_dir}_seed1` and so on; `{name}` is the config's name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+    num_threads: PositiveInt | None = None
+    """CPU threads; default: PyTorch's choice."""
+    model: RewardModelSettings
+    """What the members start from."""
+    data: PreferenceSettings
+    """The preferences."""
+    template: str = "{prompt}{response}"
+    """Text that the model reads: written out with {prompt} and {response}, or `chat` (the model's
+    own chat template), `alpaca` or `open-assistant`. Stored with the model."""
+    max_tokens: PositiveInt | None = None
+    """Cut longer texts from the left; default: the model's context."""
+    training: RewardTrainingSettings = RewardTrainingSettings()
+    """Optimizer, batches and loss."""
+    reference: ReferenceSettings | None = None
+    """Responses on which mean and spread of every member are measured and stored with it."""
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        seeds = self.seeds or []
+        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if twice:
+            raise ValueError(
+                f"seeds={seeds}: {twice[0]} is there twice, and would train the same member twice; "
+                "remove one"
+            )
+        return self
+
+    @property
+    def member_seeds(self) -> list[int]:
+        """One seed per member."""
+        return [self.seed] if self.seeds is None else list(self.seeds)
+
+
+class SFTConfig(WholeConfig):
+    """Supervised fine-tuning of a causal language model."""
+
+    recipe_folder: ClassVar[str] = "sft"
+
+    output_dir: str = "runs/{name}"
+    """The folder that then is the model (or the adapter); `{name}` is the config's name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+    num_threads: PositiveInt | None = None
+    """CPU threads; default: PyTorch's choice."""
+    model: ModelSettings
+    """The model that learns."""
+    data: ExampleSettings
+    """What it learns to write."""
+    training: TrainingSettings = TrainingSettings()
+    """Optimizer and batches."""

@@ -1,0 +1,64 @@
+"""Trees of located values on top of one another, and the tree that `key=value` overrides make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from klippo.config.located import Located, Problem, read_yaml
+from klippo.config.walk import Section, by_kind, child
+
+COMMAND_LINE = "command line"
+
+
+def merge(base: Located, over: Located, annotation: Any) -> Located:
+    """`over` on top of `base`: mappings merge, everything else replaces.
+
+    A section whose `kind` changes is replaced, for the keys of one kind mean nothing to another.
+    `annotation` is the type of the value: a schema, or `object` where no schema knows it.
+    """
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    old, new = base.value.get("kind"), over.value.get("kind")
+    if by_kind(annotation) and old and new and old.value != new.value:
+        return over
+    kind = new or old
+    merged = dict(base.value)
+    for key, value in over.value.items():
+        inner = child(annotation, key, kind.value if kind else None)
+        merged[key] = merge(merged[key], value, inner) if key in merged else value
+    return Located(merged, base.origin)
+
+
+def nest(keys: Sequence[str], value: Located) -> Located:
+    """Mappings around `value`, one per key, of the same origin."""
+    for key in reversed(keys):
+        value = Located({key: value}, value.origin)
+    return value
+
+
+def parse_overrides(overrides: Sequence[str], schema: Section) -> tuple[Located, list[Problem]]:
+    """All overrides as one tree, so that their order only matters for the same key."""
+    tree, problems = Located({}, COMMAND_LINE), []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
+            problems.append(
+                Problem(COMMAND_LINE, f"{override}: needs key=value, as in ppo.num_steps=200")
+            )
+            continue
+        value, broken = read_yaml(text, lambda _: COMMAND_LINE)
+        if broken:
+            problems += [Problem(p.origin, f"{override}: {p.text}; quotes help") for p in broken]
+            continue
+        if not text.strip():
+            value = Located(None, COMMAND_LINE)
+        tree = merge(tree, nest(keys, value), schema)
+    return tree, problems
+
+
+def seed_overrides(rm_seed: int | None = None, rng_seed: int | None = None) -> list[str]:
+    """What `--rm_seed` and `--rng_seed` stand for."""
+    given = {"rm_seed": rm_seed, "seed": rng_seed}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
