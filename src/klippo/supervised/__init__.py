@@ -1,0 +1,1 @@
+"""The stages before PPO: supervised fine-tuning and reward models, on TRL's trainers."""
