@@ -43,7 +43,7 @@ class SumReward:
 
         With `measures_once` the moments are those of the first batch and stay so.
         """
-        self._parts = dict(parts)
+        self.parts = dict(parts)
         self._all_sum = all_sum
         self._moments = {name: RunningMoments() for name, p in parts.items() if p.normalize}
         self._measures_once = measures_once
@@ -52,7 +52,7 @@ class SumReward:
         """reward: (B,) float32; to be awaited exactly when a part is, and then all at once."""
         results: list[Scores | Awaitable[Scores]] = []
         try:
-            for part in self._parts.values():
+            for part in self.parts.values():
                 results.append(part.source.score(rollout))  # noqa: PERF401, the ones before an error
         except BaseException:
             for result in results:
@@ -87,7 +87,7 @@ class SumReward:
         total = torch.zeros_like(scores[0].reward, dtype=torch.float32)
         ensembles = [score.members for score in scores if score.members is not None]
         logged: dict[str, Tensor] = {}
-        for (name, part), score in zip(self._parts.items(), scores, strict=True):
+        for (name, part), score in zip(self.parts.items(), scores, strict=True):
             reward = score.reward.float()
             logged[name] = reward
             logged |= {f"{name}/{inner}": values for inner, values in score.parts.items()}
@@ -106,23 +106,29 @@ class SumReward:
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ConfigError when a part needs a column that is not among these."""
         columns = list(columns)
-        for part in self._parts.values():
+        for part in self.parts.values():
             if isinstance(part.source, FunctionReward | SumReward):
                 part.source.check_columns(columns)
 
-    def yardstick(self) -> SumReward:
-        """The same sum for evaluation, in this process alone: one scale for all of its batches."""
+    def yardstick(self, all_sum: AllSum = local) -> SumReward:
+        """The same sum for evaluation: one scale for all of its batches.
+
+        `all_sum` adds up over the processes that share the evaluation.
+        """
         return SumReward(
             {
-                name: Part(source=yardstick(p.source), weight=p.weight, normalize=p.normalize)
-                for name, p in self._parts.items()
+                name: Part(
+                    source=yardstick(p.source, all_sum), weight=p.weight, normalize=p.normalize
+                )
+                for name, p in self.parts.items()
             },
+            all_sum,
             measures_once=True,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The running moments of the parts, and the states of parts that have one."""
-        sources = {name: part.source for name, part in self._parts.items()}
+        sources = {name: part.source for name, part in self.parts.items()}
         return {
             "moments": {name: moments.state_dict() for name, moments in self._moments.items()},
             "sources": {
@@ -135,15 +141,15 @@ class SumReward:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, moments in self._moments.items():
             moments.load_state_dict(state["moments"][name])
-        for name, part in self._parts.items():
+        for name, part in self.parts.items():
             if isinstance(part.source, SumReward):
                 part.source.load_state_dict(state["sources"][name])
 
 
-def yardstick(source: RewardSource) -> RewardSource:
+def yardstick(source: RewardSource, all_sum: AllSum = local) -> RewardSource:
     """The source as evaluation uses it: the same text gets the same score at every step.
 
     Running moments would move the scale while the policy trains, so parts that are normalised are
     standardised by the moments of the first batch that the yardstick sees.
     """
-    return source.yardstick() if isinstance(source, SumReward) else source
+    return source.yardstick(all_sum) if isinstance(source, SumReward) else source

@@ -30,6 +30,7 @@ class AlpacaFarmConfig(PretrainedConfig):  # type: ignore[misc]
     def __init__(self, backbone_model_name_or_path: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.backbone_model_name_or_path = backbone_model_name_or_path
+        self.num_labels = 1
 
 
 class AlpacaFarmRewardModel(PreTrainedModel):  # type: ignore[misc]
@@ -45,6 +46,8 @@ class AlpacaFarmRewardModel(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: AlpacaFarmConfig) -> None:
         super().__init__(config)
         backbone = _backbone_config(config)
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "pad_token_id"):
+            setattr(config, name, getattr(backbone, name))
         self.backbone_model = nn.Module()
         self.backbone_model.model = LlamaModel(backbone)
         self.reward_head = nn.Linear(backbone.hidden_size, 1)
@@ -81,6 +84,7 @@ class OpenAssistantConfig(GPTNeoXConfig):  # type: ignore[misc]
     def __init__(self, pooling: str = "last", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pooling = pooling
+        self.num_labels = 1
 
 
 class OpenAssistantRewardModel(PreTrainedModel):  # type: ignore[misc]

@@ -81,10 +81,10 @@ def load_scorer(name: str, revision: str | None = None, dtype: str = "float32") 
     model = load_model(auto_class, name, revision, dtype=getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
     if kind is not None:
-        return LoadedScorer(LastTokenScorer(*kind.parts(model)), model, kind.template)
+        return LoadedScorer(LastTokenScorer(*kind.parts(model)).eval(), model, kind.template)
     if isinstance(getattr(model, "score", None), nn.Linear):
-        return LoadedScorer(LastTokenScorer(model.base_model, model.score), model, None)
-    return LoadedScorer(WholeModelScorer(model), model, None)
+        return LoadedScorer(LastTokenScorer(model.base_model, model.score).eval(), model, None)
+    return LoadedScorer(WholeModelScorer(model).eval(), model, None)
 
 
 class Stack:

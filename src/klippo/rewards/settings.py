@@ -213,3 +213,12 @@ RewardSettings = Annotated[
 
 PartSettings.model_rebuild()
 SumSettings.model_rebuild()
+
+
+def ensembles(settings: RewardSettings | None) -> Iterator[EnsembleSettings]:
+    """Every ensemble in a reward's settings."""
+    if isinstance(settings, EnsembleSettings):
+        yield settings
+    if isinstance(settings, SumSettings):
+        for part in settings.parts.values():
+            yield from ensembles(part.reward)
