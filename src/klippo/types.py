@@ -120,9 +120,12 @@ class Engine(Protocol):
         """Take over the policy's current weights."""
 
     def generate(
-        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], generator: torch.Generator
+        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, each at most `max_lengths[i]` tokens long."""
+        """One completion per prompt, each at most `max_lengths[i]` tokens long.
+
+        `seeds[i]` (63 bits) alone decides the random numbers of completion i.
+        """
 
 
 class RolloutSource(Protocol):

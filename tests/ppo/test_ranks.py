@@ -66,7 +66,21 @@ def test_the_cases_do_what_their_names_say():
     assert counts["nobody has scores"]["update/num_optimizer_steps"] == 0
 
 
-def test_a_minibatch_that_processes_cannot_share_is_refused():
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 4}, r"ppo\.batch_size=4 .* 3 processes; try 6"),
+        ({"batch_size": 12, "minibatch_size": 4}, r"ppo\.minibatch_size=4 .* 3 processes; try 6"),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused(sizes, message):
     loaded = load()
-    with pytest.raises(ConfigError, match=r"ppo\.minibatch_size=4 .* 3 processes; try 6"):
-        Learner(loaded.policy, loaded.reference, ppo=PPOSettings(batch_size=4), ranks=Ranks(0, 3))
+    with pytest.raises(ConfigError, match=message):
+        Learner(loaded.policy, loaded.reference, ppo=PPOSettings(**sizes), ranks=Ranks(0, 3))
+
+
+@pytest.mark.parametrize(("num", "world_size"), [(0, 2), (3, 2), (8, 3), (2, 5)])
+def test_shares_put_together_are_the_whole(num, world_size):
+    shares = [Ranks(rank, world_size).share(num) for rank in range(world_size)]
+    assert [i for share in shares for i in share] == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -40,6 +40,7 @@ class Case:
 
 CASES = {
     "plain": Case(ppo={"num_epochs": 2, "entropy_coef": 0.05}),
+    "minibatches": Case(ppo={"minibatch_size": 2, "num_epochs": 3}, num_steps=2),
     "micro-batches": Case(ppo={"micro_batch_size": 1}, kl={"placement": "loss", "coef": 0.3}),
     "score statistics": Case(
         score={"normalize": True, "whiten": True, "missing_eos": "subtract"},

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from scipy.stats import chisquare, norm
+from scipy.stats import chisquare, kstest, norm
 
 from klippo.config.schema import RunConfig
+from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.online import OnlineSource, draw_limits
+from klippo.rollouts.online import OnlineSource
 from klippo.rollouts.sampling import Sampling, draw, truncate
+from klippo.rollouts.seeds import draw_limits, response_seeds, uniforms
 from klippo.rollouts.settings import RolloutSettings
 from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_sum
@@ -34,12 +36,17 @@ PROMPTS = [prompt(*ids, id=i) for i, (ids, _) in enumerate(RAGGED)]
 GREEDY = Sampling(temperature=0.0)
 
 
-def random(seed=0):
-    return torch.Generator().manual_seed(seed)
+def seeds(num, seed=0):
+    return response_seeds(seed, range(num))
 
 
 def engine(model, sampling=Sampling(), stops=(), **options):  # noqa: B008
     return HFEngine(model, stop_ids=frozenset(stops), sampling=sampling, **options)
+
+
+def online(sampler, settings, prompts=PROMPTS, **options):
+    options = {"seed": 0, "device": CPU} | options
+    return OnlineSource(lambda: prompts, sampler, NO_TOKENIZER, settings, **options)
 
 
 def greedy_by_hand(model, prompt_ids, limit, stops):
@@ -61,7 +68,7 @@ def test_greedy_decoding_of_a_ragged_batch_is_that_of_each_prompt_alone(architec
     limits = [9, 4, 12, 1]
     free = [greedy_by_hand(model, p.token_ids, n, ()) for p, n in zip(PROMPTS, limits, strict=True)]
     stops = {free[0][3], free[2][-2]}
-    completions = engine(model, GREEDY, stops).generate(PROMPTS, limits, random())
+    completions = engine(model, GREEDY, stops).generate(PROMPTS, limits, seeds(4))
     for one, limit, completion in zip(PROMPTS, limits, completions, strict=True):
         expected = greedy_by_hand(model, one.token_ids, limit, stops)
         assert completion.token_ids == expected
@@ -80,7 +87,7 @@ def test_greedy_decoding_equals_hugging_faces_generate_with_left_padding(family)
         ids, attention_mask=mask, do_sample=False, max_new_tokens=8, eos_token_id=None,
         pad_token_id=7,
     )[:, width:]  # fmt: skip
-    ours = engine(model, GREEDY).generate(PROMPTS, [8] * len(PROMPTS), random())
+    ours = engine(model, GREEDY).generate(PROMPTS, [8] * len(PROMPTS), seeds(len(PROMPTS)))
     assert [c.token_ids for c in ours] == theirs.tolist()
 
 
@@ -91,10 +98,10 @@ def test_finished_rows_leave_the_batch():  # a short response costs its own toke
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     limits = [1, 5, 2, 3]
-    engine(model).generate(PROMPTS, limits, random())
+    engine(model).generate(PROMPTS, limits, seeds(4))
     assert rows == [4, 3, 2, 1, 1]
     rows.clear()
-    completions = engine(model, stops=range(0, VOCABULARY, 2)).generate(PROMPTS, [12] * 4, random())
+    completions = engine(model, stops=range(0, VOCABULARY, 2)).generate(PROMPTS, [12] * 4, seeds(4))
     lengths = [len(c.token_ids) for c in completions]
     assert rows == [sum(length > t for length in lengths) for t in range(max(lengths))]
 
@@ -102,18 +109,18 @@ def test_finished_rows_leave_the_batch():  # a short response costs its own toke
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 3])
 def test_completions_come_back_in_the_order_of_the_prompts(batch_size):
     model, limits = llama(), [3, 5, 2, 4]
-    completions = engine(model, GREEDY, batch_size=batch_size).generate(PROMPTS, limits, random())
+    completions = engine(model, GREEDY, batch_size=batch_size).generate(PROMPTS, limits, seeds(4))
     for one, limit, completion in zip(PROMPTS, limits, completions, strict=True):
         assert completion.token_ids == greedy_by_hand(model, one.token_ids, limit, ())
 
 
 def test_every_response_keeps_its_own_random_limit():  # rule 9
-    limits = draw_limits([2, 6], 300, random())
+    limits = draw_limits([2, 6], seeds(300))
     assert set(limits) == {2, 3, 4, 5, 6}
-    assert draw_limits(7, 3, random()) == [7, 7, 7]
+    assert draw_limits(7, seeds(3)) == [7, 7, 7]
     many = PROMPTS * 10
     limits = limits[: len(many)]
-    completions = engine(gpt2(), stops=[EOS]).generate(many, limits, random())
+    completions = engine(gpt2(), stops=[EOS]).generate(many, limits, seeds(len(many)))
     for limit, completion in zip(limits, completions, strict=True):
         assert 1 <= len(completion.token_ids) <= limit
         assert EOS not in completion.token_ids[:-1]
@@ -131,7 +138,7 @@ def test_recorded_log_probs_are_those_of_the_training_forward(architecture, temp
     sampler = engine(
         policy.lm.model, Sampling(temperature=temperature), [EOS], record_logprobs=True
     )
-    completions = sampler.generate(PROMPTS * 3, [14, 6, 9, 3] * 3, random())
+    completions = sampler.generate(PROMPTS * 3, [14, 6, 9, 3] * 3, seeds(12))
     rollout = collate(PROMPTS * 3, completions, NO_TOKENIZER, temperature=temperature, device=CPU)
     with torch.no_grad():
         trained = policy(rollout.tokens, temperature).logprobs
@@ -142,7 +149,7 @@ def test_recorded_log_probs_are_those_of_the_training_forward(architecture, temp
 def test_lora_policies_are_sampled_with_their_adapter():  # rule 15
     policy = load(llama(), tuning="lora").policy
     disturb(policy.trainable()[0], scale=0.4)
-    completions = engine(policy.lm.model, record_logprobs=True).generate(PROMPTS, [6] * 4, random())
+    completions = engine(policy.lm.model, record_logprobs=True).generate(PROMPTS, [6] * 4, seeds(4))
     rollout = collate(PROMPTS, completions, NO_TOKENIZER, temperature=1.0, device=CPU)
     with torch.no_grad():
         trained = policy(rollout.tokens, 1.0).logprobs
@@ -153,7 +160,7 @@ def test_lora_policies_are_sampled_with_their_adapter():  # rule 15
 def test_sampling_frequencies_are_the_tempered_softmax(temperature):  # rule 5
     model, number = gpt2(), 4000
     sampled = engine(model, Sampling(temperature=temperature)).generate(
-        [PROMPTS[0]] * number, [1] * number, random()
+        [PROMPTS[0]] * number, [1] * number, seeds(number)
     )
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in sampled]), minlength=VOCABULARY)
     with torch.no_grad():
@@ -171,23 +178,65 @@ def test_sampling_frequencies_are_the_tempered_softmax(temperature):  # rule 5
 def test_a_token_of_probability_zero_is_never_drawn():  # rule 5
     logits = torch.full((2000, 4), -math.inf)
     logits[:, 1:3] = 0.0
-    drawn, logprobs = draw(logits, Sampling(), random())
+    drawn, logprobs = draw(logits, Sampling(), uniforms(seeds(2000), 1)[:, 0])
     assert set(drawn.tolist()) == {1, 2}
     torch.testing.assert_close(logprobs, torch.full((2000,), -math.log(2)))
 
 
-def test_the_smallest_random_number_draws_the_first_possible_token(monkeypatch):  # rule 5
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape).double())
+def test_the_smallest_random_number_draws_the_first_possible_token():  # rule 5
     logits = torch.tensor([[-math.inf, 0.0, 0.0], [0.0, -math.inf, 0.0]])
-    assert draw(logits, Sampling(), random())[0].tolist() == [1, 0]
+    assert draw(logits, Sampling(), torch.zeros(2).double())[0].tolist() == [1, 0]
 
 
 def test_the_same_seed_draws_the_same_responses():
     first, again, other = (
-        engine(gpt2()).generate(PROMPTS, [8] * 4, random(seed)) for seed in (3, 3, 4)
+        engine(gpt2()).generate(PROMPTS, [8] * 4, seeds(4, seed)) for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_a_response_follows_from_its_seed_whatever_is_sampled_beside_it(batch_size):
+    model, limits, own = llama(), [9, 4, 12, 5], seeds(4)
+    sampler = engine(model, stops=[EOS], batch_size=batch_size)
+    together = sampler.generate(PROMPTS, limits, own)
+    for order in ([2], [3, 0], [1, 3, 2, 0]):
+        part = sampler.generate(
+            [PROMPTS[i] for i in order], [limits[i] for i in order], [own[i] for i in order]
+        )
+        assert part == [together[i] for i in order]
+    assert together == engine(model, stops=[EOS]).generate(PROMPTS, limits, own)
+
+
+def test_random_numbers_are_uniform_and_differ_between_responses_and_tokens():
+    numbers = uniforms(seeds(200), 50)
+    assert numbers.dtype == torch.float64
+    assert len(numbers.unique()) == 200 * 50
+    assert kstest(numbers.flatten(), "uniform").pvalue > 1e-3
+    assert torch.equal(numbers[:, :7], uniforms(seeds(200), 7)), "a longer limit changes nothing"
+
+
+def test_several_processes_sample_what_one_samples():
+    settings = RolloutSettings(response_length=[2, 9])
+    alone = online(engine(gpt2(), stops=[EOS]), settings)
+    shares = [
+        online(engine(gpt2(), stops=[EOS]), settings, PROMPTS[2 * rank :][:2], ranks=Ranks(rank, 2))
+        for rank in (0, 1)
+    ]
+    for _ in range(3):
+        expected = alone.next().response_token_ids()
+        parts = [share.next().response_token_ids() for share in shares]
+        assert [row for part in parts for row in part] == expected
+    assert alone.state_dict() == shares[1].state_dict() == {"num_drawn": 12}
+
+
+def test_sampling_goes_on_from_a_count():
+    settings = RolloutSettings(response_length=[2, 9])
+    first, second = (online(engine(gpt2()), settings) for _ in range(2))
+    first.next()
+    second.load_state_dict(first.state_dict())
+    assert first.next().response_token_ids() == second.next().response_token_ids()
 
 
 def flatten(policy):
@@ -203,7 +252,7 @@ def sequence_kl(change, sampling):
     change(loaded.policy)
     settings = RolloutSettings(response_length=[4, 8], temperature=0.8)
     sampler = engine(loaded.policy.lm.model, sampling, [EOS])
-    rollout = OnlineSource(lambda: PROMPTS * 100, sampler, NO_TOKENIZER, settings, random(6)).next()
+    rollout = online(sampler, settings, PROMPTS * 100, seed=6).next()
     with torch.no_grad():
         logprobs = loaded.policy(rollout.tokens, 0.8).logprobs
     ref = loaded.reference.logprobs(rollout.tokens, 0.8)

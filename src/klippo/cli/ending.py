@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -17,6 +18,7 @@ import typer
 from klippo.errors import KlippoError
 
 BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
+PATIENCE_S = 5.0
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug in Klippo; 2 usage, config or data; 3 this machine, model or "
     "folder cannot do it; 4 reward; 6 training diverged; 130 interrupted; 143 terminated."
@@ -32,8 +34,7 @@ def ending(command: Callable[P, int | None]) -> Callable[P, None]:
     def ended(*args: P.args, **kwargs: P.kwargs) -> None:
         signal.signal(signal.SIGTERM, _terminate)
         try:
-            code = command(*args, **kwargs)
-            sys.stdout.flush()
+            code = _run(command, *args, **kwargs)
         except KlippoError as error:
             complain(str(error))
             code = error.exit_code
@@ -55,6 +56,22 @@ def ending(command: Callable[P, int | None]) -> Callable[P, None]:
         raise SystemExit(code or 0)
 
     return ended
+
+
+def _run(command: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) -> int | None:
+    """The command, whose error each process but the first keeps back for a while.
+
+    What goes wrong in every process of a run is said once: the first process ends with its message,
+    and the launcher ends the others before they have one.
+    """
+    try:
+        code = command(*args, **kwargs)
+        sys.stdout.flush()
+    except Exception:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE_S)
+        raise
+    return code
 
 
 def complain(text: str) -> None:

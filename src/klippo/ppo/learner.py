@@ -42,7 +42,7 @@ class Learner:
         self.score = score or ScoreSettings()
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.ranks = ranks or Ranks()
-        _require_ranks_divide(self.ppo, self.ranks)
+        require_equal_shares(self.ppo, self.ranks)
         self.kl_controller = KLController(
             coef=self.kl.coef,
             target=self.kl.target if self.kl.controller == "adaptive" else None,
@@ -51,7 +51,7 @@ class Learner:
         self.score_moments = RunningMoments()
         self.optimizer = build_optimizer(policy, self.optimizer_settings)
         self.scheduler = build_schedule(self.optimizer, self.optimizer_settings, self.ppo.num_steps)
-        self.generator = torch.Generator().manual_seed(seed + self.ranks.rank)
+        self.generator = torch.Generator().manual_seed(seed)  # the same on every process
         self.num_steps_done = 0
 
     def experience(self, rollout: Rollout, scores: Scores) -> Experience:
@@ -136,10 +136,12 @@ def build_schedule(
     return LambdaLR(optimizer, factor)
 
 
-def _require_ranks_divide(ppo: PPOSettings, ranks: Ranks) -> None:
-    minibatch = ppo.minibatch_size or ppo.batch_size
-    if minibatch % ranks.world_size != 0:
-        raise ConfigError(
-            f"ppo.minibatch_size={minibatch} must be a multiple of the {ranks.world_size} "
-            f"processes; try {math.ceil(minibatch / ranks.world_size) * ranks.world_size}"
-        )
+def require_equal_shares(ppo: PPOSettings, ranks: Ranks) -> None:
+    """Raise ConfigError where the processes cannot share batch and minibatch evenly."""
+    sizes = {"batch_size": ppo.batch_size, "minibatch_size": ppo.minibatch_size}
+    for name, size in sizes.items():
+        if size is not None and size % ranks.world_size != 0:
+            raise ConfigError(
+                f"ppo.{name}={size} must be a multiple of the {ranks.world_size} processes; try "
+                f"{math.ceil(size / ranks.world_size) * ranks.world_size}"
+            )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic
 from klippo.ppo.experience import Experience, micro_batches
+from klippo.ppo.gather import gather_experience
 from klippo.ppo.objective import NAMES, Loss, PPOLoss, WarmupLoss
 from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks
@@ -43,27 +44,30 @@ def ppo_update(
 ) -> Metrics:
     """Run `num_epochs` passes; returns means over the optimizer steps.
 
-    `critic_only` trains the critic's own weights and leaves the policy alone (warm-up).
-    `generator` (CPU) shuffles the rows.
+    `experience` holds this process's rows; minibatches are made of the rows of all processes, and
+    each process takes an equal part of every minibatch. `critic_only` trains the critic's own
+    weights and leaves the policy alone (warm-up). `generator` (CPU) shuffles the rows, and must be
+    in the same state on every process.
     """
+    experience = gather_experience(experience, ranks)
     loss: Loss = PPOLoss(
         settings=settings, policy=policy, experience=experience, kl_coef=kl_in_loss_coef
     )
     if critic_only:
         loss = WarmupLoss(settings=settings, policy=policy, experience=experience)
     tally = _Tally()
-    num_rows = len(experience.tokens)
-    size = (settings.minibatch_size or settings.batch_size) // ranks.world_size
+    num_rows = len(experience.tokens)  # of all processes
+    size = settings.minibatch_size or settings.batch_size
     stopped_early = False
     policy.train()
     optimizer.zero_grad(set_to_none=True)
     for _ in range(settings.num_epochs):
         order = torch.randperm(num_rows, generator=generator).to(experience.mask.device)
         for rows in micro_batches(order, size):
-            num_tokens = float(ranks.all_sum(experience.mask[rows].sum().double()))
-            means = _gradients(
-                loss, micro_batches(rows, settings.micro_batch_size), num_tokens, ranks
-            )
+            num_tokens = float(experience.mask[rows].sum())
+            share = ranks.share(len(rows))
+            own = micro_batches(rows[share.start : share.stop], settings.micro_batch_size)
+            means = _gradients(loss, own, num_tokens, ranks)
             _step(optimizer, means, settings.ratio_threshold, max_grad_norm, tally, ranks)
             stopped_early = settings.target_kl is not None and (
                 means["update_kl"] > settings.target_kl

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klippo.rollouts.sampling import Sampling, draw
+from klippo.rollouts.seeds import uniforms
 from klippo.types import Completion, Prompt
 
 
@@ -42,9 +43,12 @@ class HFEngine:
         """The engine decodes with the policy's own weights: they are always current."""
 
     def generate(
-        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], generator: torch.Generator
+        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order; at most `max_lengths[i]` tokens each."""
+        """One completion per prompt, in order; at most `max_lengths[i]` tokens each.
+
+        `seeds[i]` alone decides the random numbers of completion i.
+        """
         size = self.batch_size or len(prompts)
         # Prompts of like length share a batch: little padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
@@ -52,20 +56,23 @@ class HFEngine:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             batch = self._decode(
-                [prompts[i] for i in rows], [max_lengths[i] for i in rows], generator
+                [prompts[i] for i in rows],
+                [max_lengths[i] for i in rows],
+                [seeds[i] for i in rows],
             )
             done.update(zip(rows, batch, strict=True))
         return [done[i] for i in range(len(prompts))]
 
     @torch.no_grad()
     def _decode(
-        self, prompts: list[Prompt], max_lengths: list[int], generator: torch.Generator
+        self, prompts: list[Prompt], max_lengths: list[int], seeds: list[int]
     ) -> list[Completion]:
         from transformers import DynamicCache
 
         device = self.model.get_input_embeddings().weight.device
         step_ids, mask = left_pad([prompt.token_ids for prompt in prompts], device)
         limits = torch.tensor(max_lengths, device=device)
+        random = uniforms(seeds, max(max_lengths)).to(device)  # (B, T) float64
         stops = torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long)
         rows = torch.arange(len(prompts), device=device)  # (B,) which prompt a batch row serves
         cache = DynamicCache(config=self.model.config)
@@ -74,7 +81,7 @@ class HFEngine:
         finished = [False] * len(prompts)
         for t in range(max(max_lengths)):
             logits = self._next_logits(step_ids, mask, cache)
-            drawn, drawn_logprobs = draw(logits, self.sampling, generator)
+            drawn, drawn_logprobs = draw(logits, self.sampling, random[rows, t])
             stopped = torch.isin(drawn, stops)
             for row, token, logprob, stop in zip(
                 rows.tolist(),

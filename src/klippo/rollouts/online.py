@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
+from klippo.rollouts.seeds import draw_limits, response_seeds
 from klippo.rollouts.settings import RolloutSettings
 from klippo.types import Engine, Prompt, Rollout
 
 
-def draw_limits(
-    response_length: int | list[int], num_responses: int, generator: torch.Generator
-) -> list[int]:
-    """The most tokens that each response may have: fixed, or uniform in [low, high]."""
-    if isinstance(response_length, int):
-        return [response_length] * num_responses
-    low, high = response_length
-    drawn = torch.randint(
-        low, high + 1, (num_responses,), generator=generator, device=generator.device
-    )
-    limits: list[int] = drawn.tolist()
-    return limits
-
-
 class OnlineSource:
-    """Draws prompts and lets the engine answer them."""
+    """Draws prompts and lets the engine answer them.
+
+    Responses are numbered over the whole run and all of its processes, and a response's number and
+    the seed decide its random numbers. The whole state is the number of responses drawn so far.
+    """
 
     def __init__(
         self,
@@ -35,27 +27,47 @@ class OnlineSource:
         engine: Engine,
         tokenizer: Any,
         settings: RolloutSettings,
-        generator: torch.Generator,
+        *,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         self._next_prompts = next_prompts
         self._engine = engine
         self._tokenizer = tokenizer
         self._settings = settings
-        self._generator = generator
+        self._seed = seed
+        self._device = device
+        self._ranks = ranks or Ranks()
+        self._num_drawn = 0
 
     def next(self) -> Rollout:
         """The next batch of prompts with freshly sampled responses."""
         return self.answer(self._next_prompts())
 
     def answer(self, prompts: list[Prompt]) -> Rollout:
-        """Responses to these prompts."""
-        limits = draw_limits(self._settings.response_length, len(prompts), self._generator)
+        """Responses to these prompts, with new numbers; each process answers equally many."""
+        first = self._num_drawn + self._ranks.rank * len(prompts)
+        self._num_drawn += self._ranks.world_size * len(prompts)
+        return self.answer_as(prompts, range(first, first + len(prompts)))
+
+    def answer_as(self, prompts: list[Prompt], numbers: Iterable[int]) -> Rollout:
+        """Responses to these prompts with the random numbers of the responses numbered so."""
+        seeds = response_seeds(self._seed, numbers)
+        limits = draw_limits(self._settings.response_length, seeds)
         self._engine.sync()
-        completions = self._engine.generate(prompts, limits, self._generator)
         return collate(
             prompts,
-            completions,
+            self._engine.generate(prompts, limits, seeds),
             self._tokenizer,
             temperature=self._settings.temperature,
-            device=self._generator.device,
+            device=self._device,
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """The same on every process."""
+        return {"num_drawn": self._num_drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken; another number of processes is fine."""
+        self._num_drawn = state["num_drawn"]

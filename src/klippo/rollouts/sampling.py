@@ -35,11 +35,11 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids (B,) int64 and their log-probs (B,) in nats, from logits (B, V) float32.
 
-    Inverse-CDF sampling: one uniform number per row and one pass over the vocabulary, where
-    torch.multinomial draws a random number per vocabulary entry.
+    Inverse-CDF sampling: `uniform` (B,) float64 has one number in [0, 1) per row, where
+    torch.multinomial would draw one per vocabulary entry.
     """
     if sampling.temperature == 0:
         logprobs = torch.log_softmax(logits, -1)
@@ -47,10 +47,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
     else:
         logprobs = torch.log_softmax(truncate(logits, sampling), -1)
         cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        uniform = torch.rand(
-            (len(logits), 1), generator=generator, device=logits.device, dtype=torch.float64
-        )
         # right=True: an entry of probability zero is never the first to exceed the threshold.
-        token_ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        token_ids = torch.searchsorted(cumulative, threshold, right=True)
         token_ids = token_ids.squeeze(1).clamp(max=logits.shape[1] - 1)
     return token_ids, logprobs.gather(1, token_ids[:, None]).squeeze(1)

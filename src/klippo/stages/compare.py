@@ -20,6 +20,7 @@ from klippo.rewards.resolve import resolve_scores
 from klippo.rewards.settings import ClassifierSettings, FunctionSettings, RewardSettings
 from klippo.rollouts.collate import collate
 from klippo.rollouts.sampling import Sampling
+from klippo.rollouts.seeds import response_seeds
 from klippo.runs.folder import CONFIG_FILE, STATUS_FILE, write_text
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.models import OpenModel, open_model
@@ -103,9 +104,9 @@ def _answers(
         source=validation_source(data) if held_out else train_source(data),
     )
     prompts = pick(prompts, num_prompts, seed)
-    generator = torch.Generator(opened.device).manual_seed(seed)
     limits = [max_tokens] * len(prompts)
-    completions = opened.engine(Sampling()).generate(prompts, limits, generator)
+    seeds = response_seeds(seed, range(len(prompts)))
+    completions = opened.engine(Sampling()).generate(prompts, limits, seeds)
     return collate(prompts, completions, opened.tokenizer, temperature=1.0, device=opened.device)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -14,6 +14,7 @@ from klippo.data.prompts import build_prompts
 from klippo.errors import ConfigError
 from klippo.report.tables import clean
 from klippo.rollouts.sampling import Sampling
+from klippo.rollouts.seeds import response_seeds
 from klippo.stages.build import choose_device, room_for_prompts
 from klippo.stages.models import OpenModel, open_model
 from klippo.stages.session import as_rows
@@ -44,13 +45,14 @@ def generate(
     opened = open_model(source, device)
     limit = opened.max_tokens if max_tokens is None else max_tokens
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    generator = torch.Generator(device).manual_seed(seed)
+    numbers = itertools.count()
     batches: Iterable[list[str]] = _typed(console) if interactive else [texts]
     for batch in batches:
         ready = as_prompts(opened, batch, limit)
         for _ in range(num_samples):
+            seeds = response_seeds(seed, itertools.islice(numbers, len(ready)))
             for prompt, answer in zip(
-                ready, answers(opened, ready, sampling, limit, generator), strict=True
+                ready, answers(opened, ready, sampling, limit, seeds), strict=True
             ):
                 console.print(
                     Text(clean(prompt.text), style="bold") + Text(" → ") + Text(clean(answer)),
@@ -64,10 +66,10 @@ def answers(
     prompts: list[Prompt],
     sampling: Sampling,
     max_tokens: int,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> list[str]:
     """One decoded answer per prompt."""
-    completions = opened.engine(sampling).generate(prompts, [max_tokens] * len(prompts), generator)
+    completions = opened.engine(sampling).generate(prompts, [max_tokens] * len(prompts), seeds)
     rows = [completion.token_ids for completion in completions]
     decoded: list[str] = opened.tokenizer.batch_decode(rows, skip_special_tokens=True)
     return decoded

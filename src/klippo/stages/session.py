@@ -16,7 +16,7 @@ from klippo.data.rows import load_rows, train_source, validation_source
 from klippo.data.sampler import PromptSampler
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
-from klippo.ppo.learner import Learner
+from klippo.ppo.learner import Learner, require_equal_shares
 from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward, yardstick
 from klippo.rewards.function import FunctionReward
@@ -44,14 +44,16 @@ class Session:
     reference: Reference
     learner: Learner
     source: OnlineSource
-    evaluation_source: Callable[[], OnlineSource]
-    """A fresh one each time: same prompts, same random numbers."""
     score: Callable[[Rollout], Scores]
     """The training reward."""
     measure: Callable[[Rollout], Scores]
     """The same for evaluation, on a scale that stays."""
     stop_ids: frozenset[int]
     evaluation_prompts: list[Prompt]
+    evaluation_share: range
+    """Which of them this process answers."""
+    answer_evaluation: Callable[[], Rollout]
+    """Answers to this process's share, each with the same random numbers at every step."""
     prepare: Callable[[Sequence[Any]], list[Prompt]]
     """Raw prompts (text or chat messages) as the policy reads them."""
 
@@ -70,6 +72,7 @@ def open_session(
     """
     device = choose_device(config.device)
     ranks = Ranks.from_environment(device)
+    require_equal_shares(config.ppo, ranks)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if prompts is None:
@@ -79,7 +82,6 @@ def open_session(
     source = _reward_source(config, reward, device, ranks)
     if isinstance(source, FunctionReward | SumReward):
         source.check_columns(rows[0].columns)
-    fixed = yardstick(source)
     torch.manual_seed(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
@@ -126,11 +128,15 @@ def open_session(
         autocast=config.policy.autocast,
     )
     evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
+    share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
+    fixed = yardstick(source, evaluators.all_sum)
 
     def source_with(next_prompts: Callable[[], list[Prompt]], seed: int) -> OnlineSource:
-        generator = torch.Generator(device).manual_seed(seed)
-        return OnlineSource(next_prompts, engine, tokenizer, config.rollout, generator)
+        return OnlineSource(
+            next_prompts, engine, tokenizer, config.rollout, seed=seed, device=device, ranks=ranks
+        )
 
+    evaluation_source = source_with(list, config.seed + EVALUATION_SEED)
     return Session(
         config=config,
         device=device,
@@ -139,14 +145,15 @@ def open_session(
         policy=loaded.policy,
         reference=loaded.reference,
         learner=learner,
-        source=source_with(sampler.next, config.seed + ranks.rank),
-        evaluation_source=lambda: source_with(
-            lambda: evaluation_prompts, config.seed + EVALUATION_SEED
-        ),
+        source=source_with(sampler.next, config.seed),
         score=lambda rollout: resolve_scores(source, rollout),
         measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
+        evaluation_share=share,
+        answer_evaluation=lambda: evaluation_source.answer_as(
+            evaluation_prompts[share.start : share.stop], share
+        ),
         prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     )
 
@@ -166,6 +173,16 @@ def as_rows(prompts: Sequence[Any], prompt_columns: Sequence[str]) -> list[Row]:
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _share_evaluation(num_prompts: int, ranks: Ranks) -> tuple[range, Ranks]:
+    """This process's part of the prompts, and the processes that evaluate.
+
+    The first evaluates alone where some would have no prompt.
+    """
+    if num_prompts >= ranks.world_size:
+        return ranks.share(num_prompts), ranks
+    return range(num_prompts if ranks.is_main else 0), Ranks()
 
 
 def pick(prompts: list[Prompt], number: int, seed: int) -> list[Prompt]:

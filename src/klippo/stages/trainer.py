@@ -187,9 +187,11 @@ class RunRecorder:
         )
         self._seconds: dict[str, float] = {}
         self.folder = RunFolder(output_dir)
-        if self.is_main:
-            self.folder = RunFolder.create(output_dir, overwrite=overwrite)
-            write_text(output_dir / CONFIG_FILE, to_yaml(session.config))
+        session.ranks.on_main(lambda: self._open_folder(output_dir, overwrite))
+
+    def _open_folder(self, output_dir: Path, overwrite: bool) -> None:
+        self.folder = RunFolder.create(output_dir, overwrite=overwrite)
+        write_text(output_dir / CONFIG_FILE, to_yaml(self.session.config))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -207,18 +209,12 @@ class RunRecorder:
     def evaluate(self, step: int) -> None:
         """Sample the fixed prompts and write eval/step-N.jsonl."""
         session = self.session
-        if not self.is_main or not session.evaluation_prompts:
+        if not session.evaluation_prompts:
             return
-        rollout = session.evaluation_source().next()
-        rows: list[SampleRow] = evaluate(
-            session.policy,
-            session.reference,
-            rollout,
-            session.measure(rollout),
-            step=step,
-            episodes=step * session.config.ppo.batch_size,
-            batch_size=session.config.ppo.micro_batch_size or session.config.ppo.batch_size,
-        )
+        own = self._evaluate_share(step) if session.evaluation_share else []
+        rows = [row for part in session.ranks.gather(own) for row in part]
+        if not self.is_main:
+            return
         self.folder.write_rows(step, rows)
         summary = summarize(rows)
         proxy = summary.get("eval/proxy_mean", float("nan"))
@@ -226,6 +222,20 @@ class RunRecorder:
             f"evaluation at step {step}: proxy {proxy:+.3f}  "
             f"KL {summary['eval/kl_exact_nats']:.2f} nats  "
             f"length {summary['eval/length_tokens']:.1f}  ({len(rows)} prompts)"
+        )
+
+    def _evaluate_share(self, step: int) -> list[SampleRow]:
+        """Rows of this process's evaluation prompts."""
+        session = self.session
+        rollout = session.answer_evaluation()
+        return evaluate(
+            session.policy,
+            session.reference,
+            rollout,
+            session.measure(rollout),
+            step=step,
+            episodes=step * session.config.ppo.batch_size,
+            batch_size=session.config.ppo.micro_batch_size or session.config.ppo.batch_size,
         )
 
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None:
