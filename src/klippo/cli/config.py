@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from klippo.cli.ending import ending, plain
+from klippo.cli.source import (
+    ConfigDir,
+    Configs,
+    EntriesCommand,
+    Overrides,
+    RmSeed,
+    RngSeed,
+    Run,
+    load,
+)
 
 if TYPE_CHECKING:
     from klippo.config.load import LoadedConfig
@@ -18,24 +28,23 @@ config_app = typer.Typer(
     help="Show, check and describe configs.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A YAML file or a recipe's name.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, for instance ppo.num_steps=200."),
-]
 
-
-@config_app.command()
+@config_app.command(cls=EntriesCommand)
 @ending
 def show(
-    run: Run,
+    run: Run = None,
     overrides: Overrides = None,
+    configs: Configs = None,
+    config_dir: ConfigDir = None,
+    rm_seed: RmSeed = None,
+    rng_seed: RngSeed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Every value and where it comes from."""
-    from klippo.config.load import load_config, show
+    from klippo.config.load import show
 
-    rows = show(load_config(run, overrides or ()))
+    loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
+    rows = show(loaded)
     if as_json:
         entries = {key: {"value": value, "origin": origin} for key, value, origin in rows}
         typer.echo(json.dumps(entries, indent=2, ensure_ascii=False))
@@ -45,13 +54,18 @@ def show(
         _print_lines(rows)
 
 
-@config_app.command()
+@config_app.command(cls=EntriesCommand)
 @ending
-def check(run: Run, overrides: Overrides = None) -> None:
+def check(
+    run: Run = None,
+    overrides: Overrides = None,
+    configs: Configs = None,
+    config_dir: ConfigDir = None,
+    rm_seed: RmSeed = None,
+    rng_seed: RngSeed = None,
+) -> None:
     """Say ok, or everything that is wrong."""
-    from klippo.config.load import load_config
-
-    loaded: LoadedConfig = load_config(run, overrides or ())
+    loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
     typer.echo(plain(f"{loaded.name}: ok"))
 
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from klippo.cli.config import Overrides, Run, config_app
+from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
+from klippo.cli.source import (
+    ConfigDir,
+    Configs,
+    EntriesCommand,
+    Overrides,
+    RmSeed,
+    RngSeed,
+    Run,
+    load,
+)
+
+if TYPE_CHECKING:
+    from klippo.config.load import LoadedConfig
 
 # Read when PyTorch starts its threads: idle ones sleep instead of spinning. On cores that another
 # process uses too this makes a run several times faster.
@@ -41,20 +54,22 @@ def klippo(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=EntriesCommand)
 @ending
 def train(
-    run: Run,
+    run: Run = None,
     overrides: Overrides = None,
+    configs: Configs = None,
+    config_dir: ConfigDir = None,
+    rm_seed: RmSeed = None,
+    rng_seed: RngSeed = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing run folder.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> int:
     """Train a policy with PPO."""
-    from klippo.config.load import load_config
-
-    loaded = load_config(run, overrides or ())
+    loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
 
     from klippo.stages.train import train
 

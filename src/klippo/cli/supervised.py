@@ -1,0 +1,78 @@
+"""The stages before PPO: `klippo sft` and `klippo reward-model`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from klippo.cli.ending import ending
+from klippo.cli.source import (
+    ConfigDir,
+    Configs,
+    EntriesCommand,
+    Overrides,
+    RngSeed,
+    Run,
+    load,
+)
+
+if TYPE_CHECKING:
+    from klippo.config.load import LoadedConfig
+    from klippo.config.schema import RewardModelConfig, SFTConfig
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Train again what stands there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command(cls=EntriesCommand)(sft)
+    app.command(cls=EntriesCommand)(reward_model)
+
+
+@ending
+def sft(
+    run: Run = None,
+    overrides: Overrides = None,
+    configs: Configs = None,
+    config_dir: ConfigDir = None,
+    rng_seed: RngSeed = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> int:
+    """Fine-tune a model on responses."""
+    from klippo.config.schema import SFTConfig
+
+    loaded: LoadedConfig[SFTConfig] = load(
+        run, overrides, configs, config_dir, None, rng_seed, SFTConfig
+    )
+
+    from klippo.stages.sft import sft
+
+    return sft(loaded, overwrite=overwrite, quiet=quiet)
+
+
+@ending
+def reward_model(
+    run: Run = None,
+    overrides: Overrides = None,
+    configs: Configs = None,
+    config_dir: ConfigDir = None,
+    rng_seed: RngSeed = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train reward models on preferences.
+
+    One member per seed; those that are there already are kept, and measured again.
+    """
+    from klippo.config.schema import RewardModelConfig
+
+    loaded: LoadedConfig[RewardModelConfig] = load(
+        run, overrides, configs, config_dir, None, rng_seed, RewardModelConfig
+    )
+
+    from klippo.stages.reward_model import reward_model
+
+    return reward_model(loaded, overwrite=overwrite, quiet=quiet)
