@@ -12,7 +12,7 @@ from klippo.data.settings import DataSettings
 from klippo.evaluation.settings import EvaluationSettings
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.rewards.settings import RewardSettings
+from klippo.rewards.settings import RewardSettings, ensembles
 from klippo.rollouts.settings import RolloutSettings
 from klippo.settings import Settings
 from klippo.supervised.settings import (
@@ -115,6 +115,12 @@ class RunConfig(WholeConfig):
                 "critic.kind=separate would train a copy of the policy's 4-bit weights, and these "
                 "cannot be trained; name a critic.model, or use critic.kind=lora"
             )
+        for ensemble in ensembles(self.gold):
+            if ensemble.standardize == "start" and ensemble.moments is None:
+                yield (
+                    "gold.standardize=start: only the training reward is measured when a run "
+                    "begins; use stored, or off"
+                )
         if not self.rollout.record_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):
                 value = getattr(self.ppo, name)

@@ -26,6 +26,7 @@ from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.online import OnlineSource
 from klippo.rollouts.sampling import Sampling
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
+from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.types import Prompt, RewardSource, Rollout, Scores
 
 EVALUATION_SEED = 1_000_003
@@ -136,6 +137,13 @@ def open_session(
             next_prompts, engine, tokenizer, config.rollout, seed=seed, device=device, ranks=ranks
         )
 
+    def reference_responses(number: int) -> Rollout:
+        chosen = pick(train_prompts, number, config.seed)
+        asked = [chosen[i % len(chosen)] for i in range(number)]
+        return source_with(list, config.seed + REFERENCE_SEED).answer_as(asked, range(number))
+
+    measured = measure_members(config.reward, source, reference_responses)
+    config = config.model_copy(update={"reward": measured})
     evaluation_source = source_with(list, config.seed + EVALUATION_SEED)
     return Session(
         config=config,
