@@ -83,8 +83,8 @@ def load(
         stray = [word for word in words if "=" not in word]
         if stray:
             raise ConfigError(
-                f"{stray[0]}: both RUN and --configs {' '.join(configs).strip()} are given; remove one "
-                "(names of entries stand together behind --configs)"
+                f"{stray[0]}: both RUN and --configs {' '.join(configs).strip()} are given; remove "
+                "one (names of entries stand together behind --configs)"
             )
         folder = FOLDER if config_dir is None else config_dir
         return load_entries(

@@ -189,7 +189,7 @@ def translate(tree: Located) -> Translation:
     _schedules(given, found)
     _output_dir(given, native, found)
     for section, (key, example) in NEEDED.items():
-        if section not in found.tree.value and section not in native.value:
+        if section not in native.value and (key not in given or not given[key].value):
             origin = tree.origin_at(tuple(key.split(".")))
             name = key.rpartition(".")[2]
             found.problems.append(Problem(origin, f"{key}: missing; as in {name}: {example}"))

@@ -38,15 +38,15 @@ def load_entries(
     tree = entries.merged([Located(name, COMMAND_LINE) for name in names])
     over, problems = parse_overrides([*overrides, *seed_overrides(rm_seed, rng_seed)], schema)
     tree = merge(tree, over, schema)
-    problems = entries.problems + problems
-    if schema is not RunConfig or not ensembles_paper.is_foreign(tree):
-        return resolve(tree, problems, names[-1], schema)
-    both = merge(entries.ppo_file(), tree, schema)
-    translated = ensembles_paper.translate(Located(both.value, tree.origin))
-    problems = list(dict.fromkeys(entries.problems + problems + translated.problems))
-    if problems:
+    sources = None
+    if schema is RunConfig and ensembles_paper.is_foreign(tree):
+        both = merge(entries.ppo_file(), tree, schema)
+        translated = ensembles_paper.translate(Located(both.value, tree.origin))
+        tree, sources = translated.tree, translated.sources
+        problems += translated.problems
+    if problems := list(dict.fromkeys(entries.problems + problems)):
         raise config_error(problems)
-    return resolve(translated.tree, [], names[-1], schema, translated.sources)
+    return resolve(tree, [], names[-1], schema, sources)
 
 
 class Entries:

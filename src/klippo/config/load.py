@@ -26,7 +26,7 @@ from klippo.config.located import (
     write_yaml,
 )
 from klippo.config.merge import COMMAND_LINE, merge, parse_overrides
-from klippo.config.placeholders import fill_placeholders
+from klippo.config.placeholders import fill_placeholders, reopened
 from klippo.config.problems import describe, nearest
 from klippo.config.schema import RunConfig, WholeConfig
 from klippo.errors import ConfigError
@@ -72,7 +72,7 @@ def config_from_mapping(
 ) -> LoadedConfig[C]:
     """The same from Python: a mapping of YAML's shape, or a config of the schema."""
     if isinstance(mapping, schema):
-        mapping = mapping.model_dump(exclude_unset=True)
+        mapping = reopened(mapping.model_dump(exclude_unset=True))
     return _load(locate(mapping, "argument"), [], overrides, name, schema)
 
 
@@ -88,7 +88,7 @@ def recipe_names(schema: type[WholeConfig] = RunConfig) -> list[str]:
 
 def to_yaml(config: WholeConfig) -> str:
     """The whole config, defaults included; it loads again to an equal one."""
-    return write_yaml(config.model_dump(mode="json"))
+    return write_yaml(reopened(config.model_dump(mode="json")))
 
 
 def show(loaded: LoadedConfig[C]) -> list[tuple[str, Any, str]]:

@@ -39,6 +39,18 @@ def fill_placeholders(
     return Located(filled, tree.origin), problems
 
 
+def reopened(values: dict[str, Any]) -> dict[str, Any]:
+    """A filled config's values, to be loaded again: its folder names rm_seed by placeholder.
+
+    Otherwise loading would put another `seed{rm_seed}` inside.
+    """
+    folder, rm_seed = values.get("output_dir", ""), values.get("rm_seed")
+    if rm_seed is None or "{rm_seed}" in folder:
+        return values
+    start, found, end = folder.rpartition(str(rm_seed))
+    return values | {"output_dir": f"{start}{{rm_seed}}{end}" if found else folder}
+
+
 def _value(tree: Located, key: str, schema: type[WholeConfig]) -> Any:
     field = schema.model_fields.get(key)
     default = Located(field.default if field else None, "default")
