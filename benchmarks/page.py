@@ -52,7 +52,9 @@ def write_page() -> None:
 
 
 def load_results() -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    """All results, the PPO workloads first."""
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    return sorted(results, key=lambda result: list(SECTIONS).index(result.get("kind", "ppo")))
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
@@ -60,6 +62,48 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 
 def section(result: dict[str, Any]) -> str:
+    """One result file's part of the page."""
+    return SECTIONS[result.get("kind", "ppo")](result)
+
+
+def ensemble_section(result: dict[str, Any]) -> str:
+    """Members together against separate calls: what it is, what came out, on which machine."""
+    lines = [
+        f"## {result['name']}",
+        "",
+        f"`EnsembleReward.score` of {result['num_members']} random GPT-2 reward models against "
+        f"{result['num_members']} times `ClassifierReward.score`, on the same texts of 4 to 40 "
+        f"tokens; medians over {result['num_pairs']} interleaved pairs, {result['num_threads']} "
+        "threads, no GPU. An ensemble puts the texts together and tokenizes them once; where calls "
+        'and not arithmetic take the time ("stacked") the weights of all members also run as one '
+        "batched forward, elsewhere one after the other.",
+        "",
+        "| width x layers | texts | separate, ms | together, ms | ratio | | largest difference |",
+        "|---|--:|--:|--:|--:|---|--:|",
+    ]
+    lines += [
+        f"| {c['width']} x {c['layers']} | {c['batch']} | {c['separate_ms']:.1f} "
+        f"| {c['ensemble_ms']:.1f} | **{c['ratio']:.2f}** | {'stacked' if c['stacked'] else ''} "
+        f"| {c['largest_difference']:.0e} |"
+        for c in result["cases"]
+    ]
+    machine, versions = result["machine"], result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "The demo's proxies have the shape 64 x 3. What this does not show: a GPU, where calls "
+            "weigh more and members always run stacked.",
+            "",
+            f"Measured {result['date']} with `{result['command']}` on {machine['cores']} "
+            f"{machine['architecture']} cores (load average {result['load_average']:.1f}), PyTorch "
+            f"{versions['torch']}, transformers {versions['transformers']}.",
+            "",
+        ]
+    )
+
+
+def ppo_section(result: dict[str, Any]) -> str:
     """One workload: what it is, what came out, on which machine."""
     work, machine, versions = result["workload"], result["machine"], result["versions"]
     vocabulary = result["rounds"][0]["trl"].get("vocabulary")
@@ -152,6 +196,8 @@ def _spread(ratios: Sequence[float]) -> str:
 def _median(rounds: Sequence[dict[str, Any]], arm: str, key: str) -> float:
     return statistics.median(done[arm][key] for done in rounds)
 
+
+SECTIONS = {"ppo": ppo_section, "ensemble": ensemble_section}
 
 if __name__ == "__main__":
     write_page()

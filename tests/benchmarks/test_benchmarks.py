@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def scripts_are_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("klippo_ppo", "page", "prepare_smollm", "workload"):
+    for name in ("ensemble_scoring", "klippo_ppo", "page", "prepare_smollm", "workload"):
         sys.modules.pop(name, None)
 
 
@@ -76,11 +76,28 @@ def test_every_round_compares_like_with_like():
     import page
 
     for result in page.load_results():
-        for done in result["rounds"]:
+        for done in result.get("rounds", []):
             assert done["trl"]["response_length"] == [32]
             assert done["trunk"]["response_length"] == done["separate"]["response_length"] == [32.0]
             steps = {tuple(arm["optimizer_steps_per_update"]) for arm in done.values()}
             assert steps == {(4.0,)}
+
+
+def test_ensembles_score_as_their_members_do_alone(tmp_path, monkeypatch, capsys):
+    """The script on its smallest case: it measures what it says, and the scores agree."""
+    import json
+
+    import ensemble_scoring
+
+    monkeypatch.setattr(ensemble_scoring, "SHAPES", ((16, 1),))
+    monkeypatch.setattr(ensemble_scoring, "BATCHES", (4,))
+    monkeypatch.setattr(sys, "argv", ["x", "--pairs", "2", "--out", str(tmp_path / "r.json")])
+    ensemble_scoring.main()
+    (case,) = json.loads((tmp_path / "r.json").read_text())["cases"]
+    assert case["stacked"]
+    assert case["largest_difference"] <= 1e-5
+    assert 0 < case["ensemble_ms"]
+    assert "ratio" in capsys.readouterr().out
 
 
 def test_smollm_page_says_what_its_results_file_says():
