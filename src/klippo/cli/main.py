@@ -20,6 +20,7 @@ from klippo.cli.source import (
     Run,
     load,
 )
+from klippo.cli.supervised import register as register_supervised
 
 if TYPE_CHECKING:
     from klippo.config.load import LoadedConfig
@@ -74,6 +75,9 @@ def train(
     from klippo.stages.train import train
 
     return train(loaded, overwrite=overwrite, quiet=quiet)
+
+
+register_supervised(app)
 
 
 @app.command()

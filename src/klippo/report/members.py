@@ -12,13 +12,10 @@ from rich.table import Table
 from klippo.evaluation.pairs import PairReport
 from klippo.report.curves import BLUE, GREY, INK, ORANGE
 
-COLUMNS = (
-    "held-out accuracy (95% interval)",
-    "log loss (nats)",
-    "calibration error",
-    "mean",
-    "sd",
-    "minutes",
+COLUMNS = ("accuracy (95% interval)", "log loss", "ECE", "mean", "sd", "min")
+LEGEND = (
+    "Accuracy, log loss (nats; a coin has 0.693) and expected calibration error (ECE) on held-out "
+    "pairs; mean and sd of the scores of the reference responses; minutes of training."
 )
 ENSEMBLE = "ensemble"
 
@@ -42,7 +39,7 @@ def members_table(title: str, members: Sequence[MemberFigures]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("member")
     for name in COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for member in members:
         table.add_row(member.name, *_cells(member))
     return table
@@ -52,7 +49,7 @@ def members_markdown(members: Sequence[MemberFigures]) -> str:
     """The same as Markdown."""
     lines = ["| member | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     lines += [f"| {member.name} | " + " | ".join(_cells(member)) + " |" for member in members]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{LEGEND}\n"
 
 
 def _cells(member: MemberFigures) -> Iterator[str]:

@@ -131,7 +131,11 @@ def _split(
     for row in rows:
         messages = row.columns.get(name)
         last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
-        if not isinstance(last, dict) or last.get("role") != "assistant":
+        if (
+            not isinstance(messages, list)
+            or not isinstance(last, dict)
+            or last.get("role") != "assistant"
+        ):
             raise ConfigError(
                 f"{row.place(source)}: column {name!r} holds {str(messages)[:60]!r}; with "
                 "response_column: null and format: chat it must be a list of messages that ends "
