@@ -8,7 +8,6 @@ import pytest
 
 from klippo.cli.source import load, spread_names
 from klippo.errors import ConfigError
-
 from tests.cli.test_command_line import run, stage
 
 ENTRIES = """\
