@@ -71,7 +71,7 @@ def texts(batch: int) -> tuple[list[Prompt], list[str]]:
 def compare(names: list[str], batch: int, num_pairs: int) -> dict[str, Any]:
     """Medians over interleaved pairs, in milliseconds, and the largest difference of scores."""
     alone = [ClassifierReward(ClassifierSettings(kind="classifier", model=name)) for name in names]
-    settings = EnsembleSettings(kind="ensemble", members=list(names), standardize="off")
+    settings = EnsembleSettings(kind="ensemble", members=list(names), standardize="none")
     together = EnsembleReward(settings)
     prompts, responses = texts(batch)
     ids, _ = alone[0].reader.encode(alone[0].reader.texts(prompts, responses))

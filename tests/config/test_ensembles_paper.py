@@ -243,7 +243,7 @@ def test_several_models_are_an_ensemble_with_the_variance_of_its_code():
         "objective": "UWO",
         "uwo_weight": 0.1,
         "ddof": 1,
-        "standardize": "off",
+        "standardize": "none",
     }
 
 

@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
 
 def ensemble(members, **settings):
-    options = {"standardize": "off"} | settings
+    options = {"standardize": "none"} | settings
     return EnsembleReward(
         EnsembleSettings(kind="ensemble", members=[str(m) for m in members], **options)
     )
@@ -118,7 +118,7 @@ def test_a_member_can_be_read_in_its_own_way(folders):
         EnsembleSettings.model_validate(
             {
                 "kind": "ensemble",
-                "standardize": "off",
+                "standardize": "none",
                 "template": "{response}",
                 "members": [
                     str(found["gpt2_1"]),

@@ -274,7 +274,7 @@ def _reward(given: dict[str, Located], found: Translation) -> None:
         section = {"kind": Located("classifier", origin), "model": names[0]} | shared
     else:
         section = {"kind": Located("ensemble", origin), "members": Located(names, origin)} | shared
-        section |= {"ddof": Located(1, origin), "standardize": Located("off", origin)}
+        section |= {"ddof": Located(1, origin), "standardize": Located("none", origin)}
     for name, value in section.items():
         found.put(f"reward.{name}", value, key)
     if "rank_config.batch_size" in given:

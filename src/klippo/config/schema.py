@@ -119,7 +119,7 @@ class RunConfig(WholeConfig):
             if ensemble.standardize == "start" and ensemble.moments is None:
                 yield (
                     "gold.standardize=start: only the training reward is measured when a run "
-                    "begins; use stored, or off"
+                    "begins; use stored, or none"
                 )
         if not self.rollout.record_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):

@@ -102,7 +102,7 @@ class EnsembleReward:
                 raise ConfigError(
                     f"ensemble member {member.settings.model} gives all {scored.shape[1]} "
                     "reference responses the same score, so it has no scale; remove it, or set "
-                    "standardize: off"
+                    "standardize: none"
                 )
         moments = MomentsSettings(mean=scored.mean(1).tolist(), sd=sd.tolist())
         self._moments = _as_tensors(moments)
@@ -127,7 +127,7 @@ class EnsembleReward:
     def _known_moments(self) -> tuple[Tensor, Tensor] | None:
         """mean (K, 1) and sd (K, 1): from the settings, or stored with every member."""
         settings = self.settings
-        if settings.standardize == "off":
+        if settings.standardize == "none":
             return None
         if settings.moments is not None:
             return _as_tensors(settings.moments)
@@ -141,7 +141,7 @@ class EnsembleReward:
                     f"ensemble member {member.settings.model} has no stored mean and standard "
                     "deviation, and members on different scales cannot be compared; train it with "
                     "klippo reward-model and `reference`, set standardize: start to measure them "
-                    "when the run begins, or standardize: off"
+                    "when the run begins, or standardize: none"
                 )
             means.append(mean)
             sds.append(sd)

@@ -80,7 +80,7 @@ class EnsembleSettings(ReadingSettings):
     """Variance and standard deviation divide by K - ddof: 0 as in the paper, 1 as in its code."""
     temperature: PositiveFloat = 1.0
     """Of soft_min, in units of the score: towards 0 it becomes the minimum, far up the mean."""
-    standardize: Literal["stored", "start", "off"] = "stored"
+    standardize: Literal["stored", "start", "none"] = "stored"
     """Give every member mean 0 and standard deviation 1 on one shared set of responses: by the
     moments stored with each model, by moments measured on the starting policy when the run
     begins, or not at all."""
