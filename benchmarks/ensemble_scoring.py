@@ -48,7 +48,7 @@ def save_members(folder: Path, width: int, layers: int) -> list[str]:
         torch.manual_seed(seed)
         config = transformers.GPT2Config(
             vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=layers, n_head=2,
-            num_labels=1, pad_token_id=tokenizer.pad_token_id,
+            num_labels=1, pad_token_id=tokenizer.pad_token_id, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         name = folder / f"width{width}_seed{seed}"
         transformers.GPT2ForSequenceClassification(config).save_pretrained(name)

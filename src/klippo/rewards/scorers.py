@@ -114,6 +114,10 @@ class Stack:
         """Stack the weights, and let the members use views of the stack: nothing is there twice."""
         self._parameters, self._buffers = torch.func.stack_module_state(self.members)
         skeleton = copy.deepcopy(self.members[0]).to("meta")
+        for module in skeleton.children():
+            choose_attention = getattr(module, "set_attn_implementation", None)
+            if callable(choose_attention):
+                choose_attention("eager")  # vmap runs fused attention row by row
 
         def forward(parameters: Any, buffers: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
             outputs: Tensor = torch.func.functional_call(
