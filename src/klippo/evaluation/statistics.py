@@ -22,6 +22,8 @@ class Estimate:
     low: float
     high: float
     num: int
+    standard_error: float
+    """Of the mean; infinite for one value."""
 
     @property
     def excludes_zero(self) -> bool:
@@ -56,13 +58,12 @@ def estimate(values: Sequence[float]) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
     if len(sample) == 1:
-        return Estimate(mean=mean, low=-math.inf, high=math.inf, num=1)
-    half = float(
-        stats.t.ppf(0.5 + CONFIDENCE / 2, len(sample) - 1)
-        * sample.std(ddof=1)
-        / math.sqrt(len(sample))
+        return Estimate(mean=mean, low=-math.inf, high=math.inf, num=1, standard_error=math.inf)
+    error = float(sample.std(ddof=1)) / math.sqrt(len(sample))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(sample) - 1)) * error
+    return Estimate(
+        mean=mean, low=mean - half, high=mean + half, num=len(sample), standard_error=error
     )
-    return Estimate(mean=mean, low=mean - half, high=mean + half, num=len(sample))
 
 
 def compare_paired(
