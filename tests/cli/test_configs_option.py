@@ -1,5 +1,6 @@
 """`--configs A B C`, the two seeds, and what they do not go together with."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_config_check_reads_another_folder_in_either_spelling():
     for flag in ("--config-dir", "--config_dir"):
         done = run("config", "check", "--configs", "base", "--rm_seed", "1", flag, "others")
         assert (done.returncode, done.stdout) == (0, "base: ok\n")
+
+
+def test_config_check_and_schema_know_every_stage():
+    for stage_name in ("train", "sft", "reward-model"):
+        done = run("config", "check", "--configs", "base", "x=1", "--stage", stage_name)
+        assert "command line: x: unknown key" in done.stderr
+    properties = json.loads(run("config", "schema", "--stage", "sft").stdout)["properties"]
+    assert "reward" not in properties
+    assert "output_dir" in properties
 
 
 def test_problems_of_entries_exit_with_2():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,10 +23,16 @@ from klippo.cli.source import (
 
 if TYPE_CHECKING:
     from klippo.config.load import LoadedConfig
+    from klippo.config.schema import WholeConfig
 
 config_app = typer.Typer(
     help="Show, check and describe configs.", no_args_is_help=True, rich_markup_mode=None
 )
+
+Stage = Annotated[
+    Literal["train", "sft", "reward-model"],
+    typer.Option("--stage", help="The command whose config it is."),
+]
 
 
 @config_app.command(cls=EntriesCommand)
@@ -38,12 +44,15 @@ def show(
     config_dir: ConfigDir = None,
     rm_seed: RmSeed = None,
     rng_seed: RngSeed = None,
+    stage: Stage = "train",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Every value and where it comes from."""
     from klippo.config.load import show
 
-    loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
+    loaded: LoadedConfig[WholeConfig] = load(
+        run, overrides, configs, config_dir, rm_seed, rng_seed, _schema(stage)
+    )
     rows = show(loaded)
     if as_json:
         entries = {key: {"value": value, "origin": origin} for key, value, origin in rows}
@@ -63,19 +72,33 @@ def check(
     config_dir: ConfigDir = None,
     rm_seed: RmSeed = None,
     rng_seed: RngSeed = None,
+    stage: Stage = "train",
 ) -> None:
     """Say ok, or everything that is wrong."""
-    loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
+    loaded: LoadedConfig[WholeConfig] = load(
+        run, overrides, configs, config_dir, rm_seed, rng_seed, _schema(stage)
+    )
     typer.echo(plain(f"{loaded.name}: ok"))
 
 
 @config_app.command()
 @ending
-def schema() -> None:
+def schema(stage: Stage = "train") -> None:
     """The JSON schema of a config, for editors."""
     from klippo.config.load import schema
 
-    typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(schema(_schema(stage)), indent=2, ensure_ascii=False))
+
+
+def _schema(stage: str) -> type[WholeConfig]:
+    from klippo.config.schema import RewardModelConfig, RunConfig, SFTConfig
+
+    schemas: dict[str, type[WholeConfig]] = {
+        "train": RunConfig,
+        "sft": SFTConfig,
+        "reward-model": RewardModelConfig,
+    }
+    return schemas[stage]
 
 
 def _print_table(rows: list[tuple[str, Any, str]]) -> None:

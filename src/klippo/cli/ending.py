@@ -18,7 +18,7 @@ import typer
 from klippo.errors import KlippoError
 
 BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0  # seconds
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug in Klippo; 2 usage, config or data; 3 this machine, model or "
     "folder cannot do it; 4 reward; 6 training diverged; 130 interrupted; 143 terminated."
@@ -41,7 +41,8 @@ def ending(command: Callable[P, int | None]) -> Callable[P, None]:
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            complain("Interrupted.")
+            if _is_first():
+                complain("Interrupted.")
             code = INTERRUPTED
         except BrokenPipeError:  # the reader of our output has gone, as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,10 +69,15 @@ def _run(command: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) ->
         code = command(*args, **kwargs)
         sys.stdout.flush()
     except Exception:
-        if os.environ.get("RANK", "0") != "0":
+        if not _is_first():
             time.sleep(PATIENCE_S)
         raise
     return code
+
+
+def _is_first() -> bool:
+    """Whether this is the first (or only) process of the run, by the launcher's variable."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def complain(text: str) -> None:

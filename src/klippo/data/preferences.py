@@ -91,7 +91,7 @@ class PreferenceSettings(Settings):
         }
         other = "ratings" if self.format == "pairs" else "pairs"
         for name in only[other]:
-            if name in self.model_fields_set and getattr(self, name) is not None:
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name}={getattr(self, name)} does nothing with format: {self.format}; "
                     f"remove it, or set format: {other}"
@@ -389,7 +389,7 @@ class _Reader:
         names = [] if chosen is None else [chosen] if isinstance(chosen, str) else chosen
         if names == [PROMPT] and PROMPT not in columns:
             near = [c for c in columns if PROMPT in c.lower()]
-            if near and "prompt_column" not in self._settings.model_fields_set:
+            if near:
                 raise ConfigError(
                     f"{self._source}: there is no column {PROMPT!r}, but {near[0]!r}; set "
                     f"data.prompt_column: {near[0]}, or null where the data has no prompts"

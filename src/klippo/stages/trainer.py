@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +87,8 @@ class PPOTrainer:
                 save_model(session, recorder.folder)
             return conclude(session, self.name, recorder.folder, recorder.console)
         except BaseException as error:
-            self._rescue(recorder, error)
+            with undisturbed():
+                self._rescue(recorder, error)
             raise
 
     def generate(self, prompts: Sequence[Any]) -> Rollout:
@@ -149,7 +152,8 @@ class PPOTrainer:
             return
         state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         with self._second_failure(recorder):
-            recorder.folder.write_status(state, reason=_reason(error), num_steps_done=done)
+            reason = _reason(error, self.session.ranks)
+            recorder.folder.write_status(state, reason=reason, num_steps_done=done)
         if done == 0:
             return
         folder = recorder.folder
@@ -170,9 +174,26 @@ class PPOTrainer:
             recorder.progress.say(f"And then: {error}")
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, ranks: Ranks) -> str:
     text = str(error)
+    if isinstance(error, SystemExit) and ranks.world_size > 1:
+        return f"ended from outside ({text}), perhaps because another process of the run failed"
     return text if isinstance(error, KlippoError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No Ctrl-C and no SIGTERM inside: a launcher sends them again and again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 class RunRecorder:
@@ -192,6 +213,8 @@ class RunRecorder:
     def _open_folder(self, output_dir: Path, overwrite: bool) -> None:
         self.folder = RunFolder.create(output_dir, overwrite=overwrite)
         write_text(output_dir / CONFIG_FILE, to_yaml(self.session.config))
+        if self.session.ranks.world_size > 1:
+            self.progress.say(f"{self.session.ranks.world_size} processes")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

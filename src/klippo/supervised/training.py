@@ -132,7 +132,11 @@ def load_own_tokenizer(settings: ModelSettings) -> Any:
 
 def refuse_adapter_folder(name: str, revision: str | None, remedy: str) -> None:
     """Raises PreflightError for a folder that holds an adapter alone."""
-    if find_file(name, "adapter_config.json", revision) is not None:
+    try:
+        found = find_file(name, "adapter_config.json", revision)
+    except OSError:  # no such model, which loading it will say
+        return
+    if found is not None:
         raise PreflightError(f"model.name={name} is a LoRA adapter, not a model; {remedy}")
 
 

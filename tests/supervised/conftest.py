@@ -1,0 +1,73 @@
+"""Tiny models and toy preferences."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from klippo.data.preferences import PreferenceSettings, load_preferences
+from klippo.supervised.reward_model import train_reward_model
+from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
+from tests.stages.conftest import cli, gpt2, roberta
+
+__all__ = ["cli", "gpt2", "roberta"]
+
+SUBJECTS = ["the movie", "a movie", "the film", "a film", "it"]
+PAIRS = [
+    {"prompt": f"{subject} {verb}", "chosen": f" {very}{good}", "rejected": f" {very}{bad}"}
+    for subject in SUBJECTS
+    for verb in ("was", "is")
+    for very in ("", "very ")
+    for good, bad in (("good", "bad"), ("great", "dull"))
+]
+"""Which is better hangs on the last word alone."""
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return path
+
+
+@pytest.fixture
+def toy_pairs(pairs_file):
+    return load_preferences(PreferenceSettings(train=str(pairs_file))).train
+
+
+@pytest.fixture
+def train(toy_pairs):
+    """Train a member on the toy pairs; keyword arguments go to where they belong."""
+
+    def trained(name, seed=1, *, pairs=None, template="{prompt}{response}", model=None, **training):
+        steps = []
+        settings = {"num_epochs": 1, "batch_size": 16, "learning_rate": 1e-2} | training
+        member = train_reward_model(
+            toy_pairs if pairs is None else pairs,
+            RewardModelSettings(name=str(name), **(model or {})),
+            RewardTrainingSettings(**settings),
+            template=template,
+            max_tokens=None,
+            prompt_column="prompt",
+            seed=seed,
+            device=torch.device("cpu"),
+            report=lambda step, num_steps, figures: steps.append((step, num_steps, dict(figures))),
+        )
+        return member, steps
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def adapter(gpt2, tmp_path_factory):
+    """A LoRA adapter of the gpt2 fixture that is not the identity."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(folder)
+    return folder
