@@ -10,6 +10,7 @@ import typer
 
 from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
+from klippo.cli.laboratory import register as register_laboratory
 from klippo.cli.source import (
     ConfigDir,
     Configs,
@@ -78,6 +79,7 @@ def train(
 
 
 register_supervised(app)
+register_laboratory(app)
 
 
 @app.command()

@@ -5,6 +5,7 @@ P prompts, N samples of each, sorted by proxy where it says so.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -42,6 +43,7 @@ def best_of_n_curve(proxy: Floats, gold: Floats, ns: Sequence[int]) -> Floats:
     return np.array([float(_pick_weights(len(proxy), n) @ levelled) for n in ns])
 
 
+@functools.lru_cache(maxsize=64)  # the same for every prompt
 def _pick_weights(num: int, n: int) -> Floats:
     """Chance that the i-th lowest of `num` samples is the best of n: (num,), sums to 1."""
     from scipy.special import gammaln
@@ -50,13 +52,15 @@ def _pick_weights(num: int, n: int) -> Floats:
         raise ValueError(f"n={n}: best of n needs 1 <= n <= {num}, the number of samples")
     rank = np.arange(n, num + 1, dtype=np.float64)  # from 1, ascending
 
-    def log_choose(top: Floats | float, bottom: float) -> Floats:
+    def log_choose(top: Floats, bottom: float) -> Floats:
         chosen: Floats = gammaln(top + 1) - gammaln(bottom + 1) - gammaln(top - bottom + 1)
         return chosen
 
     weights = np.zeros(num)
-    weights[n - 1 :] = np.exp(log_choose(rank - 1, n - 1) - log_choose(float(num), n))
-    return weights / weights.sum()
+    whole = log_choose(np.array([float(num)]), n)
+    weights[n - 1 :] = np.exp(log_choose(rank - 1, n - 1) - whole)
+    chances: Floats = weights / weights.sum()
+    return chances
 
 
 def _sorted_ties(proxy: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -70,7 +74,8 @@ def _sorted_ties(proxy: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 def _mean_within_ties(values: Floats, starts: NDArray[np.intp]) -> Floats:
     lengths = np.diff(np.append(starts, len(values)))
     means = np.add.reduceat(values, starts) / lengths
-    return np.repeat(means, lengths)
+    levelled: Floats = np.repeat(means, lengths)
+    return levelled
 
 
 def default_ns(num: int) -> list[int]:

@@ -29,7 +29,8 @@ class History:
     @property
     def sqrt_kl(self) -> Floats:
         """Distance d = sqrt(mean KL) at each step (S,)."""
-        return np.sqrt(np.maximum(self.kl.mean(1), 0.0))
+        distance: Floats = np.sqrt(np.maximum(self.kl.mean(1), 0.0))
+        return distance
 
 
 def history(evaluations: Mapping[int, Sequence[SampleRow]]) -> History:

@@ -71,8 +71,10 @@ def accuracy(differences: NDArray[np.float64], units: Sequence[tuple[str, ...]])
     """
     right = hits(differences)
     mean = float(right.mean())
-    low, high = wilson(mean, len(right) / _design_effect(right - mean, units))
-    return Estimate(mean=mean, low=low, high=high, num=len(right))
+    num = len(right) / _design_effect(right - mean, units)
+    low, high = wilson(mean, num)
+    error = math.sqrt(mean * (1 - mean) / num)
+    return Estimate(mean=mean, low=low, high=high, num=len(right), standard_error=error)
 
 
 def wilson(share: float, num: float) -> tuple[float, float]:

@@ -5,7 +5,8 @@ B sequences, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from klippo.types import Prompt, Rollout, Scores, TokenBatch
 
 SampleRow = dict[str, Any]
 """step, episodes, prompt_id, prompt, response, response_ids, length, finished, proxy, kl_k1_nats,
-kl_exact_nats; then members and parts where the reward has them, and gold once it was scored."""
+kl_exact_nats; then members and parts where the reward has them; prompt_content where the data has a
+template, and columns; last gold and gold_model, once it was scored."""
+MAX_COLUMN = 2000
+"""Longest column that rows keep, in characters of JSON."""
 
 
 @torch.no_grad()
@@ -60,17 +64,41 @@ def evaluate(
                 row["members"] = [_number(member) for member in scores.members[:, i]]
             if scores.parts:
                 row["parts"] = {name: _number(part[i]) for name, part in scores.parts.items()}
-            rows.append(row)
+            rows.append(row | rest_of_prompt(rollout.prompts[i]))
     return rows
 
 
-def add_gold(
-    rows: Sequence[SampleRow], prompts: Sequence[Prompt], score: Callable[[Rollout], Scores]
-) -> list[SampleRow]:
-    """The same rows with a gold score each (null where it could not be scored)."""
-    by_id = {prompt.id: prompt for prompt in prompts}
-    gold = score(rollout_of(rows, [by_id[row["prompt_id"]] for row in rows])).reward
-    return [row | {"gold": _number(value)} for row, value in zip(rows, gold, strict=True)]
+def rest_of_prompt(prompt: Prompt, max_column: int | None = MAX_COLUMN) -> dict[str, Any]:
+    """What rewards read beside a prompt's text: its content without template, and the columns.
+
+    Columns that JSON cannot hold, or longer than `max_column` characters, are left out.
+    """
+    rest: dict[str, Any] = {}
+    if prompt.content is not None:
+        rest["prompt_content"] = prompt.content
+    rest["columns"] = {}
+    for name, value in prompt.meta.items():
+        try:
+            length = len(json.dumps(value, ensure_ascii=False))
+        except (TypeError, ValueError):
+            continue
+        if max_column is None or length <= max_column:
+            rest["columns"][name] = value
+    return rest
+
+
+def prompt_of(row: Mapping[str, Any], prompt_column: str = "prompt") -> Prompt:
+    """The prompt of a row, for rewards; its token ids are not kept.
+
+    Rows without columns have `prompt_column` alone: what the policy read.
+    """
+    return Prompt(
+        id=row["prompt_id"],
+        text=row["prompt"],
+        token_ids=[],
+        content=row.get("prompt_content"),
+        meta=row.get("columns", {prompt_column: row["prompt"]}),
+    )
 
 
 def rollout_of(rows: Sequence[SampleRow], prompts: Sequence[Prompt]) -> Rollout:

@@ -26,6 +26,7 @@ from klippo.types import Metrics
 STATUS_FILE = "run_status.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+EVAL_DIR = "eval"
 MODEL_DIR = "model"
 CRITIC_DIR = "critic"
 
@@ -79,12 +80,11 @@ class RunFolder:
             file.flush()
 
     def eval_file(self, step: int) -> Path:
-        return self.path / "eval" / f"step-{step}.jsonl"
+        return self.path / EVAL_DIR / f"step-{step}.jsonl"
 
     def write_rows(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """The evaluation rows of one step."""
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        write_text(self.eval_file(step), "\n".join(lines) + "\n")
+        write_rows(self.eval_file(step), rows)
 
     @contextmanager
     def new_directory(self, name: str) -> Iterator[Path]:
@@ -117,6 +117,12 @@ def write_text(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON-lines file, whole."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_text(path, "\n".join(lines) + "\n")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a failure to write into a StorageError that names the file and what to do."""
@@ -135,6 +141,53 @@ def read_metrics(path: Path) -> list[Metrics]:
     return read_rows(path / METRICS_FILE)
 
 
+def evaluation_files(path: Path) -> dict[int, Path]:
+    """The evaluations of a run, given its folder or its eval/, by step.
+
+    Raises ConfigError where there are none.
+    """
+    folder = path / EVAL_DIR if (path / EVAL_DIR).is_dir() else path
+    files = {
+        int(file.stem.removeprefix("step-")): file
+        for file in folder.glob("step-*.jsonl")
+        if file.stem.removeprefix("step-").isdecimal()
+    }
+    if not files:
+        why = "has no evaluations (step-N.jsonl)" if folder.is_dir() else "is not a folder"
+        raise ConfigError(
+            f"{folder}: {why}; give a run's folder, or its {EVAL_DIR}/ (runs with "
+            "evaluation.num_prompts=0 have none)"
+        )
+    return dict(sorted(files.items()))
+
+
+class BrokenLineError(ConfigError):
+    """A line of a JSON-lines file that is no JSON object."""
+
+    def __init__(self, path: Path, line: int, problem: str, *, is_last: bool) -> None:
+        remedy = (
+            "the file was cut while it was written; remove that line, the rows before it are whole"
+            if is_last
+            else "mend or remove that line"
+        )
+        super().__init__(f"{path}, line {line}: {problem}; {remedy}")
+        self.line = line
+        self.is_last = is_last
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a JSON-lines file. Raises BrokenLineError for a line that is no object."""
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            last = number == len(lines)
+            raise BrokenLineError(path, number, "broken JSON", is_last=last) from None
+        if not isinstance(row, dict):
+            raise BrokenLineError(path, number, "no JSON object", is_last=False)
+        rows.append(row)
+    return rows

@@ -17,13 +17,14 @@ from klippo.errors import ConfigError
 from klippo.evaluation.samples import SampleRow
 from klippo.report.tables import change_table, compare_rows, samples_table
 from klippo.rewards.resolve import resolve_scores
-from klippo.rewards.settings import ClassifierSettings, FunctionSettings, RewardSettings
+from klippo.rewards.settings import RewardSettings
 from klippo.rollouts.collate import collate
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
 from klippo.runs.folder import CONFIG_FILE, STATUS_FILE, write_text
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.models import OpenModel, open_model
+from klippo.stages.reward_names import reward_named
 from klippo.stages.session import pick
 from klippo.types import Rollout
 
@@ -128,10 +129,7 @@ def _rows(rollout: Rollout, scores: torch.Tensor | None) -> list[SampleRow]:
 def _reward_settings(reward: str | None, *runs: str) -> RewardSettings | None:
     """The reward asked for; without one, the gold reward of a run (or else its training reward)."""
     if reward is not None:
-        is_function = ":" in reward and not reward.startswith("demo:")
-        if is_function:
-            return FunctionSettings(kind="function", function=reward)
-        return ClassifierSettings(kind="classifier", model=reward)
+        return reward_named(reward)
     for run in reversed(runs):
         if (Path(run) / STATUS_FILE).is_file():
             config = load_config(Path(run) / CONFIG_FILE).config

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from klippo.evaluation.samples import SampleRow, add_gold
+from klippo.errors import KlippoError
+from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.statistics import PairedComparison
 from klippo.report.curves import draw_curves
 from klippo.report.tables import (
@@ -18,9 +20,16 @@ from klippo.report.tables import (
     markdown,
     samples_table,
 )
-from klippo.rewards.resolve import resolve_scores
-from klippo.runs.folder import MODEL_DIR, RunFolder, read_metrics, read_rows, write_text
-from klippo.stages.build import build_reward
+from klippo.runs.folder import (
+    METRICS_FILE,
+    MODEL_DIR,
+    RunFolder,
+    evaluation_files,
+    read_metrics,
+    read_rows,
+    write_text,
+)
+from klippo.stages.gold_eval import add_gold, gold_found, gold_missing
 from klippo.stages.session import Session
 
 BEFORE_AFTER_FILE = "before_after.md"
@@ -37,29 +46,50 @@ class Outcome:
     after: Sequence[SampleRow]
     compared: Mapping[str, PairedComparison]
     """By measure: proxy, gold, kl_exact_nats, length, finished."""
+    gold_problem: str | None = None
+    """Why gold scores are missing, where they are: the run itself is done."""
 
 
 def conclude(session: Session, name: str, folder: RunFolder, console: Console) -> Outcome:
-    """Score the evaluation samples with gold, write tables and curves, print the summary."""
+    """Score the evaluation samples with gold, write tables and curves, print the summary.
+
+    What goes wrong with gold costs nothing else: the outcome and run_status.json say so.
+    """
     num_steps = session.learner.num_steps_done
     outcome = Outcome(output_dir=folder.path, num_steps=num_steps, before=[], after=[], compared={})
     if not session.ranks.is_main:
         return outcome
+    details: dict[str, Any] = {"reason": "all steps done", "num_steps_done": num_steps}
+    details["before_after"] = {}
     if session.evaluation_prompts:
-        evaluations = _evaluations(session, folder)
+        evaluations, gold = _evaluations(session, folder, console, details)
         before, after = evaluations[0], evaluations[max(evaluations)]
-        compared = compare_rows(before, after)
         outcome = Outcome(
             output_dir=folder.path,
             num_steps=num_steps,
             before=before,
             after=after,
-            compared=compared,
+            compared=compare_rows(before, after),
+            gold_problem=gold.get("reason"),
         )
         _show(session, outcome, console)
-        write_text(folder.path / BEFORE_AFTER_FILE, markdown(compared, before, after))
-        draw_curves(read_metrics(folder.path), evaluations, folder.path / CURVES_FILE, name)
-    figures = {
+        details["before_after"] = write_figures(folder.path, evaluations, name)
+        details |= {"gold": gold} if gold else {}
+    folder.write_status("done", **details)
+    console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
+    return outcome
+
+
+def write_figures(
+    run: Path, evaluations: Mapping[int, Sequence[SampleRow]], name: str
+) -> dict[str, dict[str, float]]:
+    """before_after.md and the curves of a run; returns the figures for run_status.json."""
+    before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
+    compared = compare_rows(before, after)
+    write_text(run / BEFORE_AFTER_FILE, markdown(compared, before, after))
+    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    draw_curves(metrics, evaluations, run / CURVES_FILE, name)
+    return {
         key: {
             "before": result.before.mean,
             "after": result.after.mean,
@@ -69,32 +99,36 @@ def conclude(session: Session, name: str, folder: RunFolder, console: Console) -
             "in_sd": result.difference_in_sd,
             "num": result.difference.num,
         }
-        for key, result in outcome.compared.items()
+        for key, result in compared.items()
     }
-    folder.write_status(
-        "done", reason="all steps done", num_steps_done=num_steps, before_after=figures
-    )
-    console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
-    return outcome
 
 
-def _evaluations(session: Session, folder: RunFolder) -> dict[int, list[SampleRow]]:
-    """Rows by step, with gold scores where a gold reward is configured."""
-    files = sorted((folder.path / "eval").glob("step-*.jsonl"))
-    steps = {int(file.stem.removeprefix("step-")): read_rows(file) for file in files}
-    if session.config.gold is None:
-        return steps
-    gold = build_reward(
-        session.config.gold,
-        device=session.device,
-        prompt_column=session.config.data.prompt_columns[0],
-    )
-    for step, rows in steps.items():
-        steps[step] = add_gold(
-            rows, session.evaluation_prompts, lambda rollout: resolve_scores(gold, rollout)
+def _evaluations(
+    session: Session, folder: RunFolder, console: Console, details: Mapping[str, Any]
+) -> tuple[dict[int, list[SampleRow]], dict[str, Any]]:
+    """Rows by step, with gold scores where a gold reward is configured; what became of gold."""
+    files = evaluation_files(folder.path)
+    settings = session.config.gold
+    if settings is None:
+        return {step: read_rows(file) for step, file in files.items()}, {}
+    # Nothing of the run is lost from here on, not even to a kill.
+    unscored = gold_missing(folder.path, "the run ended before it had scored them")
+    folder.write_status("done", **details, gold=unscored)
+    try:
+        evaluations = add_gold(
+            files,
+            settings,
+            console,
+            device=session.device,
+            prompts=session.evaluation_prompts,
+            prompt_column=session.config.data.prompt_columns[0],
         )
-        folder.write_rows(step, steps[step])
-    return steps
+        return evaluations, gold_found(settings)
+    except Exception as error:
+        known = isinstance(error, KlippoError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        rows = {step: read_rows(file) for step, file in files.items()}
+        return rows, gold_missing(folder.path, reason)
 
 
 def _show(session: Session, outcome: Outcome, console: Console) -> None:

@@ -27,6 +27,7 @@ from klippo.rollouts.online import OnlineSource
 from klippo.rollouts.sampling import Sampling
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.moments import REFERENCE_SEED, measure_members
+from klippo.stages.reward_names import check_reward
 from klippo.types import Prompt, RewardSource, Rollout, Scores
 
 EVALUATION_SEED = 1_000_003
@@ -83,6 +84,8 @@ def open_session(
     source = _reward_source(config, reward, device, ranks)
     if isinstance(source, FunctionReward | SumReward):
         source.check_columns(rows[0].columns)
+    if config.gold is not None:
+        check_reward(config.gold, rows[0].columns)
     torch.manual_seed(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from klippo.config.load import LoadedConfig
+from klippo.errors import RewardError
 from klippo.ranks import Ranks
 from klippo.runs.folder import RunFolder
 from klippo.stages.build import choose_device
+from klippo.stages.gold_eval import gold_missing
 from klippo.stages.trainer import PPOTrainer
 
 
@@ -13,5 +15,11 @@ def train(loaded: LoadedConfig, *, overwrite: bool = False, quiet: bool = False)
     """Run PPO as the config says; returns the exit code."""
     ranks = Ranks.from_environment(choose_device(loaded.config.device))
     ranks.on_main(lambda: RunFolder.check(Path(loaded.config.output_dir), overwrite=overwrite))
-    PPOTrainer(loaded, overwrite=overwrite, quiet=quiet).train()
+    outcome = PPOTrainer(loaded, overwrite=overwrite, quiet=quiet).train()
+    if outcome.gold_problem is not None:
+        command = gold_missing(outcome.output_dir, outcome.gold_problem)["command"]
+        raise RewardError(
+            "The run is done and its model is saved, but its samples have no gold scores: "
+            f"{outcome.gold_problem}\nThis adds them: {command}"
+        )
     return 0
