@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from klippo.evaluation.pairs import PairReport
-from klippo.report.curves import BLUE, GREY, INK, ORANGE
+from klippo.report.style import BLUE, GREY, ORANGE, STYLE
 
 COLUMNS = ("accuracy (95% interval)", "log loss", "ECE", "mean", "sd", "min")
 LEGEND = (
@@ -92,16 +92,7 @@ def draw_reliability(members: Sequence[MemberFigures], path: Path, title: str) -
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "svg.hashsalt": "klippo",  # the same figures draw the same file
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(4.5, 4.2), layout="constrained")
         ax.plot([0.5, 1], [0.5, 1], color=GREY, lw=0.8)
         for member in members:

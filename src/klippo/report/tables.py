@@ -109,15 +109,16 @@ def markdown(
     lines += ["", "| prompt | before | after |", "|---|---|---|"]
     for first, second in zip(before, after, strict=True):
         cells = (
-            _escape(first["prompt"]),
-            f"{_escape(first['response'])}<br>*{scores_of(first)}*",
-            f"{_escape(second['response'])}<br>*{scores_of(second)}*",
+            escape_markdown(first["prompt"]),
+            f"{escape_markdown(first['response'])}<br>*{scores_of(first)}*",
+            f"{escape_markdown(second['response'])}<br>*{scores_of(second)}*",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Foreign text as harmless Markdown on one line."""
     text = clean(text)
     for special in "\\`*_|[]":
         text = text.replace(special, "\\" + special)
