@@ -55,7 +55,7 @@ def write_pages(runs: list[dict], first: Path) -> None:
     """The README's table, and docs/quickstart.md with examples that nobody chose."""
     readme = ROOT / "README.md"
     readme.write_text(MARKED.sub(lambda m: m[1] + table(runs) + m[2], readme.read_text()))
-    shutil.copy(first / "curves.png", ROOT / "docs/quickstart.png")
+    shutil.copy(first / "report/scores_over_steps.png", ROOT / "docs/quickstart.png")
     before_after = (first / "before_after.md").read_text().split("\n\n")[1].splitlines()
     steps = len(read_rows(first / "metrics.jsonl"))
     page = f"""# The quickstart's figures

@@ -17,15 +17,17 @@ def test_a_run_leaves_a_complete_folder(cli, write_config, tmp_path: Path) -> No
     assert code == 0, err
     run = tmp_path / "run"
     assert sorted(p.name for p in run.iterdir()) == [
+        "MODEL_CARD.md",
         "before_after.md",
         "config.yaml",
         "critic",
-        "curves.png",
-        "curves.svg",
         "eval",
         "metrics.jsonl",
         "model",
+        "report",
+        "report.html",
         "run_status.json",
+        "started.json",
     ]
     metrics = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""A model card for the policy of a run: what it is, what it learnt from, and how far to trust it."""
+"""A model card for the policy of a run: what it is, what it learnt, how far to trust it."""
 
 from __future__ import annotations
 

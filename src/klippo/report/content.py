@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from klippo.config.load import DEFAULT
 from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.scaling import Fit
 from klippo.evaluation.statistics import PairedComparison
 from klippo.evaluation.verdict import Verdict
-from klippo.report.reading import DEFAULT, RUNNING, RunData
+from klippo.report.reading import RUNNING, RunData
 from klippo.report.series import by_rank, distances, law_of, mean_metric, verdict_of
 from klippo.report.tables import MEASURES, REWARDS, compare_rows
 from klippo.report.text import MINUS, duration, interval, number, plain_value, share
@@ -99,7 +100,9 @@ def view(run: RunData) -> RunView:
 def with_minus(text: str) -> str:
     """Hyphens before digits as minus signs."""
     return "".join(
-        MINUS if ch == "-" and text[i + 1 : i + 2].isdigit() and not text[i - 1 : i].isalnum() else ch
+        MINUS
+        if ch == "-" and text[i + 1 : i + 2].isdigit() and not text[i - 1 : i].isalnum()
+        else ch
         for i, ch in enumerate(text)
     )
 
@@ -144,6 +147,19 @@ def reward_words(run: RunData, key: str) -> str:
     return f"{kind} {shown}".strip() or "not recorded"
 
 
+def gold_words(run: RunData) -> str:
+    """What scored with gold, as the run says, or else as its config does."""
+    gold = _mapping(run.status.get("gold"))
+    return str(gold["model"]) if gold.get("model") else reward_words(run, "gold")
+
+
+def summary(run: RunData) -> str:
+    """What ran, in a sentence."""
+    policy = str(run.config.get("policy.model", "A policy"))
+    text = f"{policy} after {num_steps_done(run):,} PPO steps against {reward_words(run, 'reward')}"
+    return text + (f"; second opinion: {gold_words(run)}." if run.has_gold else ".")
+
+
 def _names(section: Mapping[str, Any]) -> Iterator[str]:
     for key, value in section.items():
         if key.rpartition(".")[2] in NAMES_IN_REWARDS and isinstance(value, str):
@@ -170,7 +186,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     tuning = config.get("policy.tuning")
     yield "Policy", f"{policy} (tuning: {tuning})" if tuning else policy
     yield "Proxy reward", reward_words(run, "reward")
-    yield "Gold reward", reward_words(run, "gold")
+    yield "Gold reward", gold_words(run)
     yield "Prompts", str(config.get("data.train", "not recorded"))
     if run.before:
         steps = ", ".join(map(str, sorted(run.evaluations)))
@@ -178,12 +194,14 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     planned = config.get("ppo.num_steps")
     done = num_steps_done(run)
     episodes = f", {int(run.metrics[-1].get('episodes', 0)):,} episodes" if run.metrics else ""
-    yield "PPO steps", (f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}") + (
-        episodes
+    yield (
+        "PPO steps",
+        (f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}") + (episodes),
     )
     rm_seed = config.get("rm_seed")
-    yield "Seed", str(config.get("seed", "—")) + (
-        "" if rm_seed is None else f" (reward model: {rm_seed})"
+    yield (
+        "Seed",
+        str(config.get("seed", "—")) + ("" if rm_seed is None else f" (reward model: {rm_seed})"),
     )
     yield "Started", started_at(run)
     seconds, what = seconds_taken(run)
@@ -230,7 +248,8 @@ def _law_row(run: RunData, key: str, law: Fit) -> tuple[str, str, str, str, str]
         f"{number(x.value, signed=True)} ({interval(x.low, x.high, signed=True)})"
         for x in (law.alpha, law.beta)
     )
-    return key, alpha, beta, f"{_far(peak.value)} ({_far(peak.low)} to {_far(peak.high)})", reading
+    told = f"{_far(peak.value)} ({_far(peak.low)} to {_far(peak.high)})"
+    return key, alpha, beta, "none" if math.isinf(peak.low) else told, reading
 
 
 def _far(d: float) -> str:
@@ -240,7 +259,10 @@ def _far(d: float) -> str:
 
 def _phases(run: RunData) -> dict[str, float]:
     keys = dict.fromkeys(
-        key for row in run.metrics for key in row if key.startswith("time/") and key != "time/step_s"
+        key
+        for row in run.metrics
+        for key in row
+        if key.startswith("time/") and key != "time/step_s"
     )
     names = [key.removeprefix("time/").removesuffix("_s") for key in keys]
     ordered = [*(n for n in PHASES if n in names), *(n for n in names if n not in PHASES)]
@@ -292,12 +314,13 @@ def _notes(run: RunData) -> Iterator[str]:
         yield "There is one evaluation only, so nothing is said about before and after."
     if run.evaluations and not run.has_gold:
         yield "There are no gold scores; klippo gold-eval adds them to the recorded samples."
+    gold = _mapping(run.status.get("gold"))
+    if gold.get("reason"):
+        yield f"Gold scores are missing: {gold['reason']}"
     if not run.metrics:
         yield "There are no metrics of PPO steps."
     for key in ("proxy", "gold"):
-        missing = sum(
-            row.get(key) is None for rows in run.evaluations.values() for row in rows
-        )
+        missing = sum(row.get(key) is None for rows in run.evaluations.values() for row in rows)
         everything = sum(map(len, run.evaluations.values()))
         if missing and (key == "proxy" or run.has_gold):
             yield f"{missing:,} of {everything:,} samples have no {key} score and count nowhere."
@@ -313,9 +336,7 @@ def differing(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for run in runs for key in run.config)
     rows = []
     for key in keys:
-        values = [
-            plain_value(run.config[key]) if key in run.config else "—" for run in runs
-        ]
+        values = [plain_value(run.config[key]) if key in run.config else "—" for run in runs]
         if len(set(values)) > 1 and key != "output_dir":
             rows.append((key, values))
     return rows

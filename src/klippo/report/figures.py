@@ -23,13 +23,13 @@ from klippo.report.style import (
     LINES,
     MARKERS,
     PALETTE,
+    STEP,
     Picture,
     draw,
     plot_label,
 )
 from klippo.report.text import number
 
-STEP = "PPO step"
 DISTANCE = "distance from the start, √(KL / nats)"
 IN_SD = "change in sd of the start"
 MEANS = {"proxy": "the reward that trains", "gold": "the second opinion that never trains"}

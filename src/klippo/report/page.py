@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 
-
 from klippo.evaluation.statistics import Estimate
 from klippo.evaluation.verdict import Outcome
 from klippo.report import figures
-from klippo.report.content import RunView, differing, num_steps_done, reward_words
+from klippo.report.content import (
+    RunView,
+    differing,
+    gold_words,
+    num_steps_done,
+    reward_words,
+    summary,
+)
 from klippo.report.reading import RunData
 from klippo.report.style import Picture
 from klippo.report.text import interval, number, visible
@@ -46,9 +52,7 @@ def groups(views: Sequence[RunView]) -> dict[str, Group]:
             *figures.scores_over_steps(runs),
             *figures.scores_over_distance(runs, fits),
         ],
-        "best_of_n": [
-            figures.best_of_n(run, key) for run in runs[:1] for key in ("gold", "proxy")
-        ],
+        "best_of_n": [figures.best_of_n(run, key) for run in runs[:1] for key in ("gold", "proxy")],
         "training": [
             metric("reward/score_mean"),
             level(
@@ -120,9 +124,11 @@ def _metric(runs: Sequence[RunData], key: str) -> Picture | None:
 
 
 def _lowest_shares(runs: Sequence[RunData]) -> Iterator[Picture | None]:
-    keys = [
-        key for key in runs[0].metrics[0] if key.endswith("_lowest_share")
-    ] if runs[0].metrics else []
+    keys = (
+        [key for key in runs[0].metrics[0] if key.endswith("_lowest_share")]
+        if runs[0].metrics
+        else []
+    )
     if len(runs) == 1 and keys:
         yield figures.several_metrics(
             runs[0],
@@ -151,16 +157,17 @@ def render(views: Sequence[RunView], sections: dict[str, Group], version: str) -
     css = files.joinpath("report.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     runs = [view.data for view in views]
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         title=views[0].facts[0][1] if len(views) == 1 else f"{len(views)} runs compared",
         views=views,
         single=len(views) == 1,
         groups=sections,
         differing=differing(runs) if len(runs) > 1 else [],
-        rewards_differ=len({(reward_words(r, "reward"), reward_words(r, "gold")) for r in runs}) > 1,
+        rewards_differ=len({(reward_words(r, "reward"), gold_words(r)) for r in runs}) > 1,
         symbols=SYMBOLS,
         css=Markup(css),  # ours
         style_hash=digest,
+        summary=summary,
         source=lambda picture: Markup(
             "data:image/svg+xml;base64," + base64.b64encode(picture.svg).decode()
         ),
@@ -170,7 +177,6 @@ def render(views: Sequence[RunView], sections: dict[str, Group], version: str) -
         css_class=lambda outcome: outcome.replace(" ", "-"),
         version=version,
     )
-    return page
 
 
 def _change(estimate: Estimate | None) -> str:
@@ -185,5 +191,3 @@ def _change(estimate: Estimate | None) -> str:
 def _kl_after(view: RunView) -> str:
     kl = view.compared.get("kl_exact_nats")
     return number(None if kl is None else kl.after.mean)
-
-

@@ -15,7 +15,12 @@ from klippo.config.load import DEFAULT, load_config
 from klippo.config.located import read_yaml
 from klippo.errors import ConfigError
 from klippo.evaluation.samples import SampleRow
-from klippo.runs.folder import CONFIG_FILE, METRICS_FILE, STATUS_FILE
+from klippo.runs.folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    STATUS_FILE,
+    BrokenLineError,
+)
 from klippo.types import Metrics
 
 STARTED_FILE = "started.json"
@@ -66,7 +71,9 @@ class RunData:
 
     @property
     def has_gold(self) -> bool:
-        return any(row.get("gold") is not None for rows in self.evaluations.values() for row in rows)
+        return any(
+            row.get("gold") is not None for rows in self.evaluations.values() for row in rows
+        )
 
 
 def read_runs(paths: Sequence[Path], best_of_n: Path | None = None) -> list[RunData]:
@@ -151,13 +158,10 @@ def read_lines(
         except (ValueError, RecursionError) as error:
             if still_written and number == len(lines):
                 if notes is not None:
-                    notes.append(
-                        f"The last line of {path.name} is not whole yet and was left out."
-                    )
+                    notes.append(f"The last line of {path.name} is not whole yet and was left out.")
                 continue
-            raise ConfigError(
-                f"{path}:{number}: cut or broken line ({_short(error)}); restore the file, or "
-                "remove that line"
+            raise BrokenLineError(
+                path, number, f"cut or broken ({_short(error)})", is_last=number == len(lines)
             ) from None
         rows.append((number, value))
     return rows
@@ -172,16 +176,16 @@ def read_samples(
     for number, row in read_lines(path, still_written, notes):
         missing = [key for key in NEEDED if key not in row]
         if missing:
-            raise ConfigError(f"{path}:{number}: no {', '.join(missing)} in this sample")
+            raise ConfigError(f"{path}, line {number}: no {', '.join(missing)} in this sample")
         for key in ("prompt", "response"):
             if not isinstance(row[key], str):
-                raise ConfigError(f"{path}:{number}: {key} is not text")
+                raise ConfigError(f"{path}, line {number}: {key} is not text")
         for key in NUMBERS:
             value = row.get(key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{path}:{number}: {key}={value!r} is not a number")
+                raise ConfigError(f"{path}, line {number}: {key}={value!r} is not a number")
             if not -LARGEST < value < LARGEST:
                 row[key] = None
                 num_strange += 1
@@ -195,7 +199,7 @@ def _read_metrics(path: Path, still: bool, notes: list[str]) -> list[Metrics]:
     rows = []
     for number, row in read_lines(path, still, notes):
         if not isinstance(row.get("step"), int):
-            raise ConfigError(f"{path}:{number}: no step in this line")
+            raise ConfigError(f"{path}, line {number}: no step in this line")
         rows.append(
             {
                 key: float("nan") if value is None else value
@@ -261,7 +265,8 @@ def _read_best_of_n(path: Path, asked: bool) -> dict[str, Any] | None:
         curves = [points for arm in result["arms"].values() for points in arm.values() if points]
         right = len(result["kl_bound"]) == length > 0 and all(len(c) == length for c in curves)
         for point in (point for curve in curves for point in curve):
-            float(point["mean"]), float(point["low"]), float(point["high"])
+            for part in ("mean", "low", "high"):
+                point[part] = float("nan") if point[part] is None else float(point[part])
         for number in (*result["ns"], *result["kl_bound"]):
             right = right and float(number) >= 0
     except (KeyError, TypeError, AttributeError, ValueError) as error:

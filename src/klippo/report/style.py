@@ -40,6 +40,7 @@ STYLE: dict[Any, Any] = {
 SIZE = (5.2, 3.3)  # inches: one column of the page, and still legible on a phone
 DOTS_PER_INCH = 150
 MAX_LABEL = 40
+STEP = "PPO step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ def draw(
     """One pair of axes, painted by `paint`; `title` names what goes up, `x` what goes right."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -76,6 +78,8 @@ def draw(
         ax = figure.add_axes((0.105, 0.145, 0.87, 0.755))
         ax.set_title(title, color=INK, pad=8)
         ax.set_xlabel(x)
+        if x == STEP:
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         paint(ax)
         return Picture(name=name, caption=caption, alt=alt, **files_of(figure))
 

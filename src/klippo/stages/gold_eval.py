@@ -66,12 +66,13 @@ def gold_eval(
     )
     tell(history(evaluations), console)
     if status and status.get("state") != "running":
-        from klippo.stages.outcome import write_figures
+        from klippo.stages.outcome import refresh_report, write_figures
 
-        figures = write_figures(run, evaluations, run.resolve().name)
+        figures = write_figures(run, evaluations)
         details = {key: value for key, value in status.items() if key != "state"}
         details |= {"before_after": figures, "gold": gold_found(settings)}
         RunFolder(run).write_status(str(status["state"]), **details)
+        refresh_report(run, console)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""After training: gold scores, before against after, pictures, and how it ended."""
+"""After training: gold scores, before against after, the report, and how it ended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from klippo.errors import KlippoError
 from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.statistics import PairedComparison
-from klippo.report.curves import draw_curves
+from klippo.report.content import RunView
 from klippo.report.tables import (
     MEASURES,
     change_table,
@@ -21,19 +22,18 @@ from klippo.report.tables import (
     samples_table,
 )
 from klippo.runs.folder import (
-    METRICS_FILE,
     MODEL_DIR,
     RunFolder,
     evaluation_files,
-    read_metrics,
     read_rows,
     write_text,
 )
 from klippo.stages.gold_eval import add_gold, gold_found, gold_missing
+from klippo.stages.report import REPORT_FILE, write_report
 from klippo.stages.session import Session
+from klippo.stages.started import now
 
 BEFORE_AFTER_FILE = "before_after.md"
-CURVES_FILE = "curves"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +50,18 @@ class Outcome:
     """Why gold scores are missing, where they are: the run itself is done."""
 
 
-def conclude(session: Session, name: str, folder: RunFolder, console: Console) -> Outcome:
-    """Score the evaluation samples with gold, write tables and curves, print the summary.
+def conclude(session: Session, folder: RunFolder, console: Console) -> Outcome:
+    """Score the evaluation samples with gold, write tables and the report, print the summary.
 
-    What goes wrong with gold costs nothing else: the outcome and run_status.json say so.
+    What goes wrong with gold, or with the report, costs nothing else: the outcome,
+    run_status.json and the screen say so.
     """
     num_steps = session.learner.num_steps_done
     outcome = Outcome(output_dir=folder.path, num_steps=num_steps, before=[], after=[], compared={})
     if not session.ranks.is_main:
         return outcome
     details: dict[str, Any] = {"reason": "all steps done", "num_steps_done": num_steps}
+    details["ended"] = now()
     details["before_after"] = {}
     if session.evaluation_prompts:
         evaluations, gold = _evaluations(session, folder, console, details)
@@ -73,22 +75,24 @@ def conclude(session: Session, name: str, folder: RunFolder, console: Console) -
             gold_problem=gold.get("reason"),
         )
         _show(session, outcome, console)
-        details["before_after"] = write_figures(folder.path, evaluations, name)
+        details["before_after"] = write_figures(folder.path, evaluations)
         details |= {"gold": gold} if gold else {}
     folder.write_status("done", **details)
+    views = refresh_report(folder.path, console)
+    if session.evaluation_prompts:
+        for view in views:
+            console.print(Text(f"Verdict: {view.verdict.outcome}. {view.reason}"), soft_wrap=True)
     console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
     return outcome
 
 
 def write_figures(
-    run: Path, evaluations: Mapping[int, Sequence[SampleRow]], name: str
+    run: Path, evaluations: Mapping[int, Sequence[SampleRow]]
 ) -> dict[str, dict[str, float]]:
-    """before_after.md and the curves of a run; returns the figures for run_status.json."""
+    """before_after.md of a run; returns the figures for run_status.json."""
     before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
     compared = compare_rows(before, after)
     write_text(run / BEFORE_AFTER_FILE, markdown(compared, before, after))
-    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    draw_curves(metrics, evaluations, run / CURVES_FILE, name)
     return {
         key: {
             "before": result.before.mean,
@@ -101,6 +105,20 @@ def write_figures(
         }
         for key, result in compared.items()
     }
+
+
+def refresh_report(run: Path, console: Console) -> list[RunView]:
+    """Write the run's report and say where; the run is whole without it."""
+    try:
+        views = write_report([run], run / REPORT_FILE, console=console)
+    except Exception as error:
+        known = isinstance(error, KlippoError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        told = f"There is no report: {reason}. `klippo report {run}` tries again."
+        console.print(Text(told), soft_wrap=True)
+        return []
+    console.print(Text(f"Report: {run / REPORT_FILE}"), soft_wrap=True)
+    return views
 
 
 def _evaluations(

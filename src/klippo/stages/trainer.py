@@ -27,6 +27,7 @@ from klippo.runs.memory import peak_memory_gib
 from klippo.runs.progress import Progress
 from klippo.stages.outcome import Outcome, conclude
 from klippo.stages.session import Session, open_session
+from klippo.stages.started import now, write_started
 from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
 
 IN_MEMORY = "(given from Python)"
@@ -57,6 +58,7 @@ class PPOTrainer:
         loaded = _loaded(config, policy, reward, prompts)
         self.config = loaded.config
         self.name = loaded.name
+        self._origins = loaded.origins
         self._overwrite = overwrite
         self._quiet = quiet
         in_memory = policy is not None and not isinstance(policy, str)
@@ -81,11 +83,13 @@ class PPOTrainer:
         session = self.session
         recorder = RunRecorder(session, self.output_dir, self._overwrite, self._quiet)
         try:
+            if session.ranks.is_main:
+                write_started(recorder.folder.path, session, self.name, self._origins)
             with recorder.progress:
                 ppo_trainer.train(session.learner, session.source, session.score, recorder)
             if session.ranks.is_main:
                 save_model(session, recorder.folder)
-            return conclude(session, self.name, recorder.folder, recorder.console)
+            return conclude(session, recorder.folder, recorder.console)
         except BaseException as error:
             with undisturbed():
                 self._rescue(recorder, error)
@@ -153,7 +157,7 @@ class PPOTrainer:
         state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         with self._second_failure(recorder):
             reason = _reason(error, self.session.ranks)
-            recorder.folder.write_status(state, reason=reason, num_steps_done=done)
+            recorder.folder.write_status(state, reason=reason, num_steps_done=done, ended=now())
         if done == 0:
             return
         folder = recorder.folder
