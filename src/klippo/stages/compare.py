@@ -26,7 +26,7 @@ from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.models import OpenModel, open_model
 from klippo.stages.reward_names import reward_named
 from klippo.stages.session import pick
-from klippo.types import Rollout
+from klippo.types import Prompt, Rollout
 
 SHOWN = 5
 
@@ -94,6 +94,17 @@ def _answers(
     opened: OpenModel, data: DataSettings, num_prompts: int, max_tokens: int, seed: int
 ) -> Rollout:
     """Fresh answers to held-out prompts where there are any; same random numbers for each model."""
+    prompts = held_out_prompts(opened, data, num_prompts, max_tokens, seed)
+    limits = [max_tokens] * len(prompts)
+    seeds = response_seeds(seed, range(len(prompts)))
+    completions = opened.engine(Sampling()).generate(prompts, limits, seeds)
+    return collate(prompts, completions, opened.tokenizer, temperature=1.0, device=opened.device)
+
+
+def held_out_prompts(
+    opened: OpenModel, data: DataSettings, num_prompts: int, max_tokens: int, seed: int
+) -> list[Prompt]:
+    """Prompts as the model reads them: of the held-out rows, or of all where none are held out."""
     rows, held_out = load_rows(data, seed)
     room = room_for_prompts(opened.model, max_tokens, data.max_prompt_tokens)
     prompts = build_prompts(
@@ -104,11 +115,7 @@ def _answers(
         seed=seed,
         source=validation_source(data) if held_out else train_source(data),
     )
-    prompts = pick(prompts, num_prompts, seed)
-    limits = [max_tokens] * len(prompts)
-    seeds = response_seeds(seed, range(len(prompts)))
-    completions = opened.engine(Sampling()).generate(prompts, limits, seeds)
-    return collate(prompts, completions, opened.tokenizer, temperature=1.0, device=opened.device)
+    return pick(prompts, num_prompts, seed)
 
 
 def _rows(rollout: Rollout, scores: torch.Tensor | None) -> list[SampleRow]:

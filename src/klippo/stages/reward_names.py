@@ -168,6 +168,7 @@ def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None)
 
     `columns` are the data's, where they are known. Raises ConfigError or PreflightError.
     """
+    _check_scale(settings)
     for function in functions_in(settings):
         source = FunctionReward(load_function(function), function)
         if columns is not None:
@@ -176,6 +177,18 @@ def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None)
         _check_model(one)
     if isinstance(settings, EnsembleSettings):
         _check_moments(settings)
+
+
+def _check_scale(settings: RewardSettings) -> None:
+    if not isinstance(settings, SumSettings):
+        return
+    for name, part in settings.parts.items():
+        if part.normalize:
+            raise ConfigError(
+                f"part {name}: normalize=true moves the scale from batch to batch, and scores that "
+                "are compared need one scale; set normalize: false"
+            )
+        _check_scale(part.reward)
 
 
 def _check_model(settings: ClassifierSettings) -> None:

@@ -1,0 +1,95 @@
+"""Best-of-n as pictures: what picking by each proxy does to proxy and gold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from klippo.evaluation.scaling import Fit
+from klippo.report.style import BLUE, GREY, INK, ORANGE
+
+COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8655a3", "#b23a48", "#5f6b7a", "#a17c1f", "#2b9aa0")
+DISTANCE = "sqrt(upper bound of KL / nats), bound = log n - (n - 1)/n"
+
+
+def draw_best_of_n(result: Mapping[str, Any], fits: Mapping[str, Fit], path: Path) -> None:
+    """Gold (with the fitted law and its band) and proxy over distance, one colour per arm.
+
+    `result` is what best_of_n.json holds. Writes `path` with the endings .png and .svg.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "svg.hashsalt": "klippo",  # the same figures draw the same file
+    }
+    kinds = [kind for kind in ("gold", "proxy") if any(kind in a for a in result["arms"].values())]
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(
+            1, len(kinds), figsize=(4.5 * len(kinds), 3.8), layout="constrained", squeeze=False
+        )
+        figure.suptitle(
+            f"Best of n: {result['num_prompts']} prompts, {result['num_samples']} samples of each",
+            x=0.01, ha="left", fontweight="bold",
+        )  # fmt: skip
+        d = np.sqrt(result["kl_bound"])
+        for ax, kind in zip(axes[0], kinds, strict=True):
+            for i, (name, arm) in enumerate(result["arms"].items()):
+                colour = COLOURS[i % len(COLOURS)]
+                is_fitted = kind == "gold" and name in fits and result["ns"][0] == 1
+                if kind in arm:
+                    _points(ax, d, arm[kind], colour, name, joined=not is_fitted)
+                if is_fitted:
+                    _law(ax, d, fits[name], arm[kind][0]["mean"], colour)
+            ax.set(xlabel=DISTANCE, ylabel=f"{kind} score of the picked sample")
+            ax.set_title(f"{kind}, with 95% intervals over prompts", loc="left", fontsize=9)
+        axes[0][0].legend(frameon=False, fontsize=8)
+        for ending in (".png", ".svg"):
+            metadata: dict[str, Any] = {"Date": None} if ending == ".svg" else {}
+            figure.savefig(path.with_name(path.name + ending), dpi=150, metadata=metadata)
+        plt.close(figure)
+
+
+def _points(
+    ax: Any,
+    d: Any,
+    points: Sequence[Mapping[str, float | None]],
+    colour: str,
+    name: str,
+    *,
+    joined: bool,
+) -> None:
+    distance, means, below, above = [], [], [], []
+    for x, point in zip(d, points, strict=True):
+        mean, low, high = point["mean"], point["low"], point["high"]
+        if mean is not None:
+            distance.append(x)
+            means.append(mean)
+            below.append(0.0 if low is None else mean - low)
+            above.append(0.0 if high is None else high - mean)
+    ax.errorbar(
+        distance, means, yerr=[below, above], color=colour, marker="o", ms=3,
+        lw=0.8 if joined else 0, elinewidth=0.8, capsize=2, label=name,
+    )  # fmt: skip
+
+
+def _law(ax: Any, d: Any, law: Fit, start: float | None, colour: str) -> None:
+    """The fitted gain, lifted to the first point, and its 95% band."""
+    if start is None or not math.isfinite(law.alpha.value):
+        return
+    fine = np.linspace(0, float(d[-1]), 100)
+    low, high = law.band(fine)
+    ax.plot(fine, start + law(fine), color=colour, lw=1.4)
+    ax.fill_between(fine, start + low, start + high, color=colour, alpha=0.12, lw=0)
