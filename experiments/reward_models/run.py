@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "scripts/build_demo"))
 
 from corpus import NUM_TEST, Sentence, clean, download, parse  # noqa: E402
 
-from klippo.data.preferences import Pair, PreferenceSettings, load_preferences  # noqa: E402
+from klippo.data.preferences import Pair, load_preferences  # noqa: E402
+from klippo.data.settings import PreferenceSettings  # noqa: E402
 from klippo.evaluation.pairs import accuracy, ensemble_differences, report_pairs  # noqa: E402
 from klippo.report.members import pair_figures  # noqa: E402
 from klippo.rewards.classifier import ClassifierReward  # noqa: E402
