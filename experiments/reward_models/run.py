@@ -140,8 +140,8 @@ def measure(folders: list[str], sds: list[float], pairs: list[Pair]) -> list[dic
 def train(work: Path, name: str, noise: float) -> dict:
     """One command, and what its summary says."""
     path = config(work, name, noise)
-    command = [sys.executable, "-m", "klippo", "reward-model", str(path), "--overwrite"]
-    subprocess.run(command, check=True)
+    # Members that are whole already are kept; the command refuses those of other settings or pairs.
+    subprocess.run([sys.executable, "-m", "klippo", "reward-model", str(path)], check=True)
     summary = json.loads((work / f"{path.stem}_members.json").read_text())
     folders = [member["folder"] for member in summary["members"]]
     sds = [member["sd"] for member in summary["members"]]

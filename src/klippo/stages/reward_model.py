@@ -14,7 +14,8 @@ from rich.console import Console
 
 from klippo.config.load import LoadedConfig, load_config, show, to_yaml
 from klippo.config.schema import RewardModelConfig
-from klippo.data.preferences import Pair, Preferences, bag, load_preferences
+from klippo.data.preference_rows import Pair
+from klippo.data.preferences import Preferences, bag, load_preferences
 from klippo.data.prompts import build_prompts
 from klippo.data.rows import load_rows
 from klippo.data.sampler import PromptSampler
@@ -33,6 +34,7 @@ from klippo.report.members import (
     members_markdown,
     members_table,
     pair_figures,
+    together_lines,
 )
 from klippo.rewards import stored
 from klippo.rewards.classifier import ClassifierReward
@@ -328,19 +330,6 @@ class _Stage:
         )
         for line in lines:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def together_lines(correlation: float | None, better: Estimate | None) -> list[str]:
-    """What the members are together, in words."""
-    lines = []
-    if better is not None:
-        lines.append(
-            "The ensemble's accuracy minus its members' mean: "
-            f"{better.mean:+.3f} ({better.low:+.3f} to {better.high:+.3f})"
-        )
-    if correlation is not None:
-        lines.append(f"Correlation of the members' errors: {correlation:.2f}")
-    return lines
 
 
 def member_config(config: RewardModelConfig, seed: int) -> RewardModelConfig:
