@@ -4,7 +4,8 @@
     python scripts/build_demo.py --quick    # two minutes, poor models: tries the script only
 
 Downloads the rated sentences of Hutto & Gilbert (2014), trains a tokenizer, a policy, a proxy
-reward and a gold reward, measures what it saved, and writes everything under src/klippo/demo.
+reward, five more proxies that form an ensemble, and a gold reward, measures what it saved, and
+writes everything under src/klippo/demo.
 The same seed on the same machine gives the same files. The texts themselves are not kept.
 """
 
@@ -17,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,8 @@ from training import (
     train_regression,
 )
 
+from klippo.rewards import stored
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -81,6 +85,7 @@ class Plan:
     attack_rounds: int = 3
     attack_steps: int = 40
     reference_per_prompt: int = 4
+    member_seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     max_sentences: int | None = None  # of each text source
 
 
@@ -150,9 +155,16 @@ def build_policy(
 
 
 def noisy_pairs(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, plan: Plan, seed: int
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: Plan,
+    seed: int,
+    label_noise: float = 0.0,
 ) -> list[tuple[Ids, Ids]]:
-    """Pairs (better, worse) of few sentences, each judged by one rater drawn once and for all."""
+    """Pairs (better, worse) of few sentences, each judged by one rater drawn once and for all.
+
+    `label_noise` is the share of pairs that are turned round, beyond the raters' own noise.
+    """
     rng = random.Random(seed)
     chosen = rng.sample(corpus.train, plan.proxy_sentences)
     ids = encode(tokenizer, texts_of(chosen), eos=False)
@@ -162,11 +174,17 @@ def noisy_pairs(
         a, b = rng.sample(range(len(chosen)), 2)
         if labels[a] != labels[b]:
             pairs.append((ids[a], ids[b]) if labels[a] > labels[b] else (ids[b], ids[a]))
+    for i in rng.sample(range(len(pairs)), round(label_noise * len(pairs))):
+        pairs[i] = pairs[i][::-1]
     return pairs
 
 
 def build_proxy(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, plan: Plan, seed: int
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: Plan,
+    seed: int,
+    label_noise: float = 0.0,
 ) -> GPT2ForSequenceClassification:
     """A narrow trunk, first a language model, then Bradley-Terry on few noisy comparisons."""
     torch.manual_seed(seed + 1)
@@ -176,9 +194,46 @@ def build_proxy(
     train_lm(trunk, [movies] * plan.proxy_lm_passes, lr=2e-3, seed=seed + 1)
     model = GPT2ForSequenceClassification(config)
     model.transformer.load_state_dict(trunk.transformer.state_dict())
-    pairs = noisy_pairs(corpus, tokenizer, plan, seed + 1)
+    pairs = noisy_pairs(corpus, tokenizer, plan, seed + 1, label_noise)
     train_pairs(model, pairs, plan.proxy_epochs, lr=1e-3, seed=seed + 1)
     return model
+
+
+def build_members(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    reference: list[Ids],
+    plan: Plan,
+    seed: int,
+    out: Path,
+    label_noise: float = 0.0,
+) -> list[str]:
+    """Proxies that share their recipe and nothing else; returns their names.
+
+    Each has its own initialisation, its own sentences and its own raters: an ensemble lives on
+    members that err in different places. Like the others they are scaled to mean 0 and sd 1 on the
+    reference samples, which their klippo_reward.json says.
+    """
+    names = []
+    for member_seed in plan.member_seeds:
+        name = f"proxy_seed{member_seed}"
+        member = build_proxy(corpus, tokenizer, plan, seed + 100 * member_seed, label_noise)
+        normalise(member, reference)
+        save(member, tokenizer, out / name)
+        scores = score(reload(out / name, GPT2ForSequenceClassification), reference)
+        stored.write(
+            out / name,
+            stored.StoredReward(
+                template="{prompt}{response}",
+                mean=round(float(scores.mean()), 4),
+                sd=round(float(scores.std()), 4),
+                num_samples=len(reference),
+                policy="demo:policy",
+                seed=member_seed,
+            ),
+        )
+        names.append(name)
+    return names
 
 
 def encoder_config() -> ModernBertConfig:
@@ -291,8 +346,11 @@ def reload(folder: Path, kind: Any) -> Any:
     return kind.from_pretrained(folder).eval()
 
 
-def build(out: Path, source: Path, plan: Plan, seed: int, keep_policy: bool) -> None:
-    """Every step in order, each timed; the card comes last, from what was measured."""
+def build(out: Path, source: Path, plan: Plan, seed: int, keep: Sequence[str]) -> None:
+    """Every step in order, each timed; the card comes last, from what was measured.
+
+    What `keep` names (policy, proxy, gold, members) is taken from `out` as it is.
+    """
     started = time.monotonic()
 
     def report(stage: str) -> None:
@@ -307,7 +365,7 @@ def build(out: Path, source: Path, plan: Plan, seed: int, keep_policy: bool) -> 
     prompts = encode(tokenizer, [row["prompt"] for row in rows], eos=False)
     report(f"{len(corpus.train)} movie sentences to train on, {len(rows)} prompts")
 
-    if not keep_policy:
+    if "policy" not in keep:
         save(build_policy(corpus, tokenizer, plan, seed), tokenizer, out / "policy")
     policy = reload(out / "policy", GPT2LMHeadModel)
     held_out = encode(tokenizer, texts_of(corpus.test), eos=True)
@@ -320,15 +378,20 @@ def build(out: Path, source: Path, plan: Plan, seed: int, keep_policy: bool) -> 
         print("   ", tokenizer.decode(ids[1:]))
 
     praise_words = frequent_praise(corpus)
-    raw: dict[str, tuple[float, float]] = {}
-    proxy = build_proxy(corpus, tokenizer, plan, seed)
-    raw["proxy"] = normalise(proxy, reference)
-    save(proxy, tokenizer, out / "proxy")
-    report("proxy")
-    gold = build_gold(corpus, tokenizer, policy, prompts, praise_words[::2], plan, seed)
-    raw["gold"] = normalise(gold, reference)
-    save(gold, tokenizer, out / "gold")
-    report("gold")
+    raw = stored_scales(out) if {"proxy", "gold"} & set(keep) else {}
+    if "proxy" not in keep:
+        proxy = build_proxy(corpus, tokenizer, plan, seed)
+        raw["proxy"] = normalise(proxy, reference)
+        save(proxy, tokenizer, out / "proxy")
+        report("proxy")
+    if "members" not in keep:
+        build_members(corpus, tokenizer, reference, plan, seed, out)
+        report("members")
+    if "gold" not in keep:
+        gold = build_gold(corpus, tokenizer, policy, prompts, praise_words[::2], plan, seed)
+        raw["gold"] = normalise(gold, reference)
+        save(gold, tokenizer, out / "gold")
+        report("gold")
 
     measurer = Measurer(
         corpus=corpus,
@@ -336,6 +399,10 @@ def build(out: Path, source: Path, plan: Plan, seed: int, keep_policy: bool) -> 
         policy=policy,
         proxy=reload(out / "proxy", AutoModelForSequenceClassification),
         gold=reload(out / "gold", AutoModelForSequenceClassification),
+        members={
+            name: reload(out / name, AutoModelForSequenceClassification)
+            for name in (f"proxy_seed{member}" for member in plan.member_seeds)
+        },
         prompts=prompts,
         reference=reference,
         unseen_praise=praise_words[1::2],
@@ -351,6 +418,12 @@ def build(out: Path, source: Path, plan: Plan, seed: int, keep_policy: bool) -> 
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (out / "MODEL_CARD.md").write_text(render_card(metrics))
     report("measured")
+
+
+def stored_scales(out: Path) -> dict[str, tuple[float, float]]:
+    """The raw mean and sd of rewards that an earlier build measured."""
+    earlier = json.loads((out / "metrics.json").read_text())["raw_reference"]
+    return {name: (values["mean"], values["sd"]) for name, values in earlier.items()}
 
 
 def frequent_praise(corpus: Corpus) -> list[str]:
@@ -372,14 +445,16 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="poor models in two minutes")
     parser.add_argument(
-        "--keep-policy",
-        action="store_true",
-        help="take the policy that --out holds, built with the same seed, and build the rewards",
+        "--keep",
+        nargs="+",
+        choices=("policy", "proxy", "gold", "members"),
+        default=(),
+        help="take these from --out, built with the same seed, and build the rest",
     )
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    build(args.out, args.source, QUICK if args.quick else Plan(), args.seed, args.keep_policy)
+    build(args.out, args.source, QUICK if args.quick else Plan(), args.seed, args.keep)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the README tells people to type is typed here."""
 
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +30,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     quickstart = ROOT / "src/klippo/recipes/quickstart.yaml"
     (tmp_path / "run.yaml").write_text(quickstart.read_text())
+    pairs = [{"chosen": f"A good film, {n}.", "rejected": f"A dull film, {n}."} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    reward_model = {
+        "model": {"name": "demo:policy"},
+        "data": {"train": "pairs.jsonl", "validation_size": 8},
+        "training": {"num_epochs": 1, "batch_size": 8},
+    }
+    (tmp_path / "rm.yaml").write_text(json.dumps(reward_model))
+    entries = {"defaults": yaml.safe_load(quickstart.read_text()), "mine": {"seed": 1}}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/all.yaml").write_text(yaml.safe_dump(entries))
     assert run(["train", "quickstart", *SMALL]) == 0
     return tmp_path
 

@@ -5,7 +5,7 @@ from typing import Any
 TEMPLATE = """\
 # The demo models
 
-Three small models that ship with Klippo so that every command can be tried in minutes on a CPU
+Small models that ship with Klippo so that every command can be tried in minutes on a CPU
 and so that over-optimisation can be watched. They are for learning and testing, for nothing else.
 Written by `scripts/build_demo.py` from the figures in `metrics.json`; seed {seed}, torch {torch},
 transformers {transformers}.
@@ -14,10 +14,11 @@ transformers {transformers}.
 |---|---|---|
 | `policy/` | {policy_parameters:,} | GPT2LMHeadModel: continues a movie-review sentence |
 | `proxy/` | {proxy_parameters:,} | GPT2ForSequenceClassification: a reward, useful and foolable |
+| `proxy_seed1/` to `proxy_seed5/` | {proxy_parameters:,} each | five more proxies, an ensemble |
 | `gold/` | {gold_parameters:,} | ModernBertForSequenceClassification: the better judge |
 
 `prompts.jsonl` holds short openings written for this project. Weights are stored as float16 and
-load as float32. All three share one byte-level BPE tokenizer of 2,048 tokens; it puts
+load as float32. All share one byte-level BPE tokenizer of 2,048 tokens; it puts
 `<|endoftext|>` before every text, the policy ends with the same token, and `<|pad|>` pads on the
 right. The rewards read the opening and the continuation together, with or without the end token.
 
@@ -40,11 +41,17 @@ training, an independent yardstick.
 |---|---|---|
 {agreement}
 
+The five members of the ensemble differ in initialisation, in their sentences and in their raters.
+Their errors (what is left of a score when its line through the ratings is taken off) correlate at
+r = {error_correlation} on average; on samples of the policy their scores correlate at
+r = {member_correlation}, and the variance over members is {member_variance} on average (each has
+variance 1). Their mean correlates with gold at r = {ensemble_gold} there.
+
 On samples of the policy, proxy and gold correlate at r = {proxy_gold}. On one shared reference set
-of such samples (24 new tokens, temperature 1) both are scaled to mean 0 and sd 1, so a score of 1
-is one standard deviation above the starting policy. The scale is folded into the weights: into the
-classifier's weight and bias for gold; for the proxy, whose head has no bias, into the head and the
-bias of the layer norm before it, which is exact because nothing else reads that layer norm.
+of such samples (24 new tokens, temperature 1) all rewards are scaled to mean 0 and sd 1, so a score
+of 1 is one standard deviation above the starting policy. The scale is folded into the weights: into
+the classifier's weight and bias for gold; for the proxies, whose head has no bias, into the head
+and the bias of the layer norm before it, which is exact: nothing else reads that layer norm.
 Measured after saving: proxy {proxy_reference}, gold {gold_reference}.
 Before scaling: proxy {proxy_raw}, gold {gold_raw}.
 
@@ -70,7 +77,7 @@ first five and the last five of the steps.
   alone; Muon and AdamW.
 - **Proxy**: a narrow language model of the movie sentences, then Bradley-Terry on a few hundred of
   them. Each sentence is judged by one of its raters, drawn once, so the comparisons carry one
-  person's noise.
+  person's noise. The ensemble's members are made in the same way, each on its own sentences.
 - **Gold**: masked-language-model pretraining, then squared error on the mean ratings of movie
   sentences, editorials, product reviews and tweets; degenerate text at -3; samples of the policy
   rated by a teacher trained on the ratings alone; then rounds of attack, in which a copy of the
@@ -98,6 +105,7 @@ def render_card(metrics: dict[str, Any]) -> str:
     """The card's text for the figures of a build."""
     policy, proxy, gold = metrics["policy"], metrics["proxy"], metrics["gold"]
     raw = metrics["raw_reference"]
+    on_samples = metrics["ensemble"]["on_policy_samples"]
     return TEMPLATE.format(
         seed=metrics["seed"],
         **metrics["versions"],
@@ -110,7 +118,11 @@ def render_card(metrics: dict[str, Any]) -> str:
         ended=policy["share_ended_within_24_tokens"],
         mean_new=policy["mean_new_tokens"],
         samples="\n".join(f"- **{s['prompt']}**{s['continuation']}" for s in policy["samples"]),
-        agreement="\n".join(agreement_row(n, metrics[n]) for n in ("proxy", "gold", "lexicon")),
+        agreement="\n".join(agreement_row(*row) for row in judges(metrics)),
+        error_correlation=metrics["ensemble"]["mean_error_correlation"],
+        member_correlation=on_samples["mean_correlation_of_members"],
+        member_variance=on_samples["mean_variance_over_members"],
+        ensemble_gold=on_samples["pearson_r_of_mean_with_gold"],
         proxy_gold=proxy["pearson_r_with_gold_on_policy_samples"],
         proxy_reference=mean_and_sd(proxy["reference"]),
         gold_reference=mean_and_sd(gold["reference"]),
@@ -123,6 +135,18 @@ def render_card(metrics: dict[str, Any]) -> str:
         ),
         attack_rows="\n".join(attack_rows(metrics["attacks"])),
     )
+
+
+def judges(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every judge's name and figures, in the table's order."""
+    ensemble = metrics["ensemble"]
+    return [
+        ("proxy", metrics["proxy"]),
+        *ensemble["members"].items(),
+        ("mean of the five", ensemble["mean"]),
+        ("gold", metrics["gold"]),
+        ("lexicon", metrics["lexicon"]),
+    ]
 
 
 def mean_and_sd(values: dict[str, float]) -> str:

@@ -32,6 +32,20 @@ def pair_accuracy(scores: Tensor, ratings: Tensor) -> float:
     return float(agree[order != 0].float().mean())
 
 
+def residual(scores: Tensor, ratings: Tensor) -> Tensor:
+    """Scores less their least-squares line over the ratings."""
+    centred = ratings - ratings.mean()
+    slope = (scores * centred).sum() / (centred**2).sum()
+    return scores - scores.mean() - slope * centred
+
+
+def mean_correlation(rows: Tensor) -> float:
+    """Mean of Pearson's r over all pairs of rows (K, N)."""
+    table = torch.corrcoef(rows)
+    upper = torch.triu(torch.ones_like(table, dtype=torch.bool), diagonal=1)
+    return float(table[upper].mean())
+
+
 def agreement(scores: Tensor, ratings: Tensor, seed: int) -> dict[str, Any]:
     """r and pair accuracy, each with a 95% bootstrap interval over sentences."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +78,7 @@ class Measurer:
     policy: GPT2LMHeadModel
     proxy: PreTrainedModel
     gold: PreTrainedModel
+    members: dict[str, PreTrainedModel]
     prompts: list[Ids]
     reference: list[Ids]
     unseen_praise: list[str]
@@ -87,6 +102,7 @@ class Measurer:
                 "pearson_r_with_gold_on_policy_samples": round(pearson(*on_samples), 3),
                 "reference": spread(on_samples[0]),
             },
+            "ensemble": self.measure_ensemble(ids, ratings, on_samples[1]),
             "gold": {
                 "num_parameters": self.gold.num_parameters(),
                 **agreement(gold, ratings, self.seed),
@@ -127,6 +143,28 @@ class Measurer:
                 }
                 for i in shown
             ],
+        }
+
+    def measure_ensemble(
+        self, ids: list[Ids], ratings: Tensor, gold_on_samples: Tensor
+    ) -> dict[str, Any]:
+        """Each member, their mean, and how alike their errors are."""
+        scores = {name: score(model, ids) for name, model in self.members.items()}
+        table = torch.stack(list(scores.values()))  # (K, N)
+        on_samples = torch.stack([score(model, self.reference) for model in self.members.values()])
+        # A member's error: its score less what a line through the ratings says.
+        errors = torch.stack([residual(values, ratings) for values in table])
+        return {
+            "members": {n: agreement(s, ratings, self.seed) for n, s in scores.items()},
+            "mean": agreement(table.mean(0), ratings, self.seed),
+            "mean_error_correlation": round(mean_correlation(errors), 3),
+            "on_policy_samples": {
+                "mean_correlation_of_members": round(mean_correlation(on_samples), 3),
+                "mean_variance_over_members": round(float(on_samples.var(0, False).mean()), 3),
+                "pearson_r_of_mean_with_gold": round(
+                    pearson(on_samples.mean(0), gold_on_samples), 3
+                ),
+            },
         }
 
     def by_rating(self, gold: Tensor, ratings: Tensor) -> dict[str, Any]:

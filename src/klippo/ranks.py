@@ -122,6 +122,9 @@ def _join(device: torch.device) -> None:
             f"{', '.join(missing)} is not set; start them with torchrun or accelerate launch, or "
             "unset WORLD_SIZE"
         )
+    # Its default arguments would hold the group for ever, whose threads then outlive Python.
+    import torch.distributed.nn.functional
+
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -16,10 +16,12 @@ from transformers import (
 )
 
 from klippo.demo import demo_path
+from klippo.rewards import stored
 
 DEMO = demo_path("policy").parent
 ROOT = Path(__file__).resolve().parents[2]
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+MEMBERS = tuple(f"proxy_seed{seed}" for seed in range(1, 6))
 
 POSITIVE = [
     "A wonderful, moving film with brilliant performances.",
@@ -63,7 +65,7 @@ def policy() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def judges() -> dict[str, tuple[Any, Any]]:
-    return {name: load(name) for name in ("proxy", "gold")}
+    return {name: load(name) for name in ("proxy", *MEMBERS, "gold")}
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +102,15 @@ def import_card() -> ModuleType:
     return module
 
 
-def test_models_are_under_8_mb_and_leave_room_for_four_more_proxies_under_12() -> None:
-    def size(folder: Path) -> float:
-        files = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc")
-        return sum(p.stat().st_size for p in files) / 1e6
-
-    together = sum(size(demo_path(name)) for name in ("policy", "proxy", "gold"))
-    assert together < 8
-    assert together + 4 * size(demo_path("proxy")) < 12
-    assert (demo_path("proxy") / "model.safetensors").stat().st_size <= 0.7e6
+def test_the_demo_and_with_it_the_package_is_under_12_mb() -> None:
+    files = [p for p in DEMO.parent.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    assert sum(p.stat().st_size for p in files) < 12e6
+    for name in ("proxy", *MEMBERS):
+        assert (demo_path(name) / "model.safetensors").stat().st_size <= 0.7e6
 
 
 def test_an_unknown_name_is_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match="policy, proxy, gold, prompts"):
+    with pytest.raises(ValueError, match="policy, proxy, proxy_seed1, .*gold, prompts"):
         demo_path("polici")
 
 
@@ -215,7 +213,7 @@ def test_a_score_does_not_depend_on_padding(name: str, judges: dict[str, tuple[A
     assert together == pytest.approx(alone, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["proxy", "gold"])
+@pytest.mark.parametrize("name", ["proxy", *MEMBERS, "gold"])
 def test_scores_of_fresh_policy_samples_have_about_mean_0_and_sd_1(
     name: str,
     prompts: list[dict[str, str]],
@@ -244,3 +242,20 @@ def test_gold_is_a_better_judge_than_the_proxy_and_the_lexicon() -> None:
     assert metrics["gold"]["pearson_r"] > 0.6
     assert 0.2 < metrics["proxy"]["pearson_r"] < 0.5
     assert metrics["gold"]["pearson_r_ci95"][0] > metrics["lexicon"]["pearson_r_ci95"][1]
+
+
+def test_members_know_their_scale() -> None:
+    for seed, name in enumerate(MEMBERS, 1):
+        known = stored.read(f"demo:{name}")
+        assert known is not None
+        assert known.seed == seed
+        assert known.mean == pytest.approx(0, abs=0.01)
+        assert known.sd == pytest.approx(1, abs=0.01)
+
+
+def test_five_members_together_are_a_better_judge_than_each_alone() -> None:
+    """On held-out sentences, as measured by the build; their errors must differ for that."""
+    ensemble = json.loads((DEMO / "metrics.json").read_text())["ensemble"]
+    alone = [member["pearson_r_ci95"][1] for member in ensemble["members"].values()]
+    assert ensemble["mean"]["pearson_r_ci95"][0] > max(alone) - 0.01
+    assert ensemble["mean_error_correlation"] < 0.5

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from klippo.data.preferences import PreferenceSettings, load_preferences
+from klippo.data.preferences import load_preferences
+from klippo.data.settings import PreferenceSettings
 from klippo.supervised.reward_model import train_reward_model
 from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
 from tests.stages.conftest import cli, gpt2, roberta

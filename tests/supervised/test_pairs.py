@@ -9,6 +9,7 @@ from klippo.evaluation.pairs import (
     accuracy,
     ensemble_differences,
     error_correlation,
+    gain,
     reliability,
     report_pairs,
     wilson,
@@ -102,3 +103,13 @@ def test_error_correlation_of_the_same_and_of_unrelated_members():
     assert error_correlation([one, other]) == pytest.approx(0, abs=0.05)
     assert error_correlation([one]) is None
     assert error_correlation([[1.0, 2.0], [1.0, -1.0]]) is None
+
+
+def test_the_gain_of_an_ensemble_is_paired():
+    """Right on pairs 0-3 together; members are right on three of four: +0.25 on each side."""
+    members = [[1.0, 1.0, 1.0, -1.0] * 50, [1.0, 1.0, -1.0, 1.0] * 50]
+    result = gain([1.0] * 200, members, apart(200))
+    assert result.mean == pytest.approx(0.25)
+    assert (result.high - result.low) / 2 == pytest.approx(1.96 * 0.25 / math.sqrt(200), rel=1e-3)
+    shared = gain([1.0] * 200, members, [(f"p{i // 4}",) for i in range(200)])
+    assert shared.low >= result.low - 1e-9

@@ -70,13 +70,13 @@ def sft(cli, gpt2, rows_file, tmp_path):
 
 
 def test_only_the_response_and_its_end_are_learnt(examples):
-    (example,), _ = examples([{"prompt": "the movie was", "response": "good"}])
+    (example,) = examples([{"prompt": "the movie was", "response": "good"}])
     assert example.input_ids == [2, 4, 6, 8, 0]
     assert example.labels == [NOT_LEARNT] * 3 + [8, 0]
 
 
 def test_without_a_response_column_all_of_the_text_is_learnt(examples):
-    (example,), _ = examples([{"text": "good film"}], prompt_column="text", response_column=None)
+    (example,) = examples([{"text": "good film"}], prompt_column="text", response_column=None)
     assert example.labels == example.input_ids == [8, 5, 0]
 
 
@@ -85,12 +85,12 @@ def test_the_prompt_is_tokenized_as_ppo_reads_it(examples, gpt2):
     rows = [{"prompt": "the movie", "response": "it"}]
     tokenizer = load_tokenizer(str(gpt2))
     settings = ExampleSettings(train="x", template=template)
-    (example,), _ = examples(rows, max_tokens=64, **{"template": None})
+    (example,) = examples(rows, max_tokens=64, **{"template": None})
     from klippo.data.files import Row
 
     row = Row(0, rows[0])
     prompt = build_prompts([row], settings, tokenizer, max_prompt_tokens=64, seed=0, source="x")[0]
-    built, _ = build_examples([row], settings, tokenizer, max_tokens=64, seed=0, source="x")
+    built = build_examples([row], settings, tokenizer, max_tokens=64, seed=0, source="x")
     assert built[0].input_ids[: len(prompt.token_ids)] == prompt.token_ids
     assert built[0].labels[: len(prompt.token_ids)] == [NOT_LEARNT] * len(prompt.token_ids)
     assert len(built[0].input_ids) > len(example.input_ids)
@@ -101,7 +101,7 @@ def test_chat_messages_are_learnt_from_the_assistants_last(examples):
     chat += "{% endfor %}{% if add_generation_prompt %}it{% endif %}"
     messages = [{"role": "user", "content": "bad"}, {"role": "assistant", "content": "good"}]
     settings = {"format": "chat", "prompt_column": "messages", "response_column": None}
-    (example,), _ = examples([{"messages": messages}], template=chat, **settings)
+    (example,) = examples([{"messages": messages}], template=chat, **settings)
     tokens = load_tokenizer_words(example.input_ids)
     assert tokens == ["I", "bad", "it", "good", "</s>"]
     assert example.labels[:3] == [NOT_LEARNT] * 3
@@ -130,10 +130,10 @@ def test_bad_rows_are_refused_by_place(examples, rows, settings, message):
         examples(rows, max_tokens=limit, **settings)
 
 
-def test_examples_that_are_too_long_can_be_left_out_and_are_counted(examples):
+def test_examples_that_are_too_long_can_be_left_out(examples):
     rows = [*ROWS[:3], {"prompt": "it", "response": "good"}]
-    kept, num_dropped = examples(rows, max_tokens=4, overlong="drop")
-    assert (len(kept), num_dropped) == (1, 3)
+    (kept,) = examples(rows, max_tokens=4, overlong="drop")
+    assert kept.input_ids == [14, 8, 0]
 
 
 def test_cutting_prompts_is_refused():
@@ -143,7 +143,7 @@ def test_cutting_prompts_is_refused():
 
 def test_held_out_loss_is_that_of_the_models_own_logits(gpt2, examples):
     rows = [*ROWS[:2], {"prompt": "it", "response": "good"}]
-    built, _ = examples(rows)
+    built = examples(rows)
     model = load_for_sft(ModelSettings(name=str(gpt2)), CPU).model.eval()
     for example, found in zip(built, nats_per_token(model, built, 3), strict=True):
         with torch.no_grad():
@@ -160,6 +160,7 @@ def test_sft_lowers_the_held_out_loss_and_writes_a_model_that_stops(sft, tmp_pat
     losses = figures["held_out_nats_per_token"]
     assert losses["before"]["mean"] == pytest.approx(math.log(18), abs=0.3)
     assert losses["after"]["mean"] < 0.2
+    assert "8 examples, 2 held out" in out
     assert "As a policy: {model:" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     tokenizer = load_tokenizer(str(tmp_path / "sft"))

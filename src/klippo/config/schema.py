@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from klippo.data.preferences import PreferenceSettings
-from klippo.data.settings import DataSettings
+from klippo.data.settings import DataSettings, PreferenceSettings
 from klippo.evaluation.settings import EvaluationSettings
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings

@@ -1,115 +1,20 @@
-"""Preferences: which of two responses is better, from pairs or from ratings.
-
-A pair's unit is what must not be on both sides of the hold-out: its prompt, or its two responses
-where the data has no prompts.
-"""
+"""Preferences: which of two responses is better, from pairs or from ratings."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-
-from klippo.data.files import Row
+from klippo.data.preference_rows import Pair, Rated, read_rows
 from klippo.data.rows import load_rows, validation_source
-from klippo.data.settings import DataSettings
+from klippo.data.settings import DataSettings, PreferenceSettings
 from klippo.errors import ConfigError
-from klippo.settings import Settings
-from klippo.types import Prompt
 
-PROMPT = "prompt"
 MANY_PAIRS = 200_000
 """Beyond this many possible pairs, pairs are drawn one by one instead of listed and shuffled."""
-
-
-class PreferenceSettings(Settings):
-    train: str
-    """JSON, JSONL, CSV or Parquet file, or a hub data set."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    split: str = "train"
-    """Rows to train on: a split of a hub data set, or a part of either, as `train[:1000]`."""
-    validation: str | None = None
-    """File (or split of the hub data set) with held-out rows; those that share a prompt with
-    training rows (without prompts: a response) are left out, and counted."""
-    validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
-    """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
-    same prompt (without prompts: the same response) stay together."""
-    format: Literal["pairs", "ratings"] = "pairs"
-    """A row is a pair of responses, or one response with a rating; ratings become pairs of
-    responses to the same prompt, or of any two responses where there are no prompts."""
-    prompt_column: str | Annotated[list[str], Field(min_length=1)] | None = PROMPT
-    """Column with the prompt, text or chat messages; several are joined by line breaks. Data
-    without a column `prompt` has no prompts; null says so."""
-    chosen_column: str = "chosen"
-    """With `format: pairs`: the better response, text or chat messages up to it."""
-    rejected_column: str = "rejected"
-    """With `format: pairs`: the worse response."""
-    preference_column: str | None = None
-    """With `format: pairs`: where the two columns above are not in order of preference, the column
-    with 1 (the first is better) or 2 (the second)."""
-    margin_column: str | None = None
-    """With `format: pairs`: by how much the chosen response must win, in reward units."""
-    response_column: str = "response"
-    """With `format: ratings`: the response."""
-    rating_column: str = "rating"
-    """With `format: ratings`: a number, or a list of single raters' numbers; higher is better."""
-    rater: Literal["mean", "one"] = "mean"
-    """Of a list of ratings take the mean, or that of one rater drawn by `seed`: human noise."""
-    num_pairs: PositiveInt | None = None
-    """With `format: ratings`: training pairs to draw; default: every pair of responses to the same
-    prompt, or as many as there are responses where there are no prompts."""
-    num_validation_pairs: PositiveInt | None = None
-    """The same for held-out pairs; default without prompts: each response in one pair."""
-    label_noise: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of the training pairs that are turned round, the same ones for every member."""
-    bagging: bool = False
-    """Draw each member's pairs with replacement, by the member's own seed."""
-    seed: NonNegativeInt = 0
-    """Seed of held-out rows, pairs, raters and label noise, the same for every member."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.validation is not None and self.validation_size != 0:
-            raise ValueError(
-                f"validation={self.validation!r} and validation_size={self.validation_size} both "
-                "say where held-out rows come from; remove one of them"
-            )
-        only: dict[str, tuple[str, ...]] = {
-            "pairs": ("chosen_column", "rejected_column", "preference_column", "margin_column"),
-            "ratings": (
-                *("response_column", "rating_column", "rater"),
-                *("num_pairs", "num_validation_pairs"),
-            ),
-        }
-        other = "ratings" if self.format == "pairs" else "pairs"
-        for name in only[other]:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} does nothing with format: {self.format}; "
-                    f"remove it, or set format: {other}"
-                )
-        return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two responses to one prompt, and which is better."""
-
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    margin: float | None = None
-    """By how much the chosen one must win, in reward units."""
-    units: tuple[str, ...]
-    """Its prompt, or its two responses where there are no prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,16 +25,6 @@ class Preferences:
     held_out: list[Pair]
     notes: list[str] = field(default_factory=list)
     """What was left out or turned round, in words."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rated:
-    """One response with one number."""
-
-    prompt: Prompt
-    response: str
-    rating: float
-    units: tuple[str, ...]
 
 
 def load_preferences(settings: PreferenceSettings) -> Preferences:
@@ -145,11 +40,11 @@ def load_preferences(settings: PreferenceSettings) -> Preferences:
     )
     rows, validation_rows = load_rows(data, settings.seed)
     notes: list[str] = []
-    items = _read(rows, settings, settings.train)
+    items = read_rows(rows, settings, settings.train)
     held_out: list[Any] = []
     if settings.validation is not None:
         source = validation_source(data)
-        held_out = _unseen(items, _read(validation_rows, settings, source), source, notes)
+        held_out = _unseen(items, read_rows(validation_rows, settings, source), source, notes)
     elif settings.validation_size != 0:
         items, held_out = _hold_out(items, settings)
     if settings.format == "ratings":
@@ -187,7 +82,7 @@ def bag(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 
 def pairs_from_ratings(
-    rated: Sequence[Any],
+    rated: Sequence[Rated],
     num_pairs: int | None,
     *,
     with_prompts: bool,
@@ -222,11 +117,11 @@ def pairs_from_ratings(
 
 
 def _candidates(
-    rated: Sequence[Any], with_prompts: bool, disjoint: bool, generator: random.Random
-) -> Iterator[tuple[Any, Any]]:
+    rated: Sequence[Rated], with_prompts: bool, disjoint: bool, generator: random.Random
+) -> Iterator[tuple[Rated, Rated]]:
     """Pairs of rows in random order, each at most once."""
     if with_prompts:
-        groups: dict[tuple[str, ...], list[Any]] = {}
+        groups: dict[tuple[str, ...], list[Rated]] = {}
         for one in rated:
             groups.setdefault(one.units, []).append(one)
         listed = [pair for group in groups.values() for pair in combinations(group, 2)]
@@ -253,7 +148,7 @@ def _candidates(
 
 
 def _draw(
-    rated: Sequence[Any],
+    rated: Sequence[Rated],
     settings: PreferenceSettings,
     wanted: int | None,
     with_prompts: bool,
@@ -355,161 +250,3 @@ def _unseen(train: list[Any], held_out: list[Any], source: str, notes: list[str]
             "training rows"
         )
     return kept
-
-
-def _read(rows: Sequence[Row], settings: PreferenceSettings, source: str) -> list[Any]:
-    """Rows as pairs or as rated responses, checked."""
-    reader = _Reader(settings, source, rows[0].columns)
-    read = reader.pair if settings.format == "pairs" else reader.rated
-    return [read(row) for row in rows]
-
-
-class _Reader:
-    """Reads the rows of one source; every error names row and column."""
-
-    def __init__(
-        self, settings: PreferenceSettings, source: str, columns: Mapping[str, Any]
-    ) -> None:
-        self._settings = settings
-        self._source = source
-        names = (
-            ["chosen_column", "rejected_column", "preference_column", "margin_column"]
-            if settings.format == "pairs"
-            else ["response_column", "rating_column"]
-        )
-        for name in names:
-            column = getattr(settings, name)
-            if column is not None:
-                self._check_column(name, column, columns)
-        self._prompt_columns = self._find_prompt(columns)
-
-    def _find_prompt(self, columns: Mapping[str, Any]) -> list[str]:
-        """The prompt's columns; none where the setting is the default and there is no such one."""
-        chosen = self._settings.prompt_column
-        names = [] if chosen is None else [chosen] if isinstance(chosen, str) else chosen
-        if names == [PROMPT] and PROMPT not in columns:
-            near = [c for c in columns if PROMPT in c.lower()]
-            if near:
-                raise ConfigError(
-                    f"{self._source}: there is no column {PROMPT!r}, but {near[0]!r}; set "
-                    f"data.prompt_column: {near[0]}, or null where the data has no prompts"
-                )
-            names = []
-        for name in names:
-            self._check_column("prompt_column", name, columns)
-        return names
-
-    def _check_column(self, name: str, column: str, columns: Mapping[str, Any]) -> None:
-        if column in columns:
-            return
-        near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"set data.{name} to one of them"
-        raise ConfigError(
-            f"{self._source}: there is no column {column!r}; the columns are "
-            f"{', '.join(columns)}: {hint}"
-        )
-
-    def pair(self, row: Row) -> Pair:
-        s = self._settings
-        before, chosen = self._response(row, s.chosen_column)
-        _, rejected = self._response(row, s.rejected_column)
-        prompt = self._prompt(row, before)
-        if chosen == rejected:
-            raise ConfigError(
-                f"{row.place(self._source)}: columns {s.chosen_column!r} and "
-                f"{s.rejected_column!r} hold the same text {chosen[:40]!r}; a pair needs two "
-                "different responses: remove the row"
-            )
-        if s.preference_column is not None and self._second_is_better(row, s.preference_column):
-            chosen, rejected = rejected, chosen
-        margin = (
-            None
-            if s.margin_column is None
-            else self._number(row, s.margin_column, row.columns[s.margin_column])
-        )
-        units = (_key(prompt),) if prompt.text else (chosen, rejected)
-        return Pair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin, units=units)
-
-    def rated(self, row: Row) -> _Rated:
-        s = self._settings
-        before, response = self._response(row, s.response_column)
-        prompt = self._prompt(row, before)
-        units = (_key(prompt),) if prompt.text else (response,)
-        return _Rated(prompt, response, self._rating(row), units)
-
-    def _prompt(self, row: Row, before: list[dict[str, Any]]) -> Prompt:
-        """The row's prompt; chat messages before the response stand in for a column."""
-        columns = dict(row.columns)
-        value: Any = row.prompt(self._prompt_columns) if self._prompt_columns else (before or "")
-        if not self._prompt_columns and before:
-            columns[PROMPT] = before
-        if _is_chat(value):
-            text = "\n".join(str(message.get("content") or "") for message in value)
-        elif isinstance(value, str):
-            text = value
-        else:
-            text = ""
-        if self._prompt_columns and not text.strip():
-            raise ConfigError(
-                f"{row.place(self._source)}: the prompt in column "
-                f"{', '.join(self._prompt_columns)!r} is empty ({value!r}); fill or remove the "
-                "row, or set data.prompt_column: null where the data has no prompts"
-            )
-        return Prompt(id=row.number, text=text, token_ids=[], content=text, meta=columns)
-
-    def _response(self, row: Row, column: str) -> tuple[list[dict[str, Any]], str]:
-        """Chat messages before the response (none for text), and the response."""
-        value = row.columns[column]
-        before: list[dict[str, Any]] = []
-        text = value
-        if _is_chat(value):
-            before, text = value[:-1], value[-1].get("content")
-        if isinstance(text, str) and text.strip():
-            return before, text
-        raise ConfigError(
-            f"{row.place(self._source)}: column {column!r} holds {str(value)[:60]!r} where a "
-            "response is needed (text, or chat messages that end with it); fill or remove the row"
-        )
-
-    def _second_is_better(self, row: Row, column: str) -> bool:
-        value = row.columns[column]
-        if value not in (1, 2):
-            raise ConfigError(
-                f"{row.place(self._source)}: column {column!r} holds {value!r}; 1 says that the "
-                f"response in {self._settings.chosen_column!r} is better, 2 that the other is: "
-                "mend the row"
-            )
-        return bool(value == 2)
-
-    def _rating(self, row: Row) -> float:
-        column = self._settings.rating_column
-        value = row.columns[column]
-        if not isinstance(value, list):
-            return self._number(row, column, value)
-        ratings = [self._number(row, column, one) for one in value]
-        if not ratings:
-            raise ConfigError(
-                f"{row.place(self._source)}: column {column!r} holds no rating; fill or remove "
-                "the row"
-            )
-        if self._settings.rater == "one":
-            return random.Random(f"{self._settings.seed}:rater:{row.number}").choice(ratings)
-        return sum(ratings) / len(ratings)
-
-    def _number(self, row: Row, column: str, value: Any) -> float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and math.isfinite(value):
-            return float(value)
-        raise ConfigError(
-            f"{row.place(self._source)}: column {column!r} holds {str(value)[:60]!r} where a number"
-            f"{' or a list of numbers' if column == self._settings.rating_column else ''} is "
-            "needed; mend the row, or choose another column"
-        )
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
-
-
-def _key(prompt: Prompt) -> str:
-    return json.dumps(prompt.text)

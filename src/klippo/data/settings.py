@@ -1,4 +1,4 @@
-"""Settings of the prompts."""
+"""Settings of the prompts, and of preferences."""
 
 from typing import Annotated, Literal, Self
 
@@ -81,3 +81,73 @@ class DataSettings(Settings):
     def prompt_columns(self) -> list[str]:
         """The names in `prompt_column`."""
         return [self.prompt_column] if isinstance(self.prompt_column, str) else self.prompt_column
+
+
+class PreferenceSettings(Settings):
+    train: str
+    """JSON, JSONL, CSV or Parquet file, or a hub data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Rows to train on: a split of a hub data set, or a part of either, as `train[:1000]`."""
+    validation: str | None = None
+    """File (or split of the hub data set) with held-out rows; those that share a prompt with
+    training rows (without prompts: a response) are left out, and counted."""
+    validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
+    """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
+    same prompt (without prompts: the same response) stay together."""
+    format: Literal["pairs", "ratings"] = "pairs"
+    """A row is a pair of responses, or one response with a rating; ratings become pairs of
+    responses to the same prompt, or of any two responses where there are no prompts."""
+    prompt_column: str | Annotated[list[str], Field(min_length=1)] | None = "prompt"
+    """Column with the prompt, text or chat messages; several are joined by line breaks. Data
+    without a column `prompt` has no prompts; null says so."""
+    chosen_column: str = "chosen"
+    """With `format: pairs`: the better response, text or chat messages up to it."""
+    rejected_column: str = "rejected"
+    """With `format: pairs`: the worse response."""
+    preference_column: str | None = None
+    """With `format: pairs`: where the two columns above are not in order of preference, the column
+    with 1 (the first is better) or 2 (the second)."""
+    margin_column: str | None = None
+    """With `format: pairs`: by how much the chosen response must win, in reward units."""
+    response_column: str = "response"
+    """With `format: ratings`: the response."""
+    rating_column: str = "rating"
+    """With `format: ratings`: a number, or a list of single raters' numbers; higher is better."""
+    rater: Literal["mean", "one"] = "mean"
+    """Of a list of ratings take the mean, or that of one rater drawn by `seed`: human noise."""
+    num_pairs: PositiveInt | None = None
+    """With `format: ratings`: training pairs to draw; default: every pair of responses to the same
+    prompt, or as many as there are responses where there are no prompts."""
+    num_validation_pairs: PositiveInt | None = None
+    """The same for held-out pairs; default without prompts: each response in one pair."""
+    label_noise: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the training pairs that are turned round, the same ones for every member."""
+    bagging: bool = False
+    """Draw each member's pairs with replacement, by the member's own seed."""
+    seed: NonNegativeInt = 0
+    """Seed of held-out rows, pairs, raters and label noise, the same for every member."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.validation is not None and self.validation_size != 0:
+            raise ValueError(
+                f"validation={self.validation!r} and validation_size={self.validation_size} both "
+                "say where held-out rows come from; remove one of them"
+            )
+        only: dict[str, tuple[str, ...]] = {
+            "pairs": ("chosen_column", "rejected_column", "preference_column", "margin_column"),
+            "ratings": (
+                *("response_column", "rating_column", "rater"),
+                *("num_pairs", "num_validation_pairs"),
+            ),
+        }
+        other = "ratings" if self.format == "pairs" else "pairs"
+        for name in only[other]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does nothing with format: {self.format}; "
+                    f"remove it, or set format: {other}"
+                )
+        return self

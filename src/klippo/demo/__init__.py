@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-NAMES = {"policy": "policy", "proxy": "proxy", "gold": "gold", "prompts": "prompts.jsonl"}
+NAMES = {
+    "policy": "policy",
+    "proxy": "proxy",
+    **{f"proxy_seed{seed}": f"proxy_seed{seed}" for seed in range(1, 6)},
+    "gold": "gold",
+    "prompts": "prompts.jsonl",
+}
 
 
 def demo_path(name: str) -> Path:

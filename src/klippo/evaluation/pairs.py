@@ -101,6 +101,28 @@ def _design_effect(errors: NDArray[np.float64], units: Sequence[tuple[str, ...]]
     return max(shared / independent, 1.0)
 
 
+def gain(
+    ensemble: Sequence[float],
+    members: Sequence[Sequence[float]],
+    units: Sequence[tuple[str, ...]],
+) -> Estimate:
+    """Accuracy of the ensemble minus the members' mean accuracy on the same n pairs.
+
+    The 95% interval is the normal one, with the design effect of `accuracy`.
+    """
+    from scipy import stats
+
+    own = hits(np.asarray(ensemble, dtype=np.float64))
+    values = own - hits(np.asarray(members, dtype=np.float64)).mean(0)  # (n,)
+    mean = float(values.mean())
+    num = len(values) / _design_effect(values - mean, units)
+    error = float(values.std()) / math.sqrt(num)
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * error
+    return Estimate(
+        mean=mean, low=mean - half, high=mean + half, num=len(values), standard_error=error
+    )
+
+
 def reliability(differences: NDArray[np.float64], num_bins: int) -> list[ReliabilityPoint]:
     """Bins of equal numbers of pairs, from the least to the most confident."""
     confidence = 1 / (1 + np.exp(-np.abs(differences)))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from klippo.evaluation.scaling import Fit
-from klippo.report.style import BLUE, GREY, INK, ORANGE
+from klippo.report.style import MARKERS, PALETTE, STYLE, files_of, plot_label
+from klippo.runs.folder import write_bytes
 
-COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8655a3", "#b23a48", "#5f6b7a", "#a17c1f", "#2b9aa0")
 DISTANCE = "sqrt(upper bound of KL / nats), bound = log n - (n - 1)/n"
 
 
@@ -21,25 +21,13 @@ def draw_best_of_n(result: Mapping[str, Any], fits: Mapping[str, Fit], path: Pat
 
     `result` is what best_of_n.json holds. Writes `path` with the endings .png and .svg.
     """
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "svg.hashsalt": "klippo",  # the same figures draw the same file
-    }
     kinds = [kind for kind in ("gold", "proxy") if any(kind in a for a in result["arms"].values())]
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            1, len(kinds), figsize=(4.5 * len(kinds), 3.8), layout="constrained", squeeze=False
-        )
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.5 * len(kinds), 3.8), layout="constrained")
+        axes = figure.subplots(1, len(kinds), squeeze=False)
         figure.suptitle(
             f"Best of n: {result['num_prompts']} prompts, {result['num_samples']} samples of each",
             x=0.01, ha="left", fontweight="bold",
@@ -47,27 +35,26 @@ def draw_best_of_n(result: Mapping[str, Any], fits: Mapping[str, Fit], path: Pat
         d = np.sqrt(result["kl_bound"])
         for ax, kind in zip(axes[0], kinds, strict=True):
             for i, (name, arm) in enumerate(result["arms"].items()):
-                colour = COLOURS[i % len(COLOURS)]
+                colour = PALETTE[i % len(PALETTE)]
                 is_fitted = kind == "gold" and name in fits and result["ns"][0] == 1
                 if kind in arm:
-                    _points(ax, d, arm[kind], colour, name, joined=not is_fitted)
+                    look = {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
+                    _points(ax, d, arm[kind], look, plot_label(name), joined=not is_fitted)
                 if is_fitted:
                     _law(ax, d, fits[name], arm[kind][0]["mean"], colour)
             ax.set(xlabel=DISTANCE, ylabel=f"{kind} score of the picked sample")
-            ax.set_title(f"{kind}, with 95% intervals over prompts", loc="left", fontsize=9)
-        axes[0][0].legend(frameon=False, fontsize=8)
-        for ending in (".png", ".svg"):
-            metadata: dict[str, Any] = {"Date": None} if ending == ".svg" else {}
-            figure.savefig(path.with_name(path.name + ending), dpi=150, metadata=metadata)
-        plt.close(figure)
+            ax.set_title(f"{kind}, with 95% intervals over prompts")
+        axes[0][0].legend()
+        for ending, content in files_of(figure).items():
+            write_bytes(path.with_name(f"{path.name}.{ending}"), content)
 
 
 def _points(
     ax: Any,
     d: Any,
     points: Sequence[Mapping[str, float | None]],
-    colour: str,
-    name: str,
+    look: Mapping[str, Any],
+    label: str,
     *,
     joined: bool,
 ) -> None:
@@ -80,8 +67,8 @@ def _points(
             below.append(0.0 if low is None else mean - low)
             above.append(0.0 if high is None else high - mean)
     ax.errorbar(
-        distance, means, yerr=[below, above], color=colour, marker="o", ms=3,
-        lw=0.8 if joined else 0, elinewidth=0.8, capsize=2, label=name,
+        distance, means, yerr=[below, above], ms=3.5, label=label,
+        lw=0.8 if joined else 0, elinewidth=0.8, capsize=2, **look,
     )  # fmt: skip
 
 

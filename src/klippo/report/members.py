@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from klippo.evaluation.pairs import PairReport
+from klippo.evaluation.statistics import Estimate
 from klippo.report.style import BLUE, GREY, ORANGE, STYLE
 
 COLUMNS = ("accuracy (95% interval)", "log loss", "ECE", "mean", "sd", "min")
@@ -50,6 +51,19 @@ def members_markdown(members: Sequence[MemberFigures]) -> str:
     lines = ["| member | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     lines += [f"| {member.name} | " + " | ".join(_cells(member)) + " |" for member in members]
     return "\n".join(lines) + f"\n\n{LEGEND}\n"
+
+
+def together_lines(correlation: float | None, better: Estimate | None) -> list[str]:
+    """What the members are together, in words."""
+    lines = []
+    if better is not None:
+        lines.append(
+            "The ensemble's accuracy minus its members' mean: "
+            f"{better.mean:+.3f} ({better.low:+.3f} to {better.high:+.3f})"
+        )
+    if correlation is not None:
+        lines.append(f"Correlation of the members' errors: {correlation:.2f}")
+    return lines
 
 
 def _cells(member: MemberFigures) -> Iterator[str]:

@@ -64,7 +64,10 @@ def gold_eval(
         prompt_column=_prompt_column(run),
         overwrite=overwrite,
     )
-    tell(history(evaluations), console)
+    try:
+        tell(history(evaluations), console)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}, so there is no curve to tell") from error
     if status and status.get("state") != "running":
         from klippo.stages.outcome import refresh_report, write_figures
 

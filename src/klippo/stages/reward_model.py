@@ -14,12 +14,19 @@ from rich.console import Console
 
 from klippo.config.load import LoadedConfig, load_config, show, to_yaml
 from klippo.config.schema import RewardModelConfig
-from klippo.data.preferences import Pair, Preferences, bag, load_preferences
+from klippo.data.preference_rows import Pair
+from klippo.data.preferences import Preferences, bag, load_preferences
 from klippo.data.prompts import build_prompts
 from klippo.data.rows import load_rows
 from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
-from klippo.evaluation.pairs import ensemble_differences, error_correlation, report_pairs
+from klippo.evaluation.pairs import (
+    ensemble_differences,
+    error_correlation,
+    gain,
+    report_pairs,
+)
+from klippo.evaluation.statistics import Estimate
 from klippo.report.members import (
     ENSEMBLE,
     MemberFigures,
@@ -27,6 +34,7 @@ from klippo.report.members import (
     members_markdown,
     members_table,
     pair_figures,
+    together_lines,
 )
 from klippo.rewards import stored
 from klippo.rewards.classifier import ClassifierReward
@@ -250,13 +258,14 @@ class _Stage:
             )
             for seed, d, own in zip(seeds, differences, kept, strict=True)
         ]
-        correlation = None
+        correlation, better = None, None
         if len(seeds) > 1 and units:
             together = ensemble_differences(differences, [own.sd for own in kept])
             members.append(MemberFigures(name=ENSEMBLE, report=report_pairs(together, units)))
             correlation = error_correlation(differences)
-        self._write(name, members, kept, correlation)
-        self._show(name, members, correlation)
+            better = gain(together, differences, units)
+        self._write(name, members, kept, correlation, better)
+        self._show(name, members, together_lines(correlation, better))
 
     def _write(
         self,
@@ -264,6 +273,7 @@ class _Stage:
         members: Sequence[MemberFigures],
         kept: Sequence[StoredReward],
         correlation: float | None,
+        better: Estimate | None,
     ) -> None:
         seeds = self.config.member_seeds
         figures: dict[str, Any] = {
@@ -287,12 +297,13 @@ class _Stage:
         if len(members) > len(seeds):
             figures["ensemble"] = {
                 "standardized": all(own.sd is not None for own in kept),
+                "accuracy_gain": None if better is None else asdict(better),
                 "held_out": pair_figures(members[-1].report),
             }
         write_text(self._beside("members.json"), json.dumps(figures, indent=2) + "\n")
         text = f"# {name}\n\n{members_markdown(members)}"
-        if correlation is not None:
-            text += f"\nCorrelation of the members' errors: {correlation:.2f}\n"
+        for line in together_lines(correlation, better):
+            text += f"\n{line}\n"
         write_text(self._beside("members.md"), text)
         if self._pairs.held_out:
             path = self._beside("reliability")
@@ -302,12 +313,9 @@ class _Stage:
     def _beside(self, ending: str) -> Path:
         return Path(f"{self.config.output_dir}_{ending}")
 
-    def _show(self, name: str, members: Sequence[MemberFigures], correlation: float | None) -> None:
+    def _show(self, name: str, members: Sequence[MemberFigures], lines: list[str]) -> None:
         title = f"{name}: {len(self._pairs.held_out)} held-out pairs"
         self.console.print(members_table(title, members))
-        lines = []
-        if correlation is not None:
-            lines.append(f"Correlation of the members' errors: {correlation:.2f}")
         if not self._pairs.held_out:
             lines.append(
                 "Nothing was held out, so nothing says how good they are; "

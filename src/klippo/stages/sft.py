@@ -47,11 +47,15 @@ def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool
     rows, held_out_rows = load_rows(config.data, config.seed)
     torch.manual_seed(config.seed)
     start = load_for_sft(config.model, device)
-    examples = _examples(config, start, rows, train_source(config.data), console, quiet)
+    examples = _examples(config, start, rows, train_source(config.data))
     held_out: list[Example] = []
     if held_out_rows:
-        source = validation_source(config.data)
-        held_out = _examples(config, start, held_out_rows, source, console, quiet)
+        held_out = _examples(config, start, held_out_rows, validation_source(config.data))
+    if not quiet:
+        num_long = len(rows) + len(held_out_rows) - len(examples) - len(held_out)
+        too_long = f", {num_long} too long and left out" if num_long else ""
+        text = f"{len(examples)} examples, {len(held_out)} held out{too_long}"
+        console.print(text, highlight=False)
     before = nats_per_token(start.model, held_out, _batch_size(config))
     with TrainingLine(console, "sft", quiet=quiet) as line:
         model = fine_tune(
@@ -93,16 +97,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def _examples(
-    config: SFTConfig,
-    start: Loaded,
-    rows: Sequence[Any],
-    source: str,
-    console: Console,
-    quiet: bool,
-) -> list[Example]:
+def _examples(config: SFTConfig, start: Loaded, rows: Sequence[Any], source: str) -> list[Example]:
     limits = [n for n in (config.data.max_tokens, start.max_tokens) if n is not None]
-    examples, num_dropped = build_examples(
+    return build_examples(
         rows,
         config.data,
         start.tokenizer,
@@ -110,11 +107,6 @@ def _examples(
         seed=config.seed,
         source=source,
     )
-    if not quiet:
-        dropped = f" ({num_dropped} too long and left out)" if num_dropped else ""
-        text = f"{source}: {len(examples)} examples{dropped}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    return examples
 
 
 def _batch_size(config: SFTConfig) -> int:

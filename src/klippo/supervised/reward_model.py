@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from klippo.data.preferences import Pair
+from klippo.data.preference_rows import Pair
 from klippo.errors import PreflightError
 from klippo.hub import load_model, no_progress_bars, resolve
 from klippo.policy.loading import turn_dropout_off

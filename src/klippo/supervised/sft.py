@@ -82,8 +82,8 @@ def build_examples(
     max_tokens: int | None,
     seed: int,
     source: str,
-) -> tuple[list[Example], int]:
-    """Rows as token ids, and how many were left out because they are too long.
+) -> list[Example]:
+    """Rows as token ids; `overlong: drop` leaves out those longer than `max_tokens`.
 
     The prompt is tokenized as `klippo train` does it, the response behind it on its own, with the
     end-of-sequence token after it. Raises ConfigError for everything that is wrong with the rows.
@@ -113,7 +113,7 @@ def build_examples(
             f"is {max_tokens}; {len(too_long)} of {len(rows)} are too long. Shorten them, or set "
             "data.overlong: drop (at least one must be left)"
         )
-    return examples, len(too_long)
+    return examples
 
 
 def _split(
@@ -211,6 +211,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
 
 
 @torch.no_grad()

@@ -1,0 +1,198 @@
+"""The command under launchers: several processes are one run, and end as one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from klippo.runs.folder import read_rows
+
+METRICS_TOLERANCE = 1e-5
+KL_TOLERANCE_NATS = 1e-4
+WEIGHTS_TOLERANCE = 1e-6
+"""Sums over rows are added up in another order (float32, whose rounding is 6e-8), which five steps
+of Adam carry on; docs/processes.md has what was measured, a tenth of these."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(num: int, *arguments: object) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num)]
+    return [sys.executable, *launcher, "-m", "klippo", "train", *map(str, arguments)]
+
+
+def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def whole_config(write_config: Callable[..., Path], reward_file: Path) -> Path:
+    """Everything that looks at the batch as a whole, and evaluation prompts that do not divide."""
+    parts = {
+        "good": {"reward": {"kind": "function", "function": f"{reward_file}:good"}},
+        "short": {"reward": {"kind": "length", "max_tokens": 4}, "normalize": True},
+    }
+    parts["good"] |= {"normalize": True, "weight": 0.5}
+    return write_config(
+        device="cpu",
+        rollout={"response_length": [2, 8], "generation_batch_size": 5},
+        reward={"kind": "sum", "parts": parts},
+        score={"normalize": True, "whiten": True},
+        kl={"controller": "adaptive", "target": 0.5, "horizon": 100},
+        ppo={
+            "num_steps": 5,
+            "batch_size": 16,
+            "num_epochs": 2,
+            "minibatch_size": 8,
+            "micro_batch_size": 2,
+        },
+        evaluation={"num_prompts": 9, "every": 2, "num_shown": 2},
+    )
+
+
+def without_times(metrics: dict[str, float]) -> dict[str, float]:
+    own = ("time/", "throughput/", "memory/")
+    return {key: value for key, value in metrics.items() if not key.startswith(own)}
+
+
+def test_one_and_two_processes_have_the_same_metrics_samples_and_weights(
+    whole_config: Path, gpt2: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for num, folder in ((1, one), (2, two)):
+        ended = finish(torchrun(num, whole_config, f"output_dir={folder}"))
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("evaluation at step 0") == 1
+        assert ("2 processes" in ended.stdout) is (num == 2)
+        assert "Warning" not in ended.stderr
+    ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(ours) == len(theirs) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert without_times(a) == pytest.approx(
+            without_times(b), rel=METRICS_TOLERANCE, abs=METRICS_TOLERANCE
+        )
+    for step in (0, 2, 4, 5):
+        ours, theirs = (read_rows(folder / f"eval/step-{step}.jsonl") for folder in (one, two))
+        assert len(ours) == len(theirs) == 9
+        for a, b in zip(ours, theirs, strict=True):
+            for kl in ("kl_k1_nats", "kl_exact_nats"):
+                assert a.pop(kl) == pytest.approx(b.pop(kl), abs=KL_TOLERANCE_NATS)
+            assert a.pop("proxy") == pytest.approx(b.pop("proxy"), abs=METRICS_TOLERANCE)
+            assert a == b
+    for file in ("model/model.safetensors", "critic/value_head.safetensors"):
+        ours, theirs = (load_file(folder / file) for folder in (one, two))
+        assert ours.keys() == theirs.keys()
+        for name, weight in ours.items():
+            assert float((weight - theirs[name]).abs().max()) < WEIGHTS_TOLERANCE
+    start = load_file(gpt2 / "model.safetensors")
+    trained = load_file(one / "model/model.safetensors")
+    changes = [float((trained[name] - weight).abs().max()) for name, weight in start.items()]
+    assert max(changes) > 1000 * WEIGHTS_TOLERANCE
+
+
+def test_accelerate_launches_it_from_its_config_file(whole_config: Path, tmp_path: Path) -> None:
+    """One evaluation prompt for two processes: the first evaluates alone."""
+    settings = tmp_path / "accelerate.yaml"
+    settings.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\n"
+        "machine_rank: 0\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: false\n"
+    )
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings)]
+    launcher += ["--main_process_port", str(free_port()), "-m", "klippo", "train"]
+    overrides = ["ppo.num_steps=1", "evaluation.num_prompts=1", f"output_dir={tmp_path / 'run'}"]
+    ended = finish([sys.executable, *launcher, str(whole_config), *overrides])
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes" in ended.stdout
+    assert len(read_rows(tmp_path / "run/eval/step-1.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_what_is_wrong_everywhere_is_said_once(whole_config: Path, tmp_path: Path) -> None:
+    ended = finish(torchrun(2, whole_config, "ppo.batch_size=15", "ppo.minibatch_size=15",
+                            "ppo.micro_batch_size=5"))  # fmt: skip
+    assert ended.returncode != 0
+    assert (
+        ended.stderr.count("ppo.batch_size=15 must be a multiple of the 2 processes; try 16") == 1
+    )
+    assert "bug in Klippo" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_taken_is_said_once_and_left_alone(
+    whole_config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("mine")
+    ended = finish(torchrun(2, whole_config))
+    assert ended.returncode != 0
+    assert ended.stderr.count("exists already") == 1
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_ends_all_with_its_message(
+    whole_config: Path, reward_file: Path, tmp_path: Path
+) -> None:
+    reward_file.write_text(
+        "import os\n\ndef good(responses, step=[]):\n    step.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(step) > 2:\n        raise ValueError('not I')\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    start = time.monotonic()
+    ended = finish(torchrun(2, whole_config))
+    assert time.monotonic() - start < 60
+    assert ended.returncode != 0
+    assert ended.stderr.count("raised ValueError: not I") == 1
+    assert "bug in Klippo" not in ended.stderr
+    status = json.loads((tmp_path / "run/run_status.json").read_text())
+    assert status["state"] in ("interrupted", "failed")
+    assert "another process" in status["reason"]
+    assert (tmp_path / "run/model/model.safetensors").is_file(), "the policy so far is kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_the_run_and_keeps_the_policy(
+    whole_config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    metrics = tmp_path / "run/metrics.jsonl"
+    launched = subprocess.Popen(
+        torchrun(2, whole_config, "ppo.num_steps=2000"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        launched.send_signal(number)
+        _, stderr = launched.communicate(timeout=40)
+    finally:
+        launched.kill()
+    assert "bug in Klippo" not in stderr
+    assert stderr.count("Interrupted.") == (number == signal.SIGINT)
+    assert json.loads((tmp_path / "run/run_status.json").read_text())["state"] == "interrupted"
+    assert (tmp_path / "run/model/model.safetensors").is_file()
