@@ -150,7 +150,10 @@ def reward_words(run: RunData, key: str) -> str:
 def gold_words(run: RunData) -> str:
     """What scored with gold, as the run says, or else as its config does."""
     gold = _mapping(run.status.get("gold"))
-    return str(gold["model"]) if gold.get("model") else reward_words(run, "gold")
+    if gold.get("model"):
+        return str(gold["model"])
+    words = reward_words(run, "gold")
+    return "unknown, its scores are there" if words == "none" and run.has_gold else words
 
 
 def summary(run: RunData) -> str:
@@ -284,9 +287,9 @@ def _sample(run: RunData, row: SampleRow, heading: str) -> Sample:
     return Sample(
         heading=heading,
         prompt=row["prompt"],
-        before=None if before is None else before["response"],
+        before=None if before is None else before["response"].lstrip(" "),
         before_scores="" if before is None else scores_of(before),
-        after=row["response"],
+        after=row["response"].lstrip(" "),
         after_scores=scores_of(row),
     )
 

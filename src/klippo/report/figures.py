@@ -27,6 +27,7 @@ from klippo.report.style import (
     Picture,
     draw,
     plot_label,
+    whole_numbers,
 )
 from klippo.report.text import number
 
@@ -270,6 +271,9 @@ def histogram(runs: Sequence[RunData], key: str, title: str) -> Picture | None:
                     ls=style.get("ls", "-"),
                     label="after" if len(runs) == 1 else plot_label(run.label),
                 )
+        ax.margins(y=0.05 + 0.07 * len(runs))  # room for the legend
+        if whole:
+            ax.xaxis.set_major_locator(whole_numbers())
         ax.legend(loc="best")
 
     means = "; ".join(f"{label}: mean {number(float(np.mean(v)))}" for label, v in ends.items())

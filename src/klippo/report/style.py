@@ -70,7 +70,6 @@ def draw(
     """One pair of axes, painted by `paint`; `title` names what goes up, `x` what goes right."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -79,9 +78,16 @@ def draw(
         ax.set_title(title, color=INK, pad=8)
         ax.set_xlabel(x)
         if x == STEP:
-            ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+            ax.xaxis.set_major_locator(whole_numbers())
         paint(ax)
         return Picture(name=name, caption=caption, alt=alt, **files_of(figure))
+
+
+def whole_numbers() -> Any:
+    """Ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10])
 
 
 def files_of(figure: Any) -> dict[str, bytes]:
