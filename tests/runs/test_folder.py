@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from klippo.errors import StorageError
-from klippo.runs.folder import RunFolder, read_rows, write_text
+from klippo.runs.folder import RunFolder, read_rows, write_rows, write_text
+from klippo.runs.lines import append_lines, whole_lines
 
 
 def test_a_full_disk_stops_the_metrics_with_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -54,3 +55,21 @@ def test_the_status_says_how_the_run_stands(tmp_path: Path) -> None:
     assert json.loads(status.read_text())["state"] == "running"
     folder.write_status("failed", reason="why")
     assert json.loads(status.read_text()) == {"state": "failed", "reason": "why"}
+
+
+def test_rows_are_read_as_they_were_written_whatever_they_hold(tmp_path: Path) -> None:
+    rows = [{"response": "line\u2028separator \x85 \x0b\n"}, {"response": ""}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_growing_file_loses_only_the_line_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "new/lines.jsonl"
+    assert whole_lines(path) == 0
+    append_lines(path, [{"a": 1}, {"a": "é"}])
+    append_lines(path, [])
+    with path.open("ab") as file:
+        file.write('{"a": "é'.encode()[:-1])
+    assert whole_lines(path) == 2
+    append_lines(path, [{"a": 3}])
+    assert [row["a"] for row in read_rows(path)] == [1, "é", 3]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +28,7 @@ from klippo.stages import fingerprints
 from klippo.stages.best_of_n_plan import Plan, Standardize, plan_of, with_scale
 from klippo.stages.build import choose_device
 from klippo.stages.compare import held_out_prompts
-from klippo.stages.models import open_model
+from klippo.stages.models import OpenModel, open_model
 from klippo.stages.reward_names import check_reward, reward_label
 from klippo.stages.sample_files import (
     PROMPTS_FILE,
@@ -37,6 +38,7 @@ from klippo.stages.sample_files import (
     Samples,
 )
 from klippo.stages.sample_scores import SCORES_DIR, score_samples
+from klippo.types import Prompt
 
 REQUEST_FILE = "sampling.json"
 RESULT_FILE = "best_of_n.json"
@@ -72,6 +74,10 @@ def best_of_n(asked: BestOfN) -> int:
     console = Console()
     if (asked.policy is None) == (asked.samples is None):
         raise ConfigError("give either POLICY to sample from, or --samples FILE with samples")
+    if asked.temperature <= 0:
+        raise ConfigError(
+            f"temperature={asked.temperature} draws the same response every time; use 1"
+        )
     plan = plan_of(asked.proxies, asked.ensembles, asked.gold, asked.standardize)
     for settings in plan.rewards.values():
         check_reward(settings)
@@ -94,48 +100,51 @@ def best_of_n(asked: BestOfN) -> int:
 
 
 def _samples(asked: BestOfN, console: Console) -> Samples:
+    """What there is of the samples, and what is missing; the folder begins when all is checked."""
     request = _request(asked)
-    _open_folder(asked.output, request, overwrite=asked.overwrite)
+    goes_on = _goes_on(asked.output, request, overwrite=asked.overwrite)
     if asked.samples is not None:
         samples = FileSamples(asked.samples)
+        if not goes_on:
+            _begin(asked.output, request)
         num = len(samples.prompt_of_sample)
         console.print(f"{num:,} samples of {len(samples.prompts):,} prompts")
         return samples
     assert asked.policy is not None
     opened = None
-    device = choose_device("auto")
-    if not (asked.output / PROMPTS_FILE).is_file():
-        opened = open_model(asked.policy, device)
-        length = asked.response_length or opened.max_tokens
-        data = opened.data
-        if asked.prompts is not None:
-            held_out = {"train": asked.prompts, "validation": None, "validation_size": 0}
-            data = data.model_copy(update=held_out)
-        if data.train == "prompts":
-            raise ConfigError(f"{asked.policy} is no run folder; say which prompts: --prompts FILE")
-        prompts = held_out_prompts(opened, data, asked.num_prompts, length, asked.seed)
+    if not goes_on:
+        opened = open_model(asked.policy, choose_device("auto"))
+        prompts = _prompts(asked, opened)
+        _begin(asked.output, request)
         DrawnSamples.store_prompts(asked.output, prompts)
     drawn = DrawnSamples(asked.output, asked.num_samples)
-    if drawn.num_there < drawn.num:
-        opened = opened or open_model(asked.policy, device)
-        engine = HFEngine(
-            opened.model,
-            stop_ids=opened.stop_ids,
-            sampling=Sampling(temperature=asked.temperature),
-        )
-        drawn.draw(
-            engine,
-            opened.tokenizer,
-            response_length=asked.response_length or opened.max_tokens,
-            temperature=asked.temperature,
-            seed=asked.seed,
-            batch_size=asked.batch_size,
-            device=device,
-            console=console,
-        )
-    else:
+    if drawn.num_there >= drawn.num:
         console.print("Every sample is there already.")
+        return drawn
+    opened = opened or open_model(asked.policy, choose_device("auto"))
+    sampling = Sampling(temperature=asked.temperature)
+    drawn.draw(
+        HFEngine(opened.model, stop_ids=opened.stop_ids, sampling=sampling),
+        opened.tokenizer,
+        response_length=asked.response_length or opened.max_tokens,
+        temperature=asked.temperature,
+        seed=asked.seed,
+        batch_size=asked.batch_size,
+        device=opened.device,
+        console=console,
+    )
     return drawn
+
+
+def _prompts(asked: BestOfN, opened: OpenModel) -> list[Prompt]:
+    data = opened.data
+    if asked.prompts is not None:
+        own = {"train": asked.prompts, "validation": None, "validation_size": 0}
+        data = data.model_copy(update=own)
+    if data.train == "prompts":
+        raise ConfigError(f"{opened.name} is no run folder; say which prompts: --prompts FILE")
+    length = asked.response_length or opened.max_tokens
+    return held_out_prompts(opened, data, asked.num_prompts, length, asked.seed)
 
 
 def _request(asked: BestOfN) -> dict[str, Any]:
@@ -159,33 +168,41 @@ def _request(asked: BestOfN) -> dict[str, Any]:
     }
 
 
-def _open_folder(folder: Path, request: dict[str, Any], *, overwrite: bool) -> None:
-    """A new folder, or one with samples of the same request, which is gone on with."""
+def _goes_on(folder: Path, request: dict[str, Any], *, overwrite: bool) -> bool:
+    """True where the folder holds samples of the same request.
+
+    Raises ConfigError where it holds those of another, unless `overwrite`, or something else.
+    """
     file = folder / REQUEST_FILE
-    if overwrite and file.is_file():
-        with writing(folder):
-            shutil.rmtree(folder / SCORES_DIR, ignore_errors=True)
-            for name in (SAMPLES_FILE, PROMPTS_FILE, REQUEST_FILE, RESULT_FILE):
-                (folder / name).unlink(missing_ok=True)
     if not file.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
                 f"output={folder} exists and holds no samples of Klippo ({REQUEST_FILE}); choose "
                 "another --output"
             )
-        write_text(file, json.dumps(request, indent=1) + "\n")
-        return
+        return False
     known = json.loads(file.read_text(encoding="utf-8"))
     changed = [
         f"{key} is {known.get(key)} there and {request.get(key)} here"
         for key in dict.fromkeys([*known, *request])
         if known.get(key) != request.get(key)
     ]
-    if changed:
+    if changed and not overwrite:
         raise ConfigError(
             f"output={folder} holds samples of another request: {'; '.join(changed)}. Choose "
             "another --output, or add --overwrite to remove them"
         )
+    has_prompts = "policy" not in request or (folder / PROMPTS_FILE).is_file()
+    return not overwrite and has_prompts
+
+
+def _begin(folder: Path, request: dict[str, Any]) -> None:
+    """An empty folder for this request."""
+    with writing(folder):
+        shutil.rmtree(folder / SCORES_DIR, ignore_errors=True)
+        for name in (SAMPLES_FILE, PROMPTS_FILE, REQUEST_FILE, RESULT_FILE):
+            (folder / name).unlink(missing_ok=True)
+    write_text(folder / REQUEST_FILE, json.dumps(request, indent=1) + "\n")
 
 
 def _check_ns(ns: Sequence[int], num_samples: int) -> None:
@@ -254,9 +271,9 @@ def _arm_figures(found: ArmCurves, shown: Sequence[int]) -> dict[str, Any]:
 
 def _tell(result: dict[str, Any], console: Console) -> None:
     title = f"Best of n, {result['num_prompts']} prompts, {result['num_samples']} samples of each"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("picked by")
-    for name in ("n", "KL ≤, nats", "proxy (95%)", "gold (95%)"):
+    for name in ("n", "KL ≤", "proxy (95%)", "gold (95%)"):
         table.add_column(name, justify="right")
     for name, arm in result["arms"].items():
         for i, n in enumerate(result["ns"]):
@@ -273,5 +290,5 @@ def _cell(point: dict[str, float | None]) -> str:
     if point["mean"] is None:
         return "unscored"
     if point["low"] is None:
-        return f"{point['mean']:+.3f}"
-    return f"{point['mean']:+.3f} ({point['low']:+.3f} to {point['high']:+.3f})"
+        return f"{point['mean']:+.2f}"
+    return f"{point['mean']:+.2f} ({point['low']:+.2f} to {point['high']:+.2f})"
