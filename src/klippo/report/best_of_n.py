@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from klippo.evaluation.scaling import Fit
-from klippo.report.style import MARKERS, PALETTE, STYLE, files_of, plot_label
+from klippo.report.style import LINES, MARKERS, PALETTE, STYLE, files_of, plot_label
 from klippo.runs.folder import write_bytes
 
 DISTANCE = "sqrt(upper bound of KL / nats), bound = log n - (n - 1)/n"
@@ -35,13 +35,17 @@ def draw_best_of_n(result: Mapping[str, Any], fits: Mapping[str, Fit], path: Pat
         d = np.sqrt(result["kl_bound"])
         for ax, kind in zip(axes[0], kinds, strict=True):
             for i, (name, arm) in enumerate(result["arms"].items()):
-                colour = PALETTE[i % len(PALETTE)]
                 is_fitted = kind == "gold" and name in fits and result["ns"][0] == 1
+                turn = i // len(PALETTE)  # the second arm of a colour has another marker
+                look = {
+                    "color": PALETTE[i % len(PALETTE)],
+                    "marker": MARKERS[(i + turn) % len(MARKERS)],
+                    "ls": LINES[turn % len(LINES)],
+                }
                 if kind in arm:
-                    look = {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
                     _points(ax, d, arm[kind], look, plot_label(name), joined=not is_fitted)
                 if is_fitted:
-                    _law(ax, d, fits[name], arm[kind][0]["mean"], colour)
+                    _law(ax, d, fits[name], arm[kind][0]["mean"], look)
             ax.set(xlabel=DISTANCE, ylabel=f"{kind} score of the picked sample")
             ax.set_title(f"{kind}, with 95% intervals over prompts")
         axes[0][0].legend()
@@ -72,11 +76,11 @@ def _points(
     )  # fmt: skip
 
 
-def _law(ax: Any, d: Any, law: Fit, start: float | None, colour: str) -> None:
+def _law(ax: Any, d: Any, law: Fit, start: float | None, look: Mapping[str, Any]) -> None:
     """The fitted gain, lifted to the first point, and its 95% band."""
     if start is None or not math.isfinite(law.alpha.value):
         return
     fine = np.linspace(0, float(d[-1]), 100)
     low, high = law.band(fine)
-    ax.plot(fine, start + law(fine), color=colour, lw=1.4)
-    ax.fill_between(fine, start + low, start + high, color=colour, alpha=0.12, lw=0)
+    ax.plot(fine, start + law(fine), color=look["color"], ls=look["ls"], lw=1.4)
+    ax.fill_between(fine, start + low, start + high, color=look["color"], alpha=0.12, lw=0)

@@ -271,7 +271,7 @@ def _arm_figures(found: ArmCurves, shown: Sequence[int]) -> dict[str, Any]:
 
 def _tell(result: dict[str, Any], console: Console) -> None:
     title = f"Best of n, {result['num_prompts']} prompts, {result['num_samples']} samples of each"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("picked by")
     for name in ("n", "KL ≤", "proxy (95%)", "gold (95%)"):
         table.add_column(name, justify="right")

@@ -68,7 +68,8 @@ def score_samples(
             if len(known[key]) > start:  # a kill came between two members' chunks
                 known[key] = known[key][:start]
                 write_rows(folder / f"{key}.jsonl", [{"scores": _json(known[key])}])
-        meter = Meter(console, f"scored by {', '.join(keys)}:", start, total)
+        by = reward_label(rewards[keys[0]]) if len(keys) == 1 else f"{len(keys)} models at once"
+        meter = Meter(console, f"scored by {by}:", start, total)
         rows = samples.read(start)
         while chunk := list(itertools.islice(rows, CHUNK)):
             rollout = rollout_of(chunk, [samples.prompts[row["prompt"]] for row in chunk])
