@@ -74,7 +74,7 @@ def test_what_ran_comes_from_the_run(make_run, page_of) -> None:
         "Proxy reward classifier made-proxy",
         "Gold reward none",
         "Prompts prompts.jsonl",
-        "40 fixed prompts at steps 0",
+        "40 fixed prompts at step 0",
         "PPO steps 20 of 20, 320 episodes",
         "Seed 7",
         "Started 2026-01-02 03:04 UTC",

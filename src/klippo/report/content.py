@@ -26,6 +26,8 @@ ENDINGS = {
     "interrupted": "interrupted",
 }
 PHASES = ("generate", "score", "experience", "update")
+MAX_STEPS_NAMED = 12
+FAR = 100.0
 NAMES_IN_REWARDS = ("model", "function", "name", "file")
 
 
@@ -192,11 +194,11 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     yield "Gold reward", gold_words(run)
     yield "Prompts", str(config.get("data.train", "not recorded"))
     if run.before:
-        steps = ", ".join(map(str, sorted(run.evaluations)))
-        yield "Evaluated", f"{len(run.before):,} fixed prompts at steps {steps}"
+        yield "Evaluated", f"{len(run.before):,} fixed prompts at {_steps(sorted(run.evaluations))}"
     planned = config.get("ppo.num_steps")
     done = num_steps_done(run)
-    episodes = f", {int(run.metrics[-1].get('episodes', 0)):,} episodes" if run.metrics else ""
+    last = run.metrics[-1].get("episodes") if run.metrics else None
+    episodes = "" if last is None else f", {number(last, 0)} episodes"
     yield (
         "PPO steps",
         (f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}") + (episodes),
@@ -220,6 +222,12 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     if not math.isnan(memory):
         yield "Peak memory", f"{number(memory, 1)} GiB"
     yield "Ended", ending_words(run)
+
+
+def _steps(steps: Sequence[int]) -> str:
+    if len(steps) > MAX_STEPS_NAMED:
+        return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+    return ("steps " if len(steps) > 1 else "step ") + ", ".join(map(str, steps))
 
 
 def _key_figure(key: str, result: PairedComparison) -> tuple[str, str, str, str, str]:
@@ -252,12 +260,12 @@ def _law_row(run: RunData, key: str, law: Fit) -> tuple[str, str, str, str, str]
         for x in (law.alpha, law.beta)
     )
     told = f"{_far(peak.value)} ({_far(peak.low)} to {_far(peak.high)})"
-    return key, alpha, beta, "none" if math.isinf(peak.low) else told, reading
+    return key, alpha, beta, "none" if peak.low > FAR else told, reading
 
 
 def _far(d: float) -> str:
-    """Nobody goes a thousand nats away; such a peak is none."""
-    return f">{number(100, 0)}" if 100 < d < math.inf else number(d)
+    """Nobody goes that far: ten thousand nats."""
+    return f">{number(FAR, 0)}" if FAR < d < math.inf else number(d)
 
 
 def _phases(run: RunData) -> dict[str, float]:

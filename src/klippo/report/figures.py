@@ -245,7 +245,8 @@ def histogram(runs: Sequence[RunData], key: str, title: str) -> Picture | None:
         run.label: [float(row[key]) for row in run.after if row.get(key) is not None]
         for run in runs
     }
-    start = [float(row[key]) for row in runs[0].before if row.get(key) is not None]
+    first = next((run for run in runs if run.label in ends and ends[run.label]), runs[0])
+    start = [float(row[key]) for row in first.before if row.get(key) is not None]
     ends = {label: values for label, values in ends.items() if values}
     if not ends or not start:
         return None
@@ -254,8 +255,8 @@ def histogram(runs: Sequence[RunData], key: str, title: str) -> Picture | None:
     edges = _edges(min(everything), max(everything), whole)
 
     def paint(ax: Any) -> None:
-        first = "before" if len(runs) == 1 else "before (first run)"
-        ax.hist(start, edges, weights=_shares(start), color=GREY, alpha=0.45, label=first)
+        label = "before" if len(runs) == 1 else f"before: {plot_label(first.label)}"
+        ax.hist(start, edges, weights=_shares(start), color=GREY, alpha=0.45, label=label)
         for i, run in enumerate(runs):
             values = ends.get(run.label)
             if values:
@@ -317,8 +318,9 @@ def phases(runs: Sequence[RunData], seconds: Mapping[str, Mapping[str, float]]) 
         shown = [plot_label(label) if len(labels) > 1 else "" for label in labels]
         ax.set_yticks(range(len(labels)), shown)
         ax.tick_params(axis="y", length=0)
-        if len(labels) > 1:
-            ax.set_position((0.3, 0.2, 0.67, 0.6))
+        height = ax.figure.get_figheight()
+        left_edge = 0.3 if len(labels) > 1 else 0.105
+        ax.set_position((left_edge, 0.5 / height, 0.975 - left_edge, 1 - 0.8 / height))
         ax.set_ylim(len(labels) - 0.5, -0.5)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), handlelength=1)
         ax.set_title("")

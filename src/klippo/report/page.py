@@ -69,7 +69,7 @@ def groups(views: Sequence[RunView]) -> dict[str, Group]:
         ],
         "ensemble": [
             level(
-                lambda row: (row.get("parts") or {}).get("variance"),
+                lambda row: row["parts"].get("variance"),
                 "member_variance",
                 "variance over members",
                 "How much the members disagree about the evaluated samples, with 95% intervals.",
@@ -158,7 +158,7 @@ def render(views: Sequence[RunView], sections: dict[str, Group], version: str) -
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     runs = [view.data for view in views]
     return environment.get_template("report.html.j2").render(
-        title=views[0].facts[0][1] if len(views) == 1 else f"{len(views)} runs compared",
+        title=views[0].data.label if len(views) == 1 else f"{len(views)} runs compared",
         views=views,
         single=len(views) == 1,
         groups=sections,

@@ -180,6 +180,14 @@ def read_samples(
         for key in ("prompt", "response"):
             if not isinstance(row[key], str):
                 raise ConfigError(f"{path}, line {number}: {key} is not text")
+        if not isinstance(row["prompt_id"], int | str):
+            raise ConfigError(f"{path}, line {number}: prompt_id is neither a number nor text")
+        parts = row.get("parts")
+        row["parts"] = {
+            name: part
+            for name, part in (parts.items() if isinstance(parts, dict) else ())
+            if isinstance(part, int | float) and -LARGEST < part < LARGEST
+        }
         for key in NUMBERS:
             value = row.get(key)
             if value is None:
@@ -268,7 +276,7 @@ def _read_best_of_n(path: Path, asked: bool) -> dict[str, Any] | None:
             for part in ("mean", "low", "high"):
                 point[part] = float("nan") if point[part] is None else float(point[part])
         for number in (*result["ns"], *result["kl_bound"]):
-            right = right and float(number) >= 0
+            right = right and bool(number >= 0)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path}: not a best-of-n result ({_short(error)})") from None
     if not right:

@@ -16,6 +16,7 @@ from klippo.report.content import RunView, view
 from klippo.report.page import groups, render
 from klippo.report.reading import read_runs
 from klippo.report.tables import clean
+from klippo.report.text import visible
 from klippo.runs.folder import write_text, writing
 
 REPORT_FILE = "report.html"
@@ -34,7 +35,7 @@ def report(
     for run in write_report(paths, file, best_of_n, console):
         name = f"{clean(run.data.label)}: " if len(paths) > 1 else ""
         console.print(Text(f"{name}{run.verdict.outcome}. {run.reason}"))
-    console.print(Text(f"Report: {file}"))
+    console.print(Text(f"Report: {visible(str(file))}"))
     return 0
 
 
@@ -59,7 +60,7 @@ def write_report(
 
 
 def _write_card(run: RunView, path: Path, console: Console | None) -> None:
-    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    existing = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     text = card(run, existing)
     if text is not None:
         write_text(path, text)
