@@ -110,7 +110,7 @@ def test_the_demo_and_with_it_the_package_is_under_12_mb() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match="policy, proxy, proxy_seed1, .*gold, prompts"):
+    with pytest.raises(ValueError, match=r"policy, proxy, proxy_seed1, .*gold, prompts"):
         demo_path("polici")
 
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from klippo.evaluation.statistics import CONFIDENCE, Estimate
+from klippo.tensors.ensembles import combine
 
 NUM_BINS = 10
 
@@ -151,7 +153,7 @@ def ensemble_differences(
     known = np.asarray([sd for sd in sds if sd is not None], dtype=np.float64)
     if len(known) == len(d):
         d = d / known[:, None] * known.mean()
-    mean: list[float] = d.mean(0).tolist()
+    mean: list[float] = combine(torch.from_numpy(d), "mean").tolist()
     return mean
 
 

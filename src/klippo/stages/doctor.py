@@ -10,8 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-REQUIRED = ("torch", "transformers", "peft", "datasets", "tokenizers", "accelerate")
-OPTIONAL = ("vllm", "bitsandbytes", "trl", "matplotlib")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "accelerate",
+    "trl",
+    "matplotlib",
+)
+OPTIONAL = ("vllm", "bitsandbytes")
 KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 GIB = 2**30
 
