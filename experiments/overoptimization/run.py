@@ -38,14 +38,15 @@ NUM_MEMBERS = 5
 class Plan:
     """How much of everything; the defaults are the full version."""
 
-    num_steps: int = 60
-    eval_every: int = 5
-    num_prompts: int = 128
+    num_steps: int = 40
+    batch_size: int = 64
+    eval_every: int = 4
+    num_prompts: int = 96
     seeds: tuple[int, ...] = (1, 2, 3)
     noises: tuple[str, ...] = ("clean", "noisy")
     kl_coef: float = 0.05  # of the arm "UWO + KL"; the others have no leash
     uwo_weight: float = 0.5
-    learning_rate: float = 2e-4
+    learning_rate: float = 1.5e-4
 
 
 SMOKE = Plan(num_steps=10, eval_every=5, num_prompts=64, seeds=(1,), noises=("clean",))
@@ -87,7 +88,7 @@ def config(plan: Plan, arm: dict[str, Any], seed: int, folder: Path) -> dict[str
         "gold": {"kind": "classifier", "model": "demo:gold"},
         "ppo": {
             "num_steps": plan.num_steps,
-            "batch_size": 128,
+            "batch_size": plan.batch_size,
             "num_epochs": 2,
             "value_coef": 0.2,
         },
@@ -97,13 +98,13 @@ def config(plan: Plan, arm: dict[str, Any], seed: int, folder: Path) -> dict[str
     }
 
 
-def runs(plan: Plan, work: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every run's folder and config."""
+def runs(plan: Plan, work: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Every run's kind of labels, folder and config."""
     for noise in plan.noises:
         for seed in plan.seeds:
             for name, arm in arms(plan, members_of(noise, work), seed).items():
                 folder = work / "runs" / noise / name.replace(" + ", "_") / f"seed{seed}"
-                yield folder, config(plan, arm, seed, folder)
+                yield noise, folder, config(plan, arm, seed, folder)
 
 
 def members_of(noise: str, work: Path) -> str:
@@ -113,10 +114,10 @@ def members_of(noise: str, work: Path) -> str:
     return str(work / f"members_{noise}" / "proxy_seed{seed}")
 
 
-def build_noisy_members(noise: str, work: Path) -> None:
+def build_members(noise: str, work: Path) -> None:
     """Members as the demo's, with a share of their pairs turned round; only once."""
     folder = work / f"members_{noise}"
-    if (folder / "done").exists():
+    if noise == "clean" or (folder / "done").exists():
         return
     import build_demo
     import torch
@@ -154,6 +155,19 @@ def train(folder: Path, content: dict[str, Any]) -> None:
     print(f"{folder}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
 
 
+def train_all(plan: Plan, work: Path, num_jobs: int) -> None:
+    """Members and runs side by side; runs wait for their members."""
+    with ThreadPoolExecutor(num_jobs) as pool:
+        members = {noise: pool.submit(build_members, noise, work) for noise in plan.noises}
+
+        def ready(noise: str, folder: Path, content: dict[str, Any]) -> None:
+            members[noise].result()
+            train(folder, content)
+
+        for done in [pool.submit(ready, *run) for run in runs(plan, work)]:
+            done.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tenth of it, in minutes")
@@ -166,14 +180,7 @@ def main() -> None:
     work = options.work or ROOT / "runs" / f"overoptimization_{name}"
     start = time.monotonic()
     if not options.only_analysis:
-        for noise in plan.noises:
-            if noise != "clean":
-                build_noisy_members(noise, work)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for done in [
-                pool.submit(train, folder, content) for folder, content in runs(plan, work)
-            ]:
-                done.result()
+        train_all(plan, work, options.jobs)
     results = analyse(
         {noise: members_of(noise, work) for noise in plan.noises},
         work / "runs",
