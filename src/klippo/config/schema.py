@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from klippo.data.settings import DataSettings, PreferenceSettings
-from klippo.evaluation.settings import EvaluationSettings
+from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.rewards.settings import RewardSettings, ensembles
@@ -75,6 +75,8 @@ class RunConfig(WholeConfig):
     """AdamW and its schedule."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Samples of a fixed prompt set, before, during and after."""
+    guard: GuardSettings = GuardSettings()
+    """Ends the run while the policy is still good."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -97,6 +99,20 @@ class RunConfig(WholeConfig):
                     f"negative KL{remedy}"
                 )
 
+    def _guard_conflicts(self) -> Iterator[str]:
+        guard, evaluation = self.guard, self.evaluation
+        if not guard.is_on:
+            return
+        if evaluation.every is None or evaluation.num_prompts == 0:
+            yield "guard needs evaluations on the way; set evaluation.every and num_prompts"
+        if guard.gold_prompts > 0 and self.gold is None:
+            yield f"guard.gold_prompts={guard.gold_prompts} needs a gold reward; add gold"
+        if 0 < guard.gold_prompts < MIN_PROMPTS:
+            yield (
+                f"guard.gold_prompts={guard.gold_prompts}: fewer than {MIN_PROMPTS} prompts say "
+                "nothing; use more, or 0"
+            )
+
     def _conflicts(self) -> Iterator[str]:
         policy, critic = self.policy, self.critic
         if policy.tuning != "lora":
@@ -114,6 +130,7 @@ class RunConfig(WholeConfig):
                 "critic.kind=separate would train a copy of the policy's 4-bit weights, and these "
                 "cannot be trained; name a critic.model, or use critic.kind=lora"
             )
+        yield from self._guard_conflicts()
         for ensemble in ensembles(self.gold):
             if ensemble.standardize == "start" and ensemble.moments is None:
                 yield (

@@ -1,8 +1,11 @@
-"""Settings of evaluation while training."""
+"""Settings of evaluation while training, and of the guard that may end it."""
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from klippo.settings import Settings
+
+MIN_PROMPTS = 16
+"""The fewest prompts from which a verdict is drawn."""
 
 
 class EvaluationSettings(Settings):
@@ -12,3 +15,17 @@ class EvaluationSettings(Settings):
     """Fixed evaluation prompts, from the validation set where there is one; 0 turns it off."""
     num_shown: NonNegativeInt = 10
     """Prompts of the before/after table."""
+
+
+class GuardSettings(Settings):
+    """Ends a run at an evaluation, and keeps the best policy so far in `best/`."""
+
+    max_kl: PositiveFloat | None = None
+    """Stop at the first evaluation whose exact KL exceeds this, nats per response."""
+    gold_prompts: NonNegativeInt = 0
+    """Prompts outside the evaluation set whose responses gold scores at every evaluation; stop
+    when they say over-optimised twice in a row. Gold is then loaded while training. 0 is off."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.max_kl is not None or self.gold_prompts > 0

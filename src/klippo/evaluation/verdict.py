@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 
 from klippo.evaluation.history import Floats, History
+from klippo.evaluation.settings import MIN_PROMPTS
 from klippo.evaluation.statistics import Estimate, estimate
 
 Outcome = Literal["over-optimised", "improved", "worse", "unchanged", "not enough data"]
 NUM_STANDARD_ERRORS = 2.0
-MIN_PROMPTS = 16
 SMALL_EFFECT = 0.2
 """In standard deviations of gold at the start: "unchanged" needs an interval within this."""
 

@@ -21,8 +21,8 @@ class Recorder(Protocol):
 
     def is_eval_step(self, step: int) -> bool: ...
 
-    def evaluate(self, step: int) -> None:
-        """Sample the fixed evaluation prompts with the policy as it is now."""
+    def evaluate(self, step: int) -> bool:
+        """Sample the fixed evaluation prompts with the policy as it is now; True ends the run."""
 
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None: ...
 
@@ -33,10 +33,13 @@ def train(
     score: Callable[[Rollout], Scores],
     recorder: Recorder,
 ) -> None:
-    """Run PPO until `ppo.num_steps`; the policy is evaluated before, on the way and after."""
+    """Run PPO until `ppo.num_steps`, or until an evaluation says that it is enough.
+
+    The policy is evaluated before, on the way and after.
+    """
     for step in range(learner.num_steps_done, learner.ppo.num_steps):
-        if recorder.is_eval_step(step):
-            recorder.evaluate(step)
+        if recorder.is_eval_step(step) and recorder.evaluate(step):
+            return
         with recorder.phase("generate"):
             rollout = source.next()
         with recorder.phase("score"):

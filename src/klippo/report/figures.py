@@ -245,7 +245,7 @@ def histogram(runs: Sequence[RunData], key: str, title: str) -> Picture | None:
         run.label: [float(row[key]) for row in run.after if row.get(key) is not None]
         for run in runs
     }
-    first = next((run for run in runs if run.label in ends and ends[run.label]), runs[0])
+    first = next((run for run in runs if ends.get(run.label)), runs[0])
     start = [float(row[key]) for row in first.before if row.get(key) is not None]
     ends = {label: values for label, values in ends.items() if values}
     if not ends or not start:

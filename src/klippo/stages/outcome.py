@@ -29,6 +29,7 @@ from klippo.runs.folder import (
     write_text,
 )
 from klippo.stages.gold_eval import add_gold, gold_found, gold_missing
+from klippo.stages.guard import BEST_DIR, RunGuard
 from klippo.stages.report import REPORT_FILE, write_report
 from klippo.stages.session import Session
 from klippo.stages.started import now
@@ -50,7 +51,9 @@ class Outcome:
     """Why gold scores are missing, where they are: the run itself is done."""
 
 
-def conclude(session: Session, folder: RunFolder, console: Console) -> Outcome:
+def conclude(
+    session: Session, folder: RunFolder, console: Console, guard: RunGuard | None = None
+) -> Outcome:
     """Score the evaluation samples with gold, write tables and the report, print the summary.
 
     What goes wrong with gold, or with the report, costs nothing else: the outcome,
@@ -61,6 +64,10 @@ def conclude(session: Session, folder: RunFolder, console: Console) -> Outcome:
     if not session.ranks.is_main:
         return outcome
     details: dict[str, Any] = {"reason": "all steps done", "num_steps_done": num_steps}
+    if guard is not None:
+        details |= {"best_step": guard.best_step, "best_model": f"{BEST_DIR}/{MODEL_DIR}"}
+        if guard.stopped is not None:
+            details["reason"] = f"stopped by the guard: {guard.stopped}"
     details["ended"] = now()
     details["before_after"] = {}
     if session.evaluation_prompts:
@@ -83,6 +90,9 @@ def conclude(session: Session, folder: RunFolder, console: Console) -> Outcome:
         for view in views:
             console.print(Text(f"Verdict: {view.verdict.outcome}. {view.reason}"), soft_wrap=True)
     console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
+    if guard is not None:
+        best = folder.path / BEST_DIR / MODEL_DIR
+        console.print(f"Best policy: that of step {guard.best_step}, in {best}", soft_wrap=True)
     return outcome
 
 

@@ -56,6 +56,10 @@ class Session:
     """Which of them this process answers."""
     answer_evaluation: Callable[[], Rollout]
     """Answers to this process's share, each with the same random numbers at every step."""
+    spare_prompts: list[Prompt]
+    """Where prompts beside the evaluation set come from: held-out ones, else those to train on."""
+    answer_alone: Callable[[list[Prompt], int], Rollout]
+    """Responses to prompts under a seed, in this process."""
     prepare: Callable[[Sequence[Any]], list[Prompt]]
     """Raw prompts (text or chat messages) as the policy reads them."""
 
@@ -164,6 +168,10 @@ def open_session(
         evaluation_share=share,
         answer_evaluation=lambda: evaluation_source.answer_as(
             evaluation_prompts[share.start : share.stop], share
+        ),
+        spare_prompts=held_out_prompts,
+        answer_alone=lambda prompts, seed: source_with(list, seed).answer_as(
+            prompts, range(len(prompts))
         ),
         prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     )

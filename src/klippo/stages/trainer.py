@@ -25,6 +25,7 @@ from klippo.rollouts.collate import collate, truncate_after_stop
 from klippo.runs.folder import CONFIG_FILE, CRITIC_DIR, MODEL_DIR, RunFolder, write_text
 from klippo.runs.memory import peak_memory_gib
 from klippo.runs.progress import Progress
+from klippo.stages.guard import RunGuard
 from klippo.stages.outcome import Outcome, conclude
 from klippo.stages.session import Session, open_session
 from klippo.stages.started import now, write_started
@@ -89,7 +90,7 @@ class PPOTrainer:
                 ppo_trainer.train(session.learner, session.source, session.score, recorder)
             if session.ranks.is_main:
                 save_model(session, recorder.folder)
-            return conclude(session, recorder.folder, recorder.console)
+            return conclude(session, recorder.folder, recorder.console, recorder.guard)
         except BaseException as error:
             with undisturbed():
                 self._rescue(recorder, error)
@@ -211,6 +212,9 @@ class RunRecorder:
             self.console, session.config.ppo.num_steps, quiet=quiet or not self.is_main
         )
         self._seconds: dict[str, float] = {}
+        self.guard: RunGuard | None = None
+        if session.config.guard.is_on:
+            self.guard = RunGuard(session, self._rows, lambda folder: save_model(session, folder))
         self.folder = RunFolder(output_dir)
         session.ranks.on_main(lambda: self._open_folder(output_dir, overwrite))
 
@@ -233,15 +237,25 @@ class RunRecorder:
         every = self.session.config.evaluation.every
         return step == 0 or (every is not None and step % every == 0)
 
-    def evaluate(self, step: int) -> None:
-        """Sample the fixed prompts and write eval/step-N.jsonl."""
+    def evaluate(self, step: int) -> bool:
+        """Sample the fixed prompts, write eval/step-N.jsonl; True when the guard ends the run."""
         session = self.session
         if not session.evaluation_prompts:
-            return
-        own = self._evaluate_share(step) if session.evaluation_share else []
+            return False
+        own = []
+        if session.evaluation_share:
+            rollout = session.answer_evaluation()
+            own = self._rows(rollout, step)
         rows = [row for part in session.ranks.gather(own) for row in part]
-        if not self.is_main:
-            return
+        stop = False
+        if self.is_main:
+            self._report_evaluation(step, rows)
+            stop = self.guard is not None and self.guard.look(step, rows, self.folder)
+            if self.guard is not None and self.guard.stopped is not None:
+                self.progress.say(f"The guard ends the run: {self.guard.stopped}")
+        return session.ranks.gather(stop)[0]
+
+    def _report_evaluation(self, step: int, rows: list[SampleRow]) -> None:
         self.folder.write_rows(step, rows)
         summary = summarize(rows)
         proxy = summary.get("eval/proxy_mean", float("nan"))
@@ -251,10 +265,9 @@ class RunRecorder:
             f"length {summary['eval/length_tokens']:.1f}  ({len(rows)} prompts)"
         )
 
-    def _evaluate_share(self, step: int) -> list[SampleRow]:
-        """Rows of this process's evaluation prompts."""
+    def _rows(self, rollout: Rollout, step: int) -> list[SampleRow]:
+        """Rows of responses that this process sampled."""
         session = self.session
-        rollout = session.answer_evaluation()
         return evaluate(
             session.policy,
             session.reference,

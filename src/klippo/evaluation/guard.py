@@ -1,0 +1,96 @@
+"""Stop a run while its policy is still good: at a KL budget, or when gold starts to fall.
+
+S evaluations so far, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from klippo.evaluation.history import History
+from klippo.evaluation.samples import SampleRow
+from klippo.evaluation.settings import GuardSettings
+from klippo.evaluation.verdict import judge
+
+ALARMS_IN_A_ROW = 2
+"""A verdict is asked for at every evaluation; one alarm alone may be the one false one of many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What an evaluation means for the run."""
+
+    is_best: bool
+    """The policy is the best so far, and worth keeping."""
+    stop: str | None = None
+    """Why the run should end here; None lets it go on."""
+
+
+class Guard:
+    """Looks at every evaluation of a run, in order."""
+
+    def __init__(self, settings: GuardSettings, seed: int = 0) -> None:
+        self._settings = settings
+        self._seed = seed
+        self._steps: list[int] = []
+        self._gold_rows: list[Sequence[SampleRow]] = []
+        self._num_alarms = 0
+        self.best_step: int | None = None
+        self._best_gold = -np.inf
+
+    def look(
+        self, step: int, rows: Sequence[SampleRow], gold_rows: Sequence[SampleRow] = ()
+    ) -> Decision:
+        """`rows` are the run's own evaluation, `gold_rows` the guard's prompts with gold scores.
+
+        The best policy is that with the highest mean gold, without gold the latest within the
+        budget.
+        """
+        kl = float(np.mean([row["kl_exact_nats"] for row in rows]))
+        limit = self._settings.max_kl
+        within = limit is None or kl <= limit
+        is_best = within
+        alarm = None
+        if gold_rows:
+            mean = float(np.nanmean([_number(row["gold"]) for row in gold_rows]))
+            is_best = within and mean > self._best_gold
+            alarm = self._gold_alarm(step, gold_rows)
+            if is_best:
+                self._best_gold = mean
+        if is_best:
+            self.best_step = step
+        if not within:
+            return Decision(
+                is_best=False,
+                stop=f"KL {kl:.2f} nats at step {step} exceeds guard.max_kl={limit:g}",
+            )
+        return Decision(is_best=is_best, stop=alarm)
+
+    def _gold_alarm(self, step: int, gold_rows: Sequence[SampleRow]) -> str | None:
+        self._steps.append(step)
+        self._gold_rows.append(gold_rows)
+
+        def table(key: str) -> np.ndarray:
+            return np.array([[_number(row[key]) for row in rows] for rows in self._gold_rows])
+
+        verdict = judge(
+            History(
+                steps=list(self._steps),
+                prompt_ids=[row["prompt_id"] for row in gold_rows],
+                proxy=table("proxy"),
+                kl=table("kl_exact_nats"),
+                gold=table("gold"),
+            ),
+            self._seed,
+        )
+        self._num_alarms = self._num_alarms + 1 if verdict.outcome == "over-optimised" else 0
+        if self._num_alarms < ALARMS_IN_A_ROW:
+            return None
+        return f"over-optimised by the guard's {len(gold_rows)} prompts: {verdict.reason}"
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
