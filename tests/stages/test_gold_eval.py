@@ -327,3 +327,7 @@ def test_gold_eval_of_a_run_gives_what_the_run_itself_gives(cli, write_config, t
     write_rows(file, [{k: v for k, v in r.items() if not k.startswith("gold")} for r in own])
     assert cli("gold-eval", tmp_path / "run", f"{path}:gold")[0] == 0
     assert read_rows(file) == own
+    write_rows(file, [{k: v for k, v in r.items() if k != "prompt_content"} for r in own])
+    code, _, err = cli("gold-eval", tmp_path / "run", f"{path}:gold")
+    assert code == 2
+    assert "gold would read it twice" in err
