@@ -54,7 +54,8 @@ def gold_eval(
     files = evaluation_files(path)
     settings = reward_named(gold, is_alpacafarm=is_alpacafarm, batch_size=batch_size)
     check_reward(settings)
-    run = next(iter(files.values())).parent.parent
+    folder = next(iter(files.values())).parent
+    run = folder.parent if folder.name else folder.resolve().parent
     status = _status(run)
     evaluations = _read(files, console, still_running=status.get("state") == "running")
     data = _data(run)
