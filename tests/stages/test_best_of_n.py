@@ -376,6 +376,22 @@ def test_wrong_options_say_what_to_do(cli, sample, functions, options, told, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_is_sampled_on_the_prompts_that_it_held_out(
+    cli, write_config, prompts_file, functions, tmp_path
+):
+    data = {"train": str(prompts_file), "validation_size": 4}
+    assert (
+        cli("train", write_config(data=data, seed=5, ppo={"num_steps": 1, "batch_size": 4}))[0] == 0
+    )
+    held_out = {row["prompt_id"] for row in read_rows(tmp_path / "run/eval/step-0.jsonl")}
+    code, _, err = cli(
+        "best-of-n", tmp_path / "run", "--num-samples", 2, "--proxy", f"{functions}:good",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    assert {row["prompt_id"] for row in read_rows(tmp_path / "out/prompts.jsonl")} == held_out
+
+
 def test_a_model_that_is_no_run_needs_prompts_and_a_proxy(cli, gpt2, functions, tmp_path):
     out = tmp_path / "out"
     code, _, err = cli("best-of-n", gpt2, "--proxy", f"{functions}:good", "--output", out)

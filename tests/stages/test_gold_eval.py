@@ -94,7 +94,7 @@ def test_gold_goes_into_the_same_rows_with_the_name_of_its_model(cli, recorded, 
     assert "Improved. Gold changed by +2.00 (95%: +2.00 to +2.00)" in out
 
 
-def test_the_eval_folder_will_do_and_nothing_is_scored_twice(cli, recorded, counting):
+def test_the_eval_folder_will_do_and_nothing_is_scored_twice(cli, recorded, counting, monkeypatch):
     assert cli("gold-eval", recorded / "eval", f"{counting}:good")[0] == 0
     assert calls(counting) == [20, 20]
     code, out, _ = cli("gold-eval", recorded, f"{counting}:good")
@@ -104,6 +104,9 @@ def test_the_eval_folder_will_do_and_nothing_is_scored_twice(cli, recorded, coun
     write_rows(recorded / "eval/step-2.jsonl", [rows[0], row(2, 1), *rows[2:]])
     assert cli("gold-eval", recorded, f"{counting}:good")[0] == 0
     assert calls(counting) == [20, 20, 1]
+    (recorded / "run_status.json").write_text('{"state": "running"}')
+    monkeypatch.chdir(recorded / "eval")
+    assert "still going on" in cli("gold-eval", ".", f"{counting}:good")[1]
 
 
 def test_a_reward_model_reads_batches_through_a_template(cli, recorded, reward_model):
@@ -327,3 +330,26 @@ def test_gold_eval_of_a_run_gives_what_the_run_itself_gives(cli, write_config, t
     write_rows(file, [{k: v for k, v in r.items() if not k.startswith("gold")} for r in own])
     assert cli("gold-eval", tmp_path / "run", f"{path}:gold")[0] == 0
     assert read_rows(file) == own
+    write_rows(file, [{k: v for k, v in r.items() if k != "prompt_content"} for r in own])
+    code, _, err = cli("gold-eval", tmp_path / "run", f"{path}:gold")
+    assert code == 2
+    assert "gold would read it twice" in err
+
+
+def test_a_kill_while_a_run_scores_gold_leaves_it_done(cli, write_config, tmp_path):
+    path = tmp_path / "killer.py"
+    path.write_text(
+        "import os, signal\ndef gold(responses):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    config = write_config(gold={"kind": "function", "function": f"{path}:gold"})
+    command = [sys.executable, "-m", "klippo", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    status = json.loads((tmp_path / "run/run_status.json").read_text())
+    assert status["state"] == "done"
+    assert status["gold"]["state"] == "missing"
+    path.write_text("def gold(responses):\n    return [1.0 for _ in responses]\n")
+    assert cli(*status["gold"]["command"].split()[1:])[0] == 0
+    status = json.loads((tmp_path / "run/run_status.json").read_text())
+    assert status["gold"]["state"] == "done"
+    assert status["before_after"]["gold"]["after"] == 1

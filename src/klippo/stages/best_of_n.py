@@ -27,7 +27,7 @@ from klippo.runs.folder import write_text, writing
 from klippo.stages import fingerprints
 from klippo.stages.best_of_n_plan import Plan, Standardize, plan_of, with_scale
 from klippo.stages.build import choose_device
-from klippo.stages.compare import held_out_prompts
+from klippo.stages.compare import held_out_prompts, own_prompts
 from klippo.stages.models import OpenModel, open_model
 from klippo.stages.reward_names import check_reward, reward_label
 from klippo.stages.sample_files import (
@@ -137,14 +137,11 @@ def _samples(asked: BestOfN, console: Console) -> Samples:
 
 
 def _prompts(asked: BestOfN, opened: OpenModel) -> list[Prompt]:
-    data = opened.data
-    if asked.prompts is not None:
-        own = {"train": asked.prompts, "validation": None, "validation_size": 0}
-        data = data.model_copy(update=own)
+    data = opened.data if asked.prompts is None else own_prompts(opened.data, asked.prompts)
     if data.train == "prompts":
         raise ConfigError(f"{opened.name} is no run folder; say which prompts: --prompts FILE")
     length = asked.response_length or opened.max_tokens
-    return held_out_prompts(opened, data, asked.num_prompts, length, asked.seed)
+    return held_out_prompts(opened, data, opened.data_seed, asked.num_prompts, length, asked.seed)
 
 
 def _request(asked: BestOfN) -> dict[str, Any]:

@@ -47,13 +47,7 @@ def compare(
     device = choose_device("auto")
     settings = _reward_settings(reward, before, after)
     first, second = open_model(before, device), open_model(after, device)
-    data = (
-        second.data
-        if prompts is None
-        else second.data.model_copy(
-            update={"train": str(prompts), "validation": None, "validation_size": 0}
-        )
-    )
+    data = second.data if prompts is None else own_prompts(second.data, str(prompts))
     if data.train == "prompts":
         raise ConfigError("neither model is a run folder; say which prompts: --prompts FILE")
     scorer = None
@@ -62,7 +56,8 @@ def compare(
     sides = []
     for opened in (first, second):
         limit = second.max_tokens if max_tokens is None else max_tokens
-        rollout = _answers(opened, data, num_prompts, limit, seed)
+        asked = held_out_prompts(opened, data, second.data_seed, num_prompts, limit, seed)
+        rollout = _answers(opened, asked, limit, seed)
         scores = None if scorer is None else resolve_scores(scorer, rollout).reward
         sides.append(_rows(rollout, scores))
     before_rows, after_rows = sides
@@ -90,22 +85,33 @@ def compare(
     return 0
 
 
-def _answers(
-    opened: OpenModel, data: DataSettings, num_prompts: int, max_tokens: int, seed: int
-) -> Rollout:
-    """Fresh answers to held-out prompts where there are any; same random numbers for each model."""
-    prompts = held_out_prompts(opened, data, num_prompts, max_tokens, seed)
+def _answers(opened: OpenModel, prompts: list[Prompt], max_tokens: int, seed: int) -> Rollout:
+    """Fresh answers, with the same random numbers for each model."""
     limits = [max_tokens] * len(prompts)
     seeds = response_seeds(seed, range(len(prompts)))
     completions = opened.engine(Sampling()).generate(prompts, limits, seeds)
     return collate(prompts, completions, opened.tokenizer, temperature=1.0, device=opened.device)
 
 
+def own_prompts(data: DataSettings, source: str) -> DataSettings:
+    """The same reading of prompts, of another file or data set as a whole."""
+    whole = {"train": source, "subset": None, "split": "train"}
+    return data.model_copy(update=whole | {"validation": None, "validation_size": 0})
+
+
 def held_out_prompts(
-    opened: OpenModel, data: DataSettings, num_prompts: int, max_tokens: int, seed: int
+    opened: OpenModel,
+    data: DataSettings,
+    data_seed: int,
+    num_prompts: int,
+    max_tokens: int,
+    seed: int,
 ) -> list[Prompt]:
-    """Prompts as the model reads them: of the held-out rows, or of all where none are held out."""
-    rows, held_out = load_rows(data, seed)
+    """Prompts as the model reads them: of the held-out rows, or of all where none are held out.
+
+    `data_seed` held them out when the run trained; `seed` chooses among them.
+    """
+    rows, held_out = load_rows(data, data_seed)
     room = room_for_prompts(opened.model, max_tokens, data.max_prompt_tokens)
     prompts = build_prompts(
         held_out or rows,

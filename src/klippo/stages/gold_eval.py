@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from klippo.config.load import load_config
+from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.evaluation.gold import check_rows, rows_to_score, with_gold
 from klippo.evaluation.history import History, history
@@ -53,15 +54,19 @@ def gold_eval(
     files = evaluation_files(path)
     settings = reward_named(gold, is_alpacafarm=is_alpacafarm, batch_size=batch_size)
     check_reward(settings)
-    run = next(iter(files.values())).parent.parent
+    folder = next(iter(files.values())).parent
+    run = folder.parent if folder.name else folder.resolve().parent
     status = _status(run)
     evaluations = _read(files, console, still_running=status.get("state") == "running")
+    data = _data(run)
+    if data is not None and data.template is not None:
+        _check_content(files, evaluations)
     evaluations = add_gold(
         {step: files[step] for step in evaluations},
         settings,
         console,
         device=choose_device("auto"),
-        prompt_column=_prompt_column(run),
+        prompt_column="prompt" if data is None else data.prompt_columns[0],
         overwrite=overwrite,
     )
     try:
@@ -190,13 +195,25 @@ def _status(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and "state" in found else {}
 
 
-def _prompt_column(run: Path) -> str:
-    if not (run / CONFIG_FILE).is_file():
-        return "prompt"
+def _data(run: Path) -> DataSettings | None:
+    """How the run read its prompts; None where its config cannot tell (another version's)."""
     try:
-        return load_config(run / CONFIG_FILE).config.data.prompt_columns[0]
-    except ConfigError:  # of another version; the column matters to chat templates alone
-        return "prompt"
+        return load_config(run / CONFIG_FILE).config.data
+    except ConfigError:
+        return None
+
+
+def _check_content(
+    files: Mapping[int, Path], evaluations: Mapping[int, Sequence[SampleRow]]
+) -> None:
+    """Raise ConfigError where a reward would read the data's template as part of the prompt."""
+    for step, rows in evaluations.items():
+        if any("prompt_content" not in row for row in rows):
+            raise ConfigError(
+                f"{files[step]}: the data has a template, and the rows do not hold the prompts "
+                "without it (an older Klippo wrote them), so gold would read it twice; evaluate "
+                "again"
+            )
 
 
 def _mean(values: Any) -> Estimate | None:

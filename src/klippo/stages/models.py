@@ -32,6 +32,8 @@ class OpenModel:
     model: Any
     tokenizer: Any
     data: DataSettings
+    data_seed: int
+    """Seed of its run, which held out rows by it; 0 for other models."""
     stop_ids: frozenset[int]
     max_tokens: int
     """The longest response of its run; for other models 64, or half the context."""
@@ -47,7 +49,7 @@ def open_model(source: str, device: torch.device) -> OpenModel:
     Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
     """
     folder = Path(source)
-    data, at_eos = UNNAMED, True
+    data, data_seed, at_eos = UNNAMED, 0, True
     max_tokens: int | None = None
     stops: tuple[str | int, ...] = ()
     path = source
@@ -56,7 +58,7 @@ def open_model(source: str, device: torch.device) -> OpenModel:
             raise ConfigError(f"{source}: the run has no {MODEL_DIR}/ (see its {STATUS_FILE})")
         path = str(folder / MODEL_DIR)
         config = load_config(folder / CONFIG_FILE).config
-        data, at_eos = config.data, config.rollout.stop_at_eos
+        data, data_seed, at_eos = config.data, config.seed, config.rollout.stop_at_eos
         stops = config.rollout.stop_tokens
         max_tokens = longest(config.rollout.response_length)
     tokenizer = load_tokenizer(path)
@@ -70,6 +72,7 @@ def open_model(source: str, device: torch.device) -> OpenModel:
         model=model,
         tokenizer=tokenizer,
         data=data,
+        data_seed=data_seed,
         stop_ids=stop_token_ids(tokenizer, generation_config, at_eos=at_eos, extra=stops),
         max_tokens=max_tokens,
         device=device,

@@ -152,6 +152,10 @@ def _evaluations(
             prompt_column=session.config.data.prompt_columns[0],
         )
         return evaluations, gold_found(settings)
+    except (KeyboardInterrupt, SystemExit):
+        told = f"The run is done, but for gold scores. This adds them: {unscored['command']}"
+        console.print(Text(told), soft_wrap=True)
+        raise
     except Exception as error:
         known = isinstance(error, KlippoError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
