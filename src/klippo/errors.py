@@ -35,3 +35,15 @@ class StorageError(KlippoError):
     """A file could not be written (disk full, folder read-only); older files stay whole."""
 
     exit_code = 3
+
+
+class JudgeError(KlippoError):
+    """The judge cannot be used: it refused the key or the model, or what answers is no judge."""
+
+    exit_code = 4
+
+
+class BudgetError(KlippoError):
+    """The judge's budget of calls, tokens or USD is used up; paid answers are kept."""
+
+    exit_code = 5

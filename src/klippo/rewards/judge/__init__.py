@@ -1,0 +1,1 @@
+"""A chat model behind an API as the reward."""
