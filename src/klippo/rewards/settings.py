@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from klippo.rewards.judge.settings import JudgeSettings
 from klippo.settings import Settings
 
 
@@ -205,6 +206,7 @@ RewardSettings = Annotated[
     ClassifierSettings
     | EnsembleSettings
     | FunctionSettings
+    | JudgeSettings
     | LengthSettings
     | RepetitionSettings
     | SumSettings,

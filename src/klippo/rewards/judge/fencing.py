@@ -57,7 +57,7 @@ def is_blank(text: str) -> bool:
 
 
 def cut(text: str, max_chars: int) -> tuple[str, bool]:
-    """At most so many characters, with a mark that says how many are missing; whether it was cut."""
+    """At most so many characters, with a mark that says how many are missing; True if cut."""
     if len(text) <= max_chars:
         return text, False
     return f"{text[:max_chars]}\n[cut here: {len(text) - max_chars} more characters]", True

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from klippo.rewards.judge.fencing import clean
 from klippo.rewards.judge.messages import Answer
 
 Source = Literal["logprobs", "json", "line"]
@@ -50,9 +52,9 @@ def read_answer(
     `judged` are the texts that the policy wrote: a score that stands there in the same form is an
     echo, and not the judge's.
     """
-    if source == "logprobs" and answer.label_logprobs is not None:
-        if answer.cause in (None, "truncated"):  # one token is all that is read
-            return expected_score(answer.label_logprobs)
+    is_readable = answer.cause in (None, "truncated")  # one token is all that is read
+    if source == "logprobs" and answer.label_logprobs is not None and is_readable:
+        return expected_score(answer.label_logprobs)
     if answer.cause is not None:
         return Reading(cause=answer.cause)
     if source == "logprobs":
@@ -116,7 +118,7 @@ def parse_json(text: str, judged: tuple[str, ...] = (), *, rationale: bool = Fal
 
 
 def parse_line(text: str, judged: tuple[str, ...] = ()) -> Reading:
-    """The last line `Score: N`, where no other line looks like one; what stands before is reason."""
+    """The last line `Score: N`, where no other line looks like one; the rest is the rationale."""
     lines = text.strip(_SPACE).replace("\r\n", "\n").split("\n")
     last = lines[-1].rstrip(" \t")
     before = "\n".join(lines[:-1]).strip() or None
@@ -132,13 +134,16 @@ def parse_line(text: str, judged: tuple[str, ...] = ()) -> Reading:
 
 
 def _is_echo(said: str, judged: tuple[str, ...]) -> bool:
-    """Whether what the score was read from stands in a judged text, spaces and case aside."""
+    """Whether what the score was read from stands in a judged text, as the judge may repeat it.
+
+    Spaces, case, width and what is invisible make no difference.
+    """
     said = _squeezed(said)
     return any(said in _squeezed(text) for text in judged)
 
 
 def _squeezed(text: str) -> str:
-    return "".join(text.split()).casefold()
+    return "".join(unicodedata.normalize("NFKC", clean(text)).split()).casefold()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -141,3 +141,88 @@ class TransportSettings(Settings):
         """USD per million tokens read and written; None unless both are known."""
         read, written = self.usd_per_million_prompt_tokens, self.usd_per_million_completion_tokens
         return None if read is None or written is None else (read, written)
+
+
+class CriterionSettings(Settings):
+    """One of several criteria, each judged by a call of its own."""
+
+    text: str
+    """What stands for {criteria} in the rubric."""
+    weight: PositiveFloat = 1.0
+    """Its share: the reward is the weighted mean over criteria."""
+
+
+class JudgeSettings(Settings):
+    """A chat model behind an API that scores each response from 0 to 10."""
+
+    kind: Literal["judge"]
+    api: TransportSettings
+    """Where the judge is, and what it may cost."""
+    rubric: str | None = None
+    """What the judge is asked: `general`, `sycophancy`, `pairwise` or a file of your own with
+    {prompt} and {response}. Default: `general`, with mode pairwise `pairwise`."""
+    mode: Literal["absolute", "difference", "pairwise"] = "absolute"
+    """The reward between -1 and 1: score / 5 - 1; (score - score of the reference) / 10; or a
+    comparison with the reference, asked in both orders."""
+    reference_column: str | None = None
+    """Column of the data with a reference answer; modes difference and pairwise need it."""
+    criteria: Annotated[dict[str, CriterionSettings], Field(min_length=1)] | None = None
+    """Name -> criterion, each judged and logged alone. Default: the rubric's own, in one call."""
+    votes: PositiveInt = 1
+    """Answers per question, averaged; with log-probs one is enough, and one is asked for."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Sent only where set, because some judges refuse it."""
+    score_source: Literal["auto", "logprobs", "json", "line"] = "auto"
+    """Where the score is read: the expected score over the log-probs of eleven labels, JSON by a
+    schema, or a last line `Score: N`. `auto` takes the first that the judge can, at the start."""
+    rationale: bool = False
+    """Let the judge say why before it scores (json or line): slower and dearer, often better."""
+    max_tokens: PositiveInt | None = None
+    """Longest answer; default: 4 with log-probs, 64 otherwise, 400 with a rationale. A judge that
+    thinks first needs thousands."""
+    max_response_chars: PositiveInt = 20_000
+    """The judge sees so many characters of a response or reference, and a mark where it is cut."""
+    on_unscored: Literal["mask", "floor", "value"] = "mask"
+    """A response without a score is left out of the update, gets -1, or gets unscored_value."""
+    unscored_value: float | None = None
+    """With `on_unscored: value`: the reward that it gets."""
+    max_unscored_step: float = Field(default=0.25, ge=0, le=1)
+    """Above this share of unscored responses in a step (or in the last 32, where a step is
+    smaller) the judge is asked again for outage_patience_s; then the run ends."""
+    max_unscored_run: float = Field(default=0.05, ge=0, le=1)
+    """Above this share of all responses, once there are 200, the run ends."""
+    outage_patience_s: float = Field(default=600.0, ge=0)
+    """How long a step waits for a judge that cannot be reached."""
+    probes: bool = True
+    """Before the first score, judge five worthless answers and warn if one is liked."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if problems := [*self._judge_problems()]:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _judge_problems(self) -> Iterator[str]:
+        if self.mode != "absolute" and self.reference_column is None:
+            yield (
+                f"reference_column is missing: mode={self.mode} compares with a reference answer; "
+                "name the data's column that holds it, or use mode: absolute"
+            )
+        if self.rationale and self.score_source == "logprobs":
+            yield (
+                "rationale=true needs words, and score_source=logprobs reads one token; use "
+                "score_source: auto, or leave the rationale out"
+            )
+        if self.votes > 1 and (self.temperature == 0 or self.score_source == "logprobs"):
+            why = "temperature=0" if self.temperature == 0 else "score_source=logprobs"
+            yield f"votes={self.votes} would all be the same with {why}; use votes: 1"
+        if (self.on_unscored == "value") != (self.unscored_value is not None):
+            yield (
+                f"unscored_value={self.unscored_value} and on_unscored={self.on_unscored}: the "
+                "value is needed with on_unscored: value, and there alone"
+            )
+
+    @property
+    def rubric_name(self) -> str:
+        """rubric, or the mode's own."""
+        return self.rubric or ("pairwise" if self.mode == "pairwise" else "general")
