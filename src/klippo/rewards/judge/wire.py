@@ -69,7 +69,7 @@ class Wire(Protocol):
     """A wire format."""
 
     path: str
-    optional: Sequence[str]
+    optional: tuple[str, ...]
     """Parameters that a server may do without."""
 
     def headers(self, key: str | None) -> dict[str, str]:
@@ -89,7 +89,7 @@ class OpenAIChat:
     """`/chat/completions`: OpenAI, Gemini's compatible endpoint, vLLM, Ollama, transformers."""
 
     path = "/chat/completions"
-    optional = ("temperature", "response_format", "top_logprobs", "logprobs")
+    optional: tuple[str, ...] = ("temperature", "response_format", "top_logprobs", "logprobs")
 
     def headers(self, key: str | None) -> dict[str, str]:
         return {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -129,7 +129,7 @@ class AnthropicMessages:
     """`/messages`, Anthropic's own format: it takes a schema, and gives no log-probs."""
 
     path = "/messages"
-    optional = ("temperature", "output_config")
+    optional: tuple[str, ...] = ("temperature", "output_config")
 
     def headers(self, key: str | None) -> dict[str, str]:
         version = {"anthropic-version": ANTHROPIC_VERSION}
