@@ -12,12 +12,13 @@ from klippo.errors import ConfigError
 from klippo.rewards.judge.fencing import clean, cut, fence_for, is_blank
 from klippo.rewards.judge.rubric import (
     Material,
-    check_rubric,
+    check_settings,
     load_rubric,
     packaged,
     parse_rubric,
     render,
 )
+from tests.judge.fakes import settings
 from tests.judge.injections import ALL
 
 SPECIAL = re.compile(
@@ -76,17 +77,17 @@ def test_a_missing_rubric_names_the_packaged_ones() -> None:
     [
         ("", {"mode": "pairwise", "reference_column": "gold"}, "mode=pairwise"),
         ("{reference}", {"mode": "difference", "reference_column": "gold"}, "mode=difference"),
-        ("{reference}", {"mode": "absolute", "reference_column": None}, "no reference_column"),
-        ("", {"has_criteria": True}, "no {criteria}"),
+        ("{reference}", {}, "no reference_column"),
+        ("", {"criteria": {"truth": {"text": "Is it true?"}}}, "no {criteria}"),
     ],
 )
 def test_a_rubric_that_does_not_fit_the_mode_is_refused(
-    text: str, given: dict, problem: str
+    text: str, given: dict, problem: str, tmp_path: Path
 ) -> None:
-    rubric = parse_rubric("{prompt}{response}" + text, "mine.md")
-    fitting = {"mode": "absolute", "has_criteria": False, "reference_column": None}
+    path = tmp_path / "mine.md"
+    path.write_text("{prompt}{response}" + text)
     with pytest.raises(ConfigError, match=problem):
-        check_rubric(rubric, **(fitting | given))
+        check_settings(settings(rubric=str(path), **given))
 
 
 @pytest.mark.parametrize("text", ALL)

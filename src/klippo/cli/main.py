@@ -10,6 +10,7 @@ import typer
 
 from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
+from klippo.cli.judge import register as register_judge
 from klippo.cli.laboratory import register as register_laboratory
 from klippo.cli.source import (
     ConfigDir,
@@ -80,6 +81,7 @@ def train(
 
 register_supervised(app)
 register_laboratory(app)
+register_judge(app)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,13 @@ from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.function import FunctionReward
+from klippo.rewards.judge.client import JudgeClient
+from klippo.rewards.judge.judging import judge_label
+from klippo.rewards.judge.reward import JudgeReward, opening_rollout
+from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.loading import load_function
 from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
+from klippo.rewards.resolve import resolve_scores
 from klippo.types import RewardSource
 
 
@@ -35,6 +41,8 @@ def build_reward(
             return EnsembleReward(settings, device=device, prompt_column=prompt_column)
         case kinds.FunctionSettings():
             return FunctionReward(load_function(settings.function), settings.function)
+        case JudgeSettings():
+            return open_judge(settings, prompt_column=prompt_column)
         case kinds.LengthSettings():
             return LengthPenalty(max_tokens=settings.max_tokens, min_tokens=settings.min_tokens)
         case kinds.RepetitionSettings():
@@ -52,6 +60,25 @@ def build_reward(
             }
             return SumReward(parts, all_sum)
     raise AssertionError(f"no class for {type(settings).__name__}")
+
+
+JUDGE_CACHE = Path("runs/judge.sqlite")
+"""Where judges keep their answers, from the working directory, unless their settings say."""
+
+
+def judge_client(settings: JudgeSettings) -> JudgeClient:
+    """The way to the judge. Judges with the same label share one budget in the same cache."""
+    return JudgeClient(settings.api, cache=JUDGE_CACHE, account=judge_label(settings))
+
+
+def open_judge(settings: JudgeSettings, *, prompt_column: str = "prompt") -> JudgeReward:
+    """The judge, after its first real call and its probes: a wrong key shows here.
+
+    Raises PreflightError, JudgeError or BudgetError.
+    """
+    reward = JudgeReward(settings, judge_client(settings), prompt_column=prompt_column)
+    resolve_scores(reward, opening_rollout(settings))
+    return reward
 
 
 def choose_device(name: str) -> torch.device:

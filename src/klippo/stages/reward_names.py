@@ -19,6 +19,9 @@ from klippo.errors import ConfigError, PreflightError
 from klippo.rewards import stored
 from klippo.rewards.classifier import find_label
 from klippo.rewards.function import FunctionReward
+from klippo.rewards.judge.judging import judge_label
+from klippo.rewards.judge.rubric import check_settings
+from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.loading import load_function
 from klippo.rewards.rendering import Renderer
 from klippo.rewards.settings import (
@@ -119,6 +122,8 @@ def reward_label(settings: RewardSettings) -> str:
     """A short name for people; equal exactly for settings that give equal scores."""
     if isinstance(settings, FunctionSettings):
         return settings.function
+    if isinstance(settings, JudgeSettings):
+        return judge_label(settings)
     if isinstance(settings, ClassifierSettings):
         given = settings.model_dump(exclude_defaults=True, exclude=_NO_MATTER)
         told = ", ".join(f"{key}: {value}" for key, value in given.items())
@@ -163,6 +168,15 @@ def functions_in(settings: RewardSettings) -> Iterator[str]:
             yield from functions_in(part.reward)
 
 
+def judges_in(settings: RewardSettings) -> Iterator[JudgeSettings]:
+    """Every judge that a reward asks."""
+    if isinstance(settings, JudgeSettings):
+        yield settings
+    elif isinstance(settings, SumSettings):
+        for part in settings.parts.values():
+            yield from judges_in(part.reward)
+
+
 def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None) -> None:
     """Whatever can go wrong with a reward, as far as that shows without loading any weights.
 
@@ -173,6 +187,8 @@ def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None)
         source = FunctionReward(load_function(function), function)
         if columns is not None:
             source.check_columns(columns)
+    for judge in judges_in(settings):
+        check_settings(judge, columns)
     for one in classifiers_in(settings):
         _check_model(one)
     if isinstance(settings, EnsembleSettings):

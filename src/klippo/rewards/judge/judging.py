@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from klippo.errors import JudgeError
 from klippo.rewards.judge.fencing import is_blank
 from klippo.rewards.judge.messages import JudgeBackend
 from klippo.rewards.judge.parsing import SOURCES, Reading, Source, read_answer
-from klippo.rewards.judge.rubric import Material, Question, check_rubric, load_rubric, render
+from klippo.rewards.judge.rubric import (
+    Material,
+    Question,
+    check_settings,
+    load_rubric,
+    reads_reference,
+    render,
+)
 from klippo.rewards.judge.scoring import (
     FLOOR,
     INSTRUCTIONS,
@@ -29,6 +39,9 @@ from klippo.rewards.judge.settings import JudgeSettings
 
 T = TypeVar("T")
 
+NO_MATTER = {"api", "on_unscored", "unscored_value", "probes", "outage_patience_s"}
+"""What in a judge's settings does not change its scores."""
+
 SAMPLE = Material(
     prompt="What is the capital of France?",
     response="The capital of France is Paris.",
@@ -39,6 +52,17 @@ CAN_RETRY = {"transport"}
 """Causes that another try may mend; other answers are stored and would come again."""
 WHOLE = "score"
 """The name of the only criterion, where none are set."""
+
+
+def judge_label(settings: JudgeSettings) -> str:
+    """A short name for people; equal exactly for judges of the same model, rubric and settings."""
+    rubric = load_rubric(settings.rubric_name)
+    chosen = settings.model_dump(mode="json", exclude=NO_MATTER | {"rubric"})
+    chosen = {key: value for key, value in chosen.items() if not key.startswith("max_unscored")}
+    asked = [rubric.text, rubric.criteria, rubric.lower_is_better]
+    text = json.dumps([settings.api.model, settings.api.url, asked, chosen], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"judge {settings.api.model} by {Path(rubric.name).stem} #{digest}"
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -89,13 +113,7 @@ class Judge:
         """Read and check the rubric. Raises ConfigError."""
         self.settings = settings
         self.backend = backend
-        self.rubric = load_rubric(settings.rubric_name)
-        check_rubric(
-            self.rubric,
-            mode=settings.mode,
-            has_criteria=settings.criteria is not None,
-            reference_column=settings.reference_column,
-        )
+        self.rubric = check_settings(settings)
         criteria = settings.criteria or {}
         self.criteria: dict[str, str | None] = {name: one.text for name, one in criteria.items()}
         self.weights = {name: one.weight for name, one in criteria.items()}
@@ -110,7 +128,7 @@ class Judge:
     @property
     def reads_reference(self) -> bool:
         """Whether a response can only be judged where its row has a reference."""
-        return self.settings.mode != "absolute" or "reference" in self.rubric.placeholders
+        return reads_reference(self.settings, self.rubric)
 
     async def choose_source(self) -> dict[Source, Reading]:
         """Ask about one plain sample, and settle where scores are read from now on.
@@ -123,7 +141,7 @@ class Judge:
         for source in sources:
             if source == "logprobs" and self.settings.rationale:
                 continue
-            tried[source] = (await self._ask(SAMPLE, next(iter(self.criteria)), source, 0))[0]
+            tried[source] = await self.try_source(source)
             if tried[source].score is not None:
                 self.source = source
                 return tried
@@ -135,6 +153,18 @@ class Judge:
             "transport means that it cannot be reached, parse that it does not keep to the form, "
             "and truncated or empty that it needs more max_tokens; klippo judge test shows more"
         )
+
+    async def try_source(self, source: Source) -> Reading:
+        """What one call about a plain sample gives, read in this form."""
+        reading, _ = await self._ask(SAMPLE, next(iter(self.criteria)), source, 0)
+        return reading
+
+    @property
+    def questions_per_response(self) -> int:
+        """Calls that a response takes, its reference's not counted."""
+        votes = 1 if self.source == "logprobs" else self.settings.votes
+        orders = 2 if self.settings.mode == "pairwise" else 1
+        return len(self.criteria) * votes * orders
 
     async def judge(self, material: Material, *, floors_empty: bool = True) -> Judgement:
         """The reward of one response; an empty one gets the floor without a call."""

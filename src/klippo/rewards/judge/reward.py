@@ -10,10 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import torch
 
-from klippo.errors import ConfigError
 from klippo.rewards.judge.judging import SAMPLE, Judge, together
 from klippo.rewards.judge.messages import JudgeBackend
-from klippo.rewards.judge.rubric import Material
+from klippo.rewards.judge.rubric import Material, check_column
 from klippo.rewards.judge.scoring import FLOOR, Judgement
 from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.judge.watch import PROBES, Watch, liked_probes, probe, share
@@ -58,8 +57,7 @@ class JudgeReward:
 
     async def score(self, rollout: Rollout) -> Scores:
         """reward: (B,) float32; parts by criterion (B,), where there are several, -1 to 1."""
-        if self.judge.reads_reference:
-            self.check_columns({name for prompt in rollout.prompts for name in prompt.meta})
+        self.check_columns({name for prompt in rollout.prompts for name in prompt.meta})
         materials = [
             Material(
                 prompt=prompt_text(prompt, self._prompt_column),
@@ -74,12 +72,16 @@ class JudgeReward:
     async def judge_all(self, materials: Sequence[Material]) -> list[Judgement]:
         """A judgement of each, in order."""
         await self.open()
-        judgements = await self._with_patience(materials)
+        judgements = await self.judge_unwatched(materials)
+        self.note(judgements)
+        return judgements
+
+    def note(self, judgements: Sequence[Judgement]) -> None:
+        """Count judgements. Raises JudgeError where too many are missing."""
         self._since.add(judgements)
         self.watch.note(judgements)
         if alarm := self.watch.alarm(judgements):
             self._say(alarm)
-        return judgements
 
     async def open(self) -> None:
         """The first real call, and the probes; once."""
@@ -107,12 +109,8 @@ class JudgeReward:
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ConfigError when the reference's column is not among these."""
-        name, there = self.settings.reference_column, sorted(columns)
-        if self.judge.reads_reference and name not in there:
-            raise ConfigError(
-                f"reference_column={name}: the data has no such column; there are "
-                f"{', '.join(there) or 'none'}"
-            )
+        if self.judge.reads_reference:
+            check_column(self.settings.reference_column, columns)
 
     def metrics(self) -> Metrics:
         """What was paid so far, and what became of the answers since the last call."""
@@ -138,8 +136,8 @@ class JudgeReward:
             f"judge/unscored_{cause}": float(count) for cause, count in since.causes.items()
         }
 
-    async def _with_patience(self, materials: Sequence[Material]) -> list[Judgement]:
-        """Judgements; those that failed on the way to the judge are asked for again."""
+    async def judge_unwatched(self, materials: Sequence[Material]) -> list[Judgement]:
+        """Judgements that are not counted; in an outage the missing ones are asked for again."""
         judgements = await together(self.judge.judge(one) for one in materials)
         end, pause = self._clock() + self.settings.outage_patience_s, FIRST_PAUSE_S
         while self._is_outage(judgements) and (left := end - self._clock()) > 0:

@@ -8,7 +8,7 @@ A rubric is a text with the placeholders {prompt} and {response}, and where want
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 
 from klippo.errors import ConfigError
 from klippo.rewards.judge.fencing import clean, cut, fence_for, fenced
+from klippo.rewards.judge.settings import JudgeSettings
 
 RUBRICS = "rubrics"
 NAMES = ("prompt", "response", "reference", "criteria")
@@ -158,31 +159,51 @@ def render(
     )
 
 
-def check_rubric(
-    rubric: Rubric, *, mode: str, has_criteria: bool, reference_column: str | None
-) -> None:
-    """Raise ConfigError where a rubric does not fit the judge's other settings."""
+def check_settings(settings: JudgeSettings, columns: Iterable[str] | None = None) -> Rubric:
+    """The judge's rubric, where it fits the other settings and, if they are known, the columns.
+
+    Raises ConfigError.
+    """
+    rubric = load_rubric(settings.rubric_name)
     there = rubric.placeholders
     problems: Sequence[tuple[bool, str]] = [
         (
-            has_criteria and "criteria" not in there,
+            settings.criteria is not None and "criteria" not in there,
             "criteria are set, and the rubric has no {criteria} where they would stand; add it",
         ),
         (
-            mode == "pairwise" and "reference" not in there,
+            settings.mode == "pairwise" and "reference" not in there,
             "mode=pairwise compares {response} with {reference}, and the rubric has no "
             "{reference}; add it, or use the rubric pairwise",
         ),
         (
-            mode == "difference" and "reference" in there,
+            settings.mode == "difference" and "reference" in there,
             "mode=difference judges the response and the reference alone, each by the same "
             "rubric, so {reference} cannot stand in it; remove it, or use mode: absolute",
         ),
         (
-            "reference" in there and reference_column is None,
+            "reference" in there and settings.reference_column is None,
             "the rubric has {reference}, and no reference_column says where it comes from; add it",
         ),
     ]
     for is_wrong, what in problems:
         if is_wrong:
             raise ConfigError(f"rubric={rubric.name}: {what}")
+    if columns is not None and reads_reference(settings, rubric):
+        check_column(settings.reference_column, columns)
+    return rubric
+
+
+def reads_reference(settings: JudgeSettings, rubric: Rubric) -> bool:
+    """Whether a response can only be judged where its row has a reference."""
+    return settings.mode != "absolute" or "reference" in rubric.placeholders
+
+
+def check_column(name: str | None, columns: Iterable[str]) -> None:
+    """Raise ConfigError when the reference's column is not among these."""
+    there = sorted(columns)
+    if name not in there:
+        raise ConfigError(
+            f"reference_column={name}: the data has no such column; there are "
+            f"{', '.join(there) or 'none'}"
+        )

@@ -35,10 +35,10 @@ INSTRUCTIONS: Mapping[tuple[Source, bool], str] = {
 }
 DEFAULT_TOKENS: Mapping[tuple[Source, bool], int] = {
     ("logprobs", False): 4,
-    ("json", False): 64,
-    ("line", False): 64,
-    ("json", True): 400,
-    ("line", True): 400,
+    ("json", False): 256,
+    ("line", False): 256,
+    ("json", True): 600,
+    ("line", True): 600,
 }
 
 

@@ -178,8 +178,8 @@ class JudgeSettings(Settings):
     rationale: bool = False
     """Let the judge say why before it scores (json or line): slower and dearer, often better."""
     max_tokens: PositiveInt | None = None
-    """Longest answer; default: 4 with log-probs, 64 otherwise, 400 with a rationale. A judge that
-    thinks first needs thousands."""
+    """Longest answer; default: 4 with log-probs, 256 otherwise, 600 with a rationale; a cut one
+    is asked for once more with four times as many. A judge that thinks first needs thousands."""
     max_response_chars: PositiveInt = 20_000
     """The judge sees so many characters of a response or reference, and a mark where it is cut."""
     on_unscored: Literal["mask", "floor", "value"] = "mask"
