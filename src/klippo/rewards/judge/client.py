@@ -287,6 +287,8 @@ class JudgeClient:
         self._num_reserved += 1
         try:
             exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
+            if self._secret is not None:  # a server may echo it
+                exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
             verdict = self._judge(work, exchange, began)
             actual = self._meter.actual(verdict, exchange, worst)
             work.num_attempts += 1
@@ -315,15 +317,14 @@ class JudgeClient:
         return verdict
 
     def _to_store(self, work: _Work, exchange: Exchange, verdict: Verdict) -> Stored | None:
-        """What is final is kept, without the key, should the server have echoed it."""
+        """What is final is kept."""
         if verdict.kind == "unusable" and verdict.is_paid:
             return Stored(body=b"", cause=verdict.cause)
         if verdict.kind != "answer" or verdict.reply is None:
             return None
         if verdict.reply.cause in ("truncated", "empty") and not work.has_more_tokens:
             return None
-        body = exchange.body if self._secret is None else self._secret.hide_in(exchange.body)
-        return Stored(body=body)
+        return Stored(body=exchange.body)
 
     def _count(self, work: _Work, usage: Usage | None, worst: Spend) -> None:
         if usage is None:

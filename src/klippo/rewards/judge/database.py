@@ -98,19 +98,20 @@ def _check(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection, path: Path | None) -> sqlite3.Connection:
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, VERSION):
         raise PreflightError(
             f"the judge's cache {path} is of version {version}, and this Klippo reads version "
             f"{VERSION}; choose another file with cache"
         )
-    if version == 0:
-        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise PreflightError(
-                f"{path} is a database of something else; choose another file with cache"
-            )
+    is_new = version == 0
+    if is_new and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        raise PreflightError(
+            f"{path} is a database of something else; choose another file with cache"
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    if is_new:
         db.executescript("BEGIN IMMEDIATE;" + SCHEMA + "COMMIT;")
     return db
 
