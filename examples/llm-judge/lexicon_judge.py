@@ -47,7 +47,7 @@ def score(text: str) -> float:
         return 0.0
     good, bad = GOOD.split(), BAD.split()
     balance = sum(word in good for word in words) - sum(word in bad for word in words)
-    return 5 + 5 * math.tanh(SHARPNESS * balance / max(len(words), 8))
+    return 5 + 5 * math.tanh(SHARPNESS * balance / max(len(words), 16))
 
 
 @dataclass(frozen=True, kw_only=True)
