@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, JudgeError
 from klippo.rewards.combined import Part, SumReward
-from klippo.rewards.judge.reward import JudgeReward, opening_rollout, prompt_text
+from klippo.rewards.judge.reward import JudgeReward, judge_metrics, opening_rollout, prompt_text
 from klippo.rewards.judge.rubric import Material
 from klippo.rewards.judge.scoring import absolute, both_orders, difference
 from klippo.rewards.resolve import resolve_scores
@@ -329,6 +329,9 @@ def test_a_judge_is_a_part_of_a_sum() -> None:
     scores = resolve_scores(source, rollout("10", "abc"))
     assert scores.reward.tolist() == pytest.approx([1.2, 0.7])
     assert scores.parts["judge"].tolist() == pytest.approx([1, 0.4])
+    assert judge_metrics(source)["judge/judge/num_calls"] == 4
+    assert judge_metrics(judge)["judge/num_calls"] == 4
+    assert judge_metrics(Length()) == {}
 
 
 def test_an_error_of_the_backend_is_raised_and_ends_the_other_calls() -> None:

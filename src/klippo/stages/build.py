@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.text import Text
 
 from klippo.errors import ConfigError, PreflightError
 from klippo.ranks import Ranks
@@ -31,8 +33,9 @@ def build_reward(
     device: torch.device,
     prompt_column: str = "prompt",
     ranks: Ranks | None = None,
+    account: str | None = None,
 ) -> RewardSource:
-    """The reward source that the settings describe."""
+    """The reward source that the settings describe; `account` is whose budget its judges have."""
     all_sum = (ranks or Ranks()).all_sum
     match settings:
         case kinds.ClassifierSettings():
@@ -42,7 +45,7 @@ def build_reward(
         case kinds.FunctionSettings():
             return FunctionReward(load_function(settings.function), settings.function)
         case JudgeSettings():
-            return open_judge(settings, prompt_column=prompt_column)
+            return open_judge(settings, prompt_column=prompt_column, account=account)
         case kinds.LengthSettings():
             return LengthPenalty(max_tokens=settings.max_tokens, min_tokens=settings.min_tokens)
         case kinds.RepetitionSettings():
@@ -51,7 +54,11 @@ def build_reward(
             parts = {
                 name: Part(
                     source=build_reward(
-                        part.reward, device=device, prompt_column=prompt_column, ranks=ranks
+                        part.reward,
+                        device=device,
+                        prompt_column=prompt_column,
+                        ranks=ranks,
+                        account=account,
                     ),
                     weight=part.weight,
                     normalize=part.normalize,
@@ -66,19 +73,29 @@ JUDGE_CACHE = Path("runs/judge.sqlite")
 """Where judges keep their answers, from the working directory, unless their settings say."""
 
 
-def judge_client(settings: JudgeSettings) -> JudgeClient:
-    """The way to the judge. Judges with the same label share one budget in the same cache."""
-    return JudgeClient(settings.api, cache=JUDGE_CACHE, account=judge_label(settings))
+def judge_client(settings: JudgeSettings, account: str | None = None) -> JudgeClient:
+    """The way to the judge. Without an account, judges of one label share a budget."""
+    return JudgeClient(settings.api, cache=JUDGE_CACHE, account=account or judge_label(settings))
 
 
-def open_judge(settings: JudgeSettings, *, prompt_column: str = "prompt") -> JudgeReward:
+def open_judge(
+    settings: JudgeSettings, *, prompt_column: str = "prompt", account: str | None = None
+) -> JudgeReward:
     """The judge, after its first real call and its probes: a wrong key shows here.
 
     Raises PreflightError, JudgeError or BudgetError.
     """
-    reward = JudgeReward(settings, judge_client(settings), prompt_column=prompt_column)
+    client = judge_client(settings, account)
+    reward = JudgeReward(settings, client, prompt_column=prompt_column, say=_warn)
     resolve_scores(reward, opening_rollout(settings))
     return reward
+
+
+def _warn(text: str) -> None:
+    """A warning on stderr, from the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(Text(f"Warning: {text}", style="yellow"))
 
 
 def choose_device(name: str) -> torch.device:

@@ -35,6 +35,8 @@ from klippo.stages.reward_names import judges_in, reward_named
 
 CHUNK = 256
 """Rows between two writes of the output: what a killed command looks up again."""
+MIN_ESTIMATED = 8
+"""Scores that a mean with its interval is told of."""
 PER = 1000
 """Samples that a price is told for."""
 
@@ -343,7 +345,7 @@ def _tell_scores(asked: ScoreFile, rows: Sequence[dict[str, Any]], console: Cons
     causes = Counter(row["judge_cause"] for row in rows if row["judge_cause"] is not None)
     scored = [row[asked.score_column] for row in rows if row[asked.score_column] is not None]
     told = f"{asked.output}: {len(scored):,} of {len(rows):,} rows have a score"
-    if len(scored) > 1:
+    if len(scored) >= MIN_ESTIMATED:
         mean = estimate(scored)
         told += f", mean {mean.mean:+.3f} (95% interval {mean.low:+.3f} to {mean.high:+.3f})"
     if causes:

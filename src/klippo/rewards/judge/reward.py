@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import torch
 
+from klippo.rewards.combined import SumReward
 from klippo.rewards.judge.judging import SAMPLE, Judge, together
 from klippo.rewards.judge.messages import JudgeBackend
 from klippo.rewards.judge.rubric import Material, check_column
 from klippo.rewards.judge.scoring import FLOOR, Judgement
 from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.judge.watch import PROBES, Watch, liked_probes, probe, share
-from klippo.types import Metrics, Prompt, Rollout, Scores, TokenBatch
+from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores, TokenBatch
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
 NAN = float("nan")
@@ -205,6 +206,21 @@ class _Since:
             self.spread += one.spread
             if one.reward is None:
                 self.causes[one.cause or "parse"] += 1
+
+
+def judge_metrics(source: RewardSource) -> Metrics:
+    """The metrics of a judge, or of the judges in a sum, there with their part's name.
+
+    Call it once per step: shares are those since the last call.
+    """
+    if isinstance(source, JudgeReward):
+        return source.metrics()
+    found: Metrics = {}
+    if isinstance(source, SumReward):
+        for name, part in source.parts.items():
+            for key, value in judge_metrics(part.source).items():
+                found[f"judge/{name}/{key.removeprefix('judge/')}"] = value
+    return found
 
 
 def prompt_text(prompt: Prompt, prompt_column: str = "prompt") -> str:
