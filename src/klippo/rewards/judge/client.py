@@ -11,12 +11,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from klippo.errors import BudgetError, JudgeError
 from klippo.rewards.judge import security, wire
 from klippo.rewards.judge.answers import Figures, answered, failed, free
+from klippo.rewards.judge.connections import Connections
 from klippo.rewards.judge.costs import Meter
 from klippo.rewards.judge.database import Spend
 from klippo.rewards.judge.messages import Answer, Request
@@ -24,9 +25,6 @@ from klippo.rewards.judge.settings import TransportSettings
 from klippo.rewards.judge.store import Start, Store, Stored, cache_key
 from klippo.rewards.judge.transport import Exchange, Gate, Timing, Verdict, judge_exchange, post
 from klippo.rewards.judge.wire import Learned, Usage
-
-if TYPE_CHECKING:
-    import httpx2
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +80,7 @@ class JudgeClient:
         file = Path(settings.cache).expanduser() if settings.cache is not None else cache
         self.store = Store(file, account)
         self._meter = Meter(settings)
-        self._http: httpx2.AsyncClient | None = None
-        self._filter: security.KeyFilter | None = None
-        self._opening = asyncio.Lock()
+        self._connections = Connections(self._url, self._wire, self._secret)
         self._running: dict[str, tuple[_Work, asyncio.Task[Answer]]] = {}
         self._random = random.Random()  # the pauses; no seed of a run depends on it
         self._fatal: str | None = None
@@ -169,12 +165,7 @@ class JudgeClient:
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
-        if self._filter is not None:
-            security.unhide_logs(self._filter)
-            self._filter = None
+        await self._connections.close()
         self.store.close()
 
     def _begin(self, request: Request, key: str) -> tuple[_Work, asyncio.Task[Answer]]:
@@ -209,7 +200,9 @@ class JudgeClient:
         """One attempt, with a place in the gate: the answer, or how long to wait for the next."""
         if self._is_stopped or work.num_waiting == 0:
             return failed("stopped", **self._figures(work))
-        http = await self._open()
+        if self._fatal is not None:
+            raise JudgeError(self._fatal)
+        await self._connections.open(allow_plain_http=self.settings.allow_plain_http)
         body = self._wire.body(self.settings.model, work.request, work.max_tokens, self.learned)
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         start, worst = await self._reserve(work, content)
@@ -218,7 +211,7 @@ class JudgeClient:
         if start.kind != "reserved":
             return self.timing.poll_s
         work.is_claimed = True
-        verdict = await self._attempt(work, http, content, start, worst)
+        verdict = await self._attempt(work, content, start, worst)
         answer = self._conclude(work, body, verdict)
         if answer is not None:
             return answer
@@ -235,37 +228,6 @@ class JudgeClient:
                 async with asyncio.timeout(wait_s):
                     await self._halt.wait()
 
-    async def _open(self) -> httpx2.AsyncClient:
-        """The HTTP client; at first use the judge's address is checked."""
-        if self._fatal is not None:
-            raise JudgeError(self._fatal)
-        if self._http is not None:
-            return self._http
-        async with self._opening:
-            if self._http is None:
-                await security.check_address(
-                    self._url,
-                    has_key=self._secret is not None,
-                    allow_plain_http=self.settings.allow_plain_http,
-                )
-                self._http = self._connect()
-            return self._http
-
-    def _connect(self) -> httpx2.AsyncClient:
-        import httpx2
-
-        if self._secret is not None:
-            self._filter = security.hide_in_logs(self._secret)
-        size = self.settings.concurrency
-        return httpx2.AsyncClient(
-            auth=_auth(self._wire, self._secret),
-            headers={"Content-Type": "application/json", "Accept-Encoding": "gzip"},
-            follow_redirects=False,
-            timeout=None,  # the deadline of an attempt is total
-            limits=httpx2.Limits(max_connections=size, max_keepalive_connections=size),
-            trust_env=self._url.startswith("https://"),  # a proxy would read plain http
-        )
-
     async def _reserve(self, work: _Work, content: bytes) -> tuple[Start, Spend]:
         worst = self._meter.worst(len(content), len(work.request.messages), work.max_tokens)
         patience_s = self.settings.timeout_s + self.timing.backoff_cap_s + self.timing.pause_cap_s
@@ -277,7 +239,6 @@ class JudgeClient:
     async def _attempt(
         self,
         work: _Work,
-        http: httpx2.AsyncClient,
         content: bytes,
         start: Start,
         worst: Spend,
@@ -286,7 +247,8 @@ class JudgeClient:
         began = time.monotonic()
         self._num_reserved += 1
         try:
-            exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
+            async with self._connections.connection() as http:
+                exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
             if self._secret is not None:  # a server may echo it
                 exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
             verdict = self._judge(work, exchange, began)
@@ -415,14 +377,3 @@ class JudgeClient:
 
     def _hide(self, text: str) -> str:
         return text if self._secret is None else self._secret.hide(text)
-
-
-def _auth(wire_format: wire.Wire, secret: security.Secret | None) -> Any:
-    """Sets the key's header on a request when it goes out, so that no settings hold it."""
-
-    def sign(request: httpx2.Request) -> httpx2.Request:
-        value = None if secret is None else secret.header()
-        request.headers.update(wire_format.headers(value))
-        return request
-
-    return sign
