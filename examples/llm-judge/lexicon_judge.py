@@ -74,6 +74,8 @@ class LexiconServer(ThreadingHTTPServer):
         self.options = options or Options()
         self.hits = 0
         self.num_faults = 0
+        self.fails_after: int | None = None
+        """Hits after which nothing works any more."""
         self._lock = threading.Lock()
 
     @property
@@ -85,6 +87,8 @@ class LexiconServer(ThreadingHTTPServer):
         """The fault of the next hit, or None."""
         with self._lock:
             self.hits += 1
+            if self.fails_after is not None and self.hits > self.fails_after:
+                return "500"
             dice = random.Random(f"{self.options.seed}:{self.hits}")
             if dice.random() >= self.options.faults:
                 return None

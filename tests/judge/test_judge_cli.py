@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from klippo.config.load import load_config
-from klippo.errors import ConfigError, JudgeError
+from klippo.errors import ConfigError, JudgeError, PreflightError
 from klippo.rewards.judge.messages import Answer
 from klippo.rewards.judge.settings import JudgeSettings
 from klippo.stages import judge as stage
 from klippo.stages.judge import ScoreFile, find_judge, judge_score
 from klippo.stages.reward_names import check_reward, reward_label, reward_named
-from tests.judge.fakes import FakeJudge, answer, settings, shown
+from tests.judge.fakes import ROOT, FakeJudge, answer, settings, shown
 from tests.judge.servers import api, serving
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -236,6 +236,49 @@ def test_a_judge_is_a_reward_by_name_and_its_label_follows_the_rubric() -> None:
         check_reward(found)
     with pytest.raises(ConfigError, match="no such column"):
         check_reward(settings(mode="difference", reference_column="top"), ["prompt"])
+
+
+def test_a_gold_judge_without_its_key_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    found = reward_named(str(ROOT / "examples/llm-judge/sycophancy.yaml"))
+    with pytest.raises(PreflightError, match="OPENAI_API_KEY is not set"):
+        check_reward(found)
+
+
+SMALL = [
+    *("ppo.num_steps=8", "ppo.batch_size=16", "ppo.minibatch_size=8", "evaluation.num_prompts=8"),
+    *("evaluation.every=null", "rollout.response_length=8", "gold=null"),
+]
+
+
+def test_a_judge_that_falls_silent_ends_the_run_with_4_and_keeps_the_policy(cli: Cli) -> None:
+    with serving() as server:
+        server.fails_after = 50
+        code, _, err = cli(
+            *("train", "llm-judge-demo", *SMALL, f"reward.api.base_url={server.url}"),
+            *("reward.outage_patience_s=0", "reward.api.max_attempts=1"),
+        )
+    assert code == 4
+    assert "responses have no score, more than max_unscored_step=0.25" in err
+    run = Path("runs/llm-judge-demo")
+    assert (run / "model").is_dir()
+    status = json.loads((run / "run_status.json").read_text())
+    assert status["state"] == "failed"
+    assert "transport" in status["reason"]
+
+
+def test_a_budget_that_is_used_up_ends_the_run_with_5_and_keeps_the_policy(cli: Cli) -> None:
+    with serving() as server:
+        code, _, err = cli(
+            *("train", "llm-judge-demo", *SMALL, f"reward.api.base_url={server.url}"),
+            "reward.api.max_calls=50",
+        )
+        assert server.hits == 50
+    assert code == 5
+    assert "budget is used up: 50 calls" in err
+    assert Path("runs/llm-judge-demo/model").is_dir()
 
 
 @pytest.mark.parametrize("recipe", ["llm-judge", "llm-judge-recommended", "llm-judge-demo"])

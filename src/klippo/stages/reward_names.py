@@ -21,6 +21,7 @@ from klippo.rewards.classifier import find_label
 from klippo.rewards.function import FunctionReward
 from klippo.rewards.judge.judging import judge_label
 from klippo.rewards.judge.rubric import check_settings
+from klippo.rewards.judge.security import read_key
 from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.loading import load_function
 from klippo.rewards.rendering import Renderer
@@ -189,6 +190,7 @@ def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None)
             source.check_columns(columns)
     for judge in judges_in(settings):
         check_settings(judge, columns)
+        read_key(judge.api.key_variable)
     for one in classifiers_in(settings):
         _check_model(one)
     if isinstance(settings, EnsembleSettings):

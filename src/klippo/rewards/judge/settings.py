@@ -78,8 +78,8 @@ class TransportSettings(Settings):
     max_usd: PositiveFloat | None = None
     """Budget in USD. Each call reserves its worst case first, so that it is never passed."""
     cache: str | None = None
-    """SQLite file with every answer and the budget's ledger; default: judge.sqlite in the run's
-    folder. Runs that share the file share answers, and each keeps its own budget."""
+    """SQLite file with every answer and the budget's ledger; default: runs/judge.sqlite. Runs that
+    share the file share answers."""
 
     @model_validator(mode="before")
     @classmethod
