@@ -163,6 +163,23 @@ def test_a_reservation_too_large_for_now_waits_for_those_in_flight() -> None:
         assert server.most_in_flight == 2
 
 
+def test_what_a_dead_or_forgotten_call_reserved_is_not_waited_for(tmp_path: Path) -> None:
+    cache = tmp_path / "judge.sqlite"
+
+    async def forget(server: FaultServer) -> None:
+        client = JudgeClient(settings(server, timeout_s=0.3), cache=cache, timing=QUICK)
+        asking = asyncio.ensure_future(client.ask(question()))
+        await asyncio.sleep(0.1)
+        await client.close(drain_s=0.0)
+        await asyncio.gather(asking, return_exceptions=True)
+
+    with FaultServer([Step(delay_s=3)]) as server:
+        asyncio.run(forget(server))
+        with pytest.raises(BudgetError):
+            ask_all(server, [question(1)], cache=cache, max_tokens_total=600)
+        assert len(server.hits) == 1
+
+
 def test_runs_that_share_a_file_share_answers_and_not_the_budget(tmp_path: Path) -> None:
     cache = tmp_path / "judge.sqlite"
     with FaultServer() as server:

@@ -86,7 +86,6 @@ class JudgeClient:
         self._fatal: str | None = None
         self._is_stopped = False
         self._halt = asyncio.Event()
-        self._num_reserved = 0
         self._num_strays = 0
         self._last_stray = 0.0
         self._told: set[str] = set()
@@ -231,8 +230,12 @@ class JudgeClient:
     async def _reserve(self, work: _Work, content: bytes) -> tuple[Start, Spend]:
         worst = self._meter.worst(len(content), len(work.request.messages), work.max_tokens)
         patience_s = self.settings.timeout_s + self.timing.backoff_cap_s + self.timing.pause_cap_s
-        start = await self.store.start(work.key, worst, self._meter.caps, patience_s)
-        if start.kind == "over_budget" and self._num_reserved == 0:
+        start = await self.store.start(
+            *(work.key, worst, self._meter.caps),
+            attempt_s=self.settings.timeout_s + 1.0,
+            patience_s=patience_s,
+        )
+        if start.kind == "over_budget" and not start.may_fit:
             raise BudgetError(self._meter.over_budget(start, worst))
         return start, worst
 
@@ -245,20 +248,16 @@ class JudgeClient:
     ) -> Verdict:
         """One call, settled in the ledger before anything else happens."""
         began = time.monotonic()
-        self._num_reserved += 1
-        try:
-            async with self._connections.connection() as http:
-                exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
-            if self._secret is not None:  # a server may echo it
-                exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
-            verdict = self._judge(work, exchange, began)
-            actual = self._meter.actual(verdict, exchange, worst)
-            work.num_attempts += 1
-            work.nano_usd += actual.nano_usd
-            stored = self._to_store(work, exchange, verdict)
-            await self.store.settle(start.reservation, worst, actual, work.key, stored)
-        finally:
-            self._num_reserved -= 1
+        async with self._connections.connection() as http:
+            exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
+        if self._secret is not None:  # a server may echo it
+            exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
+        verdict = self._judge(work, exchange, began)
+        actual = self._meter.actual(verdict, exchange, worst)
+        work.num_attempts += 1
+        work.nano_usd += actual.nano_usd
+        stored = self._to_store(work, exchange, verdict)
+        await self.store.settle(start.reservation, worst, actual, work.key, stored)
         if verdict.reply is not None:
             self._count(work, verdict.reply.usage, worst)
         return verdict

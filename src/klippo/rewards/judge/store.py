@@ -55,6 +55,8 @@ class Start:
     reservation: int = 0
     cap: str = ""
     """Which one would be passed."""
+    may_fit: bool = False
+    """True where what living processes have reserved may turn out to cost less."""
     total: Spend = field(default_factory=Spend)
 
 
@@ -105,12 +107,15 @@ class Store:
             ).fetchone()
         return Spend(*row)
 
-    async def start(self, key: str, worst: Spend, caps: Caps, patience_s: float) -> Start:
+    async def start(
+        self, key: str, worst: Spend, caps: Caps, *, attempt_s: float, patience_s: float
+    ) -> Start:
         """Reserve the worst case of one attempt, unless it is needless or too much.
 
-        The key is claimed for `patience_s`, in which no other process asks for it.
+        The attempt is over after `attempt_s`. The key is claimed for `patience_s`, in which no
+        other process asks for it.
         """
-        until = time.time() + patience_s
+        now = time.time()
 
         def work(db: sqlite3.Connection) -> Start:
             stored = _look_up(db, key)
@@ -121,13 +126,16 @@ class Store:
             total = _total(db, self.account)
             cap = caps.passed_by(total + worst)
             if cap is not None:
-                return Start(kind="over_budget", cap=cap, total=total)
+                rest = total - _in_flight(db, self.account)
+                may_fit = caps.passed_by(rest + worst) is None
+                return Start(kind="over_budget", cap=cap, total=total, may_fit=may_fit)
             add(db, self.account, worst)
-            claim = (key, self.owner, os.getpid(), until)
+            claim = (key, self.owner, os.getpid(), now + patience_s)
             db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", claim)
             reserved = db.execute(
-                "INSERT INTO pending (account, tokens, nano_usd) VALUES (?, ?, ?)",
-                (self.account, worst.tokens, worst.nano_usd),
+                "INSERT INTO pending (account, tokens, nano_usd, pid, until) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (self.account, worst.tokens, worst.nano_usd, os.getpid(), now + attempt_s),
             )
             return Start(kind="reserved", reservation=reserved.lastrowid or 0)
 
@@ -244,6 +252,16 @@ def _total(db: sqlite3.Connection, account: str) -> Spend:
         "SELECT calls, tokens, nano_usd FROM totals WHERE account = ?", (account,)
     ).fetchone()
     return Spend() if row is None else Spend(*row)
+
+
+def _in_flight(db: sqlite3.Connection, account: str) -> Spend:
+    """What living processes have reserved and not settled; calls stay spent in any case."""
+    rows = db.execute(
+        "SELECT pid, sum(tokens), sum(nano_usd) FROM pending "
+        "WHERE account = ? AND until > ? GROUP BY pid",
+        (account, time.time()),
+    ).fetchall()
+    return sum((Spend(0, *row[1:]) for row in rows if _is_alive(row[0])), Spend())
 
 
 def _is_claimed(db: sqlite3.Connection, key: str, owner: str) -> bool:
