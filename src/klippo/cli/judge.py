@@ -101,7 +101,9 @@ def score(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="A .jsonl or .json file; default: FILE.judged.jsonl."),
+        typer.Option(
+            dir_okay=False, help="A .jsonl or .json file; default: FILE with .judged.jsonl."
+        ),
     ] = None,
     prompt_column: Annotated[str, typer.Option("--prompt-column")] = "prompt",
     response_column: Annotated[str, typer.Option("--response-column")] = "response",
@@ -138,7 +140,7 @@ def score(
         ScoreFile(
             file=file,
             settings=settings,
-            output=Path(f"{file}.judged.jsonl") if output is None else output,
+            output=Path(file).with_suffix(".judged.jsonl") if output is None else output,
             prompt_column=prompt_column,
             response_column=response_column,
             score_column=score_column,
