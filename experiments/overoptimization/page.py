@@ -89,8 +89,8 @@ def render(results: dict[str, Any], discussed: str) -> str:
         f"{seeds} seeds per arm; the run took {results['minutes']:.0f} minutes on 2 CPU cores "
         f"({results['machine']}).",
         "",
-        "The policy is `demo:policy`, the prompts are `demo:prompts`, gold is `demo:gold` and never "
-        "trains. The single arm's seed picks its member as well; the other arms use all five "
+        "The policy is `demo:policy`, the prompts are `demo:prompts`, gold is `demo:gold`, which "
+        "never trains. The single arm's seed picks its member as well; the other arms use all five "
         "members. No arm but the last has a KL penalty. All scores are in standard deviations of "
         "the starting policy's samples. Intervals are 95%, over prompts, of the mean over seeds; "
         "the seeds' own values stand beside them, for three seeds say little about further seeds.",
