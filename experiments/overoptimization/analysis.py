@@ -1,5 +1,6 @@
 """From run folders to figures with intervals: nothing here knows what should come out."""
 
+import copy
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from klippo.types import Prompt
 ARMS = ("single", "mean", "WCO", "UWO", "UWO_KL")
 MARGIN = 0.1  # sd of gold: "at least as high" allows for this much less
 EQUAL_DISTANCES = (1.0, 2.0, 3.0, 4.0)
+EARLY = 20  # steps: beyond, gold sits on its floor in the arms without a leash
 
 
 def evaluations(run: Path) -> dict[int, list[SampleRow]]:
@@ -51,14 +53,25 @@ def analyse(
         }
         result["noises"][noise] = {
             "arms": {arm: arm_figures(found) for arm, found in tables.items()},
-            "claims": claims(tables),
+            "claims": {
+                str(step): claims(
+                    {a: [t.until(step) for t in found] for a, found in tables.items()}
+                )
+                for step in horizons(tables["single"][0].history.steps)
+            },
         }
     result["claims"] = {noise: part["claims"] for noise, part in result["noises"].items()}
+    result["early"] = EARLY
     result["margin"] = MARGIN
     result["machine"] = (
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
     return result
+
+
+def horizons(steps: list[int]) -> list[int]:
+    """The steps at which arms are compared: early, where there is such an evaluation, and last."""
+    return [step for step in (EARLY,) if step in steps[:-1]] + [steps[-1]]
 
 
 class Table:
@@ -74,11 +87,28 @@ class Table:
         lines = [max(rows, key=lambda row: row["proxy"] or -1e9) for rows in found.values()]
         self.example = {"prompt": lines[-1]["prompt"], "response": lines[-1]["response"]}
 
+    def until(self, step: int) -> "Table":
+        """The same run as if it had ended at an evaluated step."""
+        num = self.history.steps.index(step) + 1
+        early = copy.copy(self)
+        early.history = History(
+            steps=self.history.steps[:num],
+            prompt_ids=self.history.prompt_ids,
+            proxy=self.history.proxy[:num],
+            kl=self.history.kl[:num],
+            gold=self.gold[:num],
+        )
+        early.gold, early.variance, early.length = (
+            values[:num] for values in (self.gold, self.variance, self.length)
+        )
+        return early
+
 
 def arm_figures(tables: list[Table]) -> dict[str, Any]:
     """Curves (means over seeds and prompts), fit, verdicts, values at equal distance."""
-    curves = [Curve(gold=t.gold, kl=t.history.kl) for t in tables]
-    found = fit("rl", curves)
+    last = horizons(tables[0].history.steps)[0]
+    early = [table.until(last) for table in tables]
+    found = fit("rl", [Curve(gold=t.gold, kl=t.history.kl) for t in early])
     per_seed = [
         {
             "sqrt_kl": t.history.sqrt_kl.tolist(),
@@ -99,13 +129,14 @@ def arm_figures(tables: list[Table]) -> dict[str, Any]:
         "proxy_change": numbers(
             over_seeds([t.history.proxy[-1] - t.history.proxy[0] for t in tables])
         ),
+        "gold_change_early": numbers(over_seeds([t.gold[-1] - t.gold[0] for t in early])),
         "peak_gold": float(np.mean([t.gold.mean(1).max() - t.gold[0].mean() for t in tables])),
         "final_sqrt_kl": float(np.mean([t.history.sqrt_kl[-1] for t in tables])),
         "at_equal_distance": [at_distance(tables, d) for d in EQUAL_DISTANCES],
         "fit": None
         if found is None
         else {key: vars_of(getattr(found, key)) for key in ("alpha", "beta", "peak")}
-        | {"band": band(found, max(t.history.sqrt_kl.max() for t in tables))},
+        | {"band": band(found, max(t.history.sqrt_kl.max() for t in early))},
     }
 
 

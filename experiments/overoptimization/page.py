@@ -99,8 +99,11 @@ def render(results: dict[str, Any], discussed: str) -> str:
         "",
     ]
     for noise, part in results["noises"].items():
-        parts += [f"## {TITLES[noise].capitalize()}", "", *arm_table(part), "", *claim_table(part)]
-        parts += ["", *example_list(part), ""]
+        parts += [f"## {TITLES[noise].capitalize()}", "", *arm_table(part, results["early"]), ""]
+        for step, claims in part["claims"].items():
+            parts += [f"The paper's claims, the run read as if it ended at step {step}:", ""]
+            parts += [*claim_table(claims), ""]
+        parts += [*example_list(part), ""]
     parts += [
         "![The arms' own reward](overoptimization_proxy.png)",
         "",
@@ -114,20 +117,23 @@ def render(results: dict[str, Any], discussed: str) -> str:
     return "\n".join(parts)
 
 
-def arm_table(part: dict[str, Any]) -> list[str]:
+def arm_table(part: dict[str, Any], early: int) -> list[str]:
     """Where each arm ended."""
     lines = [
-        "| arm | own reward, change | gold, change (95%; seeds) | highest gold on the way | "
-        "sqrt(KL) at the end | peak of the fit d* (95%) | verdicts |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        f"| arm | highest gold on the way | gold, change at step {early} (95%) | gold, change at "
+        "the end (95%; seeds) | own reward, change at the end | sqrt(KL) at the end | peak of the "
+        "fit d* (95%) | verdicts |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for arm, f in part["arms"].items():
         gold = f["gold_change"]
         seeds = ", ".join(f"{x:+.2f}" for x in gold["seeds"])
         verdicts = ", ".join(seed["verdict"] for seed in f["seeds"])
+        soon = f["gold_change_early"]
         lines.append(
-            f"| {NAMES[arm]} | {f['proxy_change']['mean']:+.2f} | {gold['mean']:+.2f} "
-            f"({gold['low']:+.2f} to {gold['high']:+.2f}; {seeds}) | {f['peak_gold']:+.2f} "
+            f"| {NAMES[arm]} | {f['peak_gold']:+.2f} | {soon['mean']:+.2f} ({soon['low']:+.2f} to "
+            f"{soon['high']:+.2f}) | {gold['mean']:+.2f} ({gold['low']:+.2f} to "
+            f"{gold['high']:+.2f}; {seeds}) | {f['proxy_change']['mean']:+.2f} "
             f"| {f['final_sqrt_kl']:.1f} | {peak(f['fit'])} | {verdicts} |"
         )
     distances = [p["d"] for p in part["arms"]["single"]["at_equal_distance"] if p is not None]
@@ -159,13 +165,13 @@ def distance(value: float) -> str:
     return "none" if value > 1e3 else f"{value:.1f}"
 
 
-def claim_table(part: dict[str, Any]) -> list[str]:
+def claim_table(claims: list[dict[str, Any]]) -> list[str]:
     """The paper's claims against what came out."""
     lines = [
         "| claim | answer | difference (95%) | per seed |",
         "|---|---|--:|---|",
     ]
-    for c in part["claims"]:
+    for c in claims:
         allowed = f" (above {c['bar']:+.1f} counts)" if c["bar"] else ""
         seeds = ", ".join(f"{x:+.2f}" for x in c["seeds"])
         lines.append(
