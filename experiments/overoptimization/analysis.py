@@ -1,7 +1,9 @@
 """From run folders to figures with intervals: nothing here knows what should come out."""
 
 import copy
+import json
 import platform
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.scaling import Curve, fit
 from klippo.evaluation.statistics import Estimate, estimate
 from klippo.evaluation.verdict import judge
+from klippo.report.reading import STARTED_FILE
 from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.settings import EnsembleSettings
-from klippo.runs.folder import read_rows
+from klippo.runs.folder import STATUS_FILE, read_rows
 from klippo.types import Prompt
 
-ARMS = ("single", "mean", "WCO", "UWO", "UWO_KL")
+ARMS = ("single", "mean", "WCO", "UWO", "single_KL", "mean_KL", "UWO_KL")
 MARGIN = 0.1  # sd of gold: "at least as high" allows for this much less
 EQUAL_DISTANCES = (1.0, 2.0, 3.0, 4.0)
 EARLY = 20  # steps: beyond, gold sits on its floor in the arms without a leash
@@ -38,12 +41,10 @@ def variances(rows: list[SampleRow], ensemble: EnsembleReward) -> list[float]:
     return values
 
 
-def analyse(
-    members: dict[str, str], runs: Path, seeds: tuple[int, ...], minutes: float
-) -> dict[str, Any]:
+def analyse(members: dict[str, str], runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     """All figures of the page."""
     torch.set_num_threads(2)
-    result: dict[str, Any] = {"minutes": minutes, "seeds": list(seeds), "noises": {}}
+    result: dict[str, Any] = {"minutes": minutes(runs), "seeds": list(seeds), "noises": {}}
     for noise, name in members.items():
         settings = EnsembleSettings(kind="ensemble", members=[name], seeds=[1, 2, 3, 4, 5])
         ensemble = EnsembleReward(settings)
@@ -67,6 +68,20 @@ def analyse(
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
     return result
+
+
+def minutes(runs: Path) -> float:
+    """What the runs took, added up, whenever they ran."""
+
+    def time_of(file: Path, key: str) -> datetime:
+        return datetime.fromisoformat(json.loads(file.read_text())[key])
+
+    spans = [
+        time_of(folder / STATUS_FILE, "ended") - time_of(folder / STARTED_FILE, "started")
+        for folder in runs.glob("*/*/seed*")
+        if folder.is_dir()
+    ]
+    return sum(span.total_seconds() for span in spans) / 60
 
 
 def horizons(steps: list[int]) -> list[int]:
@@ -191,13 +206,15 @@ def claims(tables: dict[str, list[Table]]) -> list[dict[str, Any]]:
             [fall_from_peak(t) for t in single],
         ),
     ]
-    for better, worse in (("UWO", "mean"), ("WCO", "mean"), ("mean", "single"), ("UWO", "single")):
+    pairs = [("UWO", "mean"), ("WCO", "mean"), ("mean", "single"), ("UWO", "single")]
+    pairs += [("UWO_KL", "mean_KL"), ("mean_KL", "single_KL"), ("UWO_KL", "single_KL")]
+    for better, worse in pairs:
         difference = [
             a.gold[-1] - b.gold[-1] for a, b in zip(tables[better], tables[worse], strict=True)
         ]
-        found.append(
-            above_zero(f"{better} ends at least as high in gold as {worse}", difference, -MARGIN)
-        )
+        names = [arm.replace("_", " + ") for arm in (better, worse)]
+        claim = f"{names[0]} ends at least as high in gold as {names[1]}"
+        found.append(above_zero(claim, difference, -MARGIN))
     growth = [
         (b.variance[-1] - b.variance[0]) - (a.variance[-1] - a.variance[0])
         for a, b in zip(tables["UWO"], tables["mean"], strict=True)

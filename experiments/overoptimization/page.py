@@ -8,16 +8,30 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-NAMES = {"single": "single", "mean": "mean", "WCO": "WCO", "UWO": "UWO", "UWO_KL": "UWO + KL"}
+NAMES = {
+    "single": "single",
+    "mean": "mean",
+    "WCO": "WCO",
+    "UWO": "UWO",
+    "single_KL": "single + KL",
+    "mean_KL": "mean + KL",
+    "UWO_KL": "UWO + KL",
+}
 # Okabe and Ito's colours, told apart by people with any colour vision.
 COLOURS = {
     "single": "#D55E00",
     "mean": "#E69F00",
     "WCO": "#0072B2",
     "UWO": "#009E73",
+    "single_KL": "#000000",
+    "mean_KL": "#56B4E9",
     "UWO_KL": "#CC79A7",
 }
-MARKERS = {"single": "o", "mean": "s", "WCO": "^", "UWO": "D", "UWO_KL": "v"}
+MARKERS = {"single": "o", "mean": "s", "WCO": "^", "UWO": "D"} | {
+    "single_KL": "x",
+    "mean_KL": "P",
+    "UWO_KL": "v",
+}
 TITLES = {"clean": "labels of one rater each", "noisy": "the same with 25% of pairs turned round"}
 
 
@@ -86,14 +100,15 @@ def render(results: dict[str, Any], discussed: str) -> str:
         "",
         "Written by `python experiments/overoptimization/run.py` from "
         "`experiments/overoptimization/results.json`; only the discussion is typed by hand. "
-        f"{seeds} seeds per arm; the run took {results['minutes']:.0f} minutes on 2 CPU cores "
-        f"({results['machine']}).",
+        f"{seeds} seeds per arm; the runs took {results['minutes']:.0f} minutes together, two at a "
+        f"time on 2 CPU cores ({results['machine']}).",
         "",
         "The policy is `demo:policy`, the prompts are `demo:prompts`, gold is `demo:gold`, which "
         "never trains. The single arm's seed picks its member as well; the other arms use all five "
-        "members. No arm but the last has a KL penalty. All scores are in standard deviations of "
-        "the starting policy's samples. Intervals are 95%, over prompts, of the mean over seeds; "
-        "the seeds' own values stand beside them, for three seeds say little about further seeds.",
+        "members. Only the arms with + KL have a KL penalty (coefficient 0.05). All scores are in "
+        "standard deviations of the starting policy's samples. Intervals are 95%, over prompts, of "
+        "the mean over seeds; the seeds' own values stand beside them, for three seeds say "
+        "little about further seeds.",
         "",
         "![Gold over distance](overoptimization.png)",
         "",
