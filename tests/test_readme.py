@@ -52,7 +52,7 @@ def test_every_klippo_command_of_the_readme_works(workplace: Path) -> None:
         if arguments[0] == "train":
             arguments = [a for a in arguments if not a.startswith("ppo.num_steps")] + SMALL
             arguments += ["--overwrite"] if "quickstart" in arguments else []
-        if arguments[0] == "compare":
+        if arguments[0] in ("compare", "best-of-n"):
             arguments += ["--num-prompts", "4"]
         assert run(arguments) == 0, command
 

@@ -1,6 +1,9 @@
 """From run folders to figures with intervals: nothing here knows what should come out."""
 
+import copy
+import json
 import platform
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,16 @@ from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.scaling import Curve, fit
 from klippo.evaluation.statistics import Estimate, estimate
 from klippo.evaluation.verdict import judge
+from klippo.report.reading import STARTED_FILE
 from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.settings import EnsembleSettings
-from klippo.runs.folder import read_rows
+from klippo.runs.folder import STATUS_FILE, read_rows
 from klippo.types import Prompt
 
-ARMS = ("single", "mean", "WCO", "UWO", "UWO_KL")
+ARMS = ("single", "mean", "WCO", "UWO", "single_KL", "mean_KL", "UWO_KL")
 MARGIN = 0.1  # sd of gold: "at least as high" allows for this much less
 EQUAL_DISTANCES = (1.0, 2.0, 3.0, 4.0)
+EARLY = 20  # steps: beyond, gold sits on its floor in the arms without a leash
 
 
 def evaluations(run: Path) -> dict[int, list[SampleRow]]:
@@ -36,12 +41,10 @@ def variances(rows: list[SampleRow], ensemble: EnsembleReward) -> list[float]:
     return values
 
 
-def analyse(
-    members: dict[str, str], runs: Path, seeds: tuple[int, ...], minutes: float
-) -> dict[str, Any]:
+def analyse(members: dict[str, str], runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     """All figures of the page."""
     torch.set_num_threads(2)
-    result: dict[str, Any] = {"minutes": minutes, "seeds": list(seeds), "noises": {}}
+    result: dict[str, Any] = {"minutes": minutes(runs), "seeds": list(seeds), "noises": {}}
     for noise, name in members.items():
         settings = EnsembleSettings(kind="ensemble", members=[name], seeds=[1, 2, 3, 4, 5])
         ensemble = EnsembleReward(settings)
@@ -51,14 +54,39 @@ def analyse(
         }
         result["noises"][noise] = {
             "arms": {arm: arm_figures(found) for arm, found in tables.items()},
-            "claims": claims(tables),
+            "claims": {
+                str(step): claims(
+                    {a: [t.until(step) for t in found] for a, found in tables.items()}
+                )
+                for step in horizons(tables["single"][0].history.steps)
+            },
         }
     result["claims"] = {noise: part["claims"] for noise, part in result["noises"].items()}
+    result["early"] = EARLY
     result["margin"] = MARGIN
     result["machine"] = (
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
     return result
+
+
+def minutes(runs: Path) -> float:
+    """What the runs took, added up, whenever they ran."""
+
+    def time_of(file: Path, key: str) -> datetime:
+        return datetime.fromisoformat(json.loads(file.read_text())[key])
+
+    spans = [
+        time_of(folder / STATUS_FILE, "ended") - time_of(folder / STARTED_FILE, "started")
+        for folder in runs.glob("*/*/seed*")
+        if folder.is_dir()
+    ]
+    return sum(span.total_seconds() for span in spans) / 60
+
+
+def horizons(steps: list[int]) -> list[int]:
+    """The steps at which arms are compared: early, where there is such an evaluation, and last."""
+    return [step for step in (EARLY,) if step in steps[:-1]] + [steps[-1]]
 
 
 class Table:
@@ -74,11 +102,28 @@ class Table:
         lines = [max(rows, key=lambda row: row["proxy"] or -1e9) for rows in found.values()]
         self.example = {"prompt": lines[-1]["prompt"], "response": lines[-1]["response"]}
 
+    def until(self, step: int) -> "Table":
+        """The same run as if it had ended at an evaluated step."""
+        num = self.history.steps.index(step) + 1
+        early = copy.copy(self)
+        early.history = History(
+            steps=self.history.steps[:num],
+            prompt_ids=self.history.prompt_ids,
+            proxy=self.history.proxy[:num],
+            kl=self.history.kl[:num],
+            gold=self.gold[:num],
+        )
+        early.gold, early.variance, early.length = (
+            values[:num] for values in (self.gold, self.variance, self.length)
+        )
+        return early
+
 
 def arm_figures(tables: list[Table]) -> dict[str, Any]:
     """Curves (means over seeds and prompts), fit, verdicts, values at equal distance."""
-    curves = [Curve(gold=t.gold, kl=t.history.kl) for t in tables]
-    found = fit("rl", curves)
+    last = horizons(tables[0].history.steps)[0]
+    early = [table.until(last) for table in tables]
+    found = fit("rl", [Curve(gold=t.gold, kl=t.history.kl) for t in early])
     per_seed = [
         {
             "sqrt_kl": t.history.sqrt_kl.tolist(),
@@ -99,13 +144,14 @@ def arm_figures(tables: list[Table]) -> dict[str, Any]:
         "proxy_change": numbers(
             over_seeds([t.history.proxy[-1] - t.history.proxy[0] for t in tables])
         ),
+        "gold_change_early": numbers(over_seeds([t.gold[-1] - t.gold[0] for t in early])),
         "peak_gold": float(np.mean([t.gold.mean(1).max() - t.gold[0].mean() for t in tables])),
         "final_sqrt_kl": float(np.mean([t.history.sqrt_kl[-1] for t in tables])),
         "at_equal_distance": [at_distance(tables, d) for d in EQUAL_DISTANCES],
         "fit": None
         if found is None
         else {key: vars_of(getattr(found, key)) for key in ("alpha", "beta", "peak")}
-        | {"band": band(found, max(t.history.sqrt_kl.max() for t in tables))},
+        | {"band": band(found, max(t.history.sqrt_kl.max() for t in early))},
     }
 
 
@@ -160,13 +206,15 @@ def claims(tables: dict[str, list[Table]]) -> list[dict[str, Any]]:
             [fall_from_peak(t) for t in single],
         ),
     ]
-    for better, worse in (("UWO", "mean"), ("WCO", "mean"), ("mean", "single"), ("UWO", "single")):
+    pairs = [("UWO", "mean"), ("WCO", "mean"), ("mean", "single"), ("UWO", "single")]
+    pairs += [("UWO_KL", "mean_KL"), ("mean_KL", "single_KL"), ("UWO_KL", "single_KL")]
+    for better, worse in pairs:
         difference = [
             a.gold[-1] - b.gold[-1] for a, b in zip(tables[better], tables[worse], strict=True)
         ]
-        found.append(
-            above_zero(f"{better} ends at least as high in gold as {worse}", difference, -MARGIN)
-        )
+        names = [arm.replace("_", " + ") for arm in (better, worse)]
+        claim = f"{names[0]} ends at least as high in gold as {names[1]}"
+        found.append(above_zero(claim, difference, -MARGIN))
     growth = [
         (b.variance[-1] - b.variance[0]) - (a.variance[-1] - a.variance[0])
         for a, b in zip(tables["UWO"], tables["mean"], strict=True)

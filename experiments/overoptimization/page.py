@@ -8,16 +8,30 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-NAMES = {"single": "single", "mean": "mean", "WCO": "WCO", "UWO": "UWO", "UWO_KL": "UWO + KL"}
+NAMES = {
+    "single": "single",
+    "mean": "mean",
+    "WCO": "WCO",
+    "UWO": "UWO",
+    "single_KL": "single + KL",
+    "mean_KL": "mean + KL",
+    "UWO_KL": "UWO + KL",
+}
 # Okabe and Ito's colours, told apart by people with any colour vision.
 COLOURS = {
     "single": "#D55E00",
     "mean": "#E69F00",
     "WCO": "#0072B2",
     "UWO": "#009E73",
+    "single_KL": "#000000",
+    "mean_KL": "#56B4E9",
     "UWO_KL": "#CC79A7",
 }
-MARKERS = {"single": "o", "mean": "s", "WCO": "^", "UWO": "D", "UWO_KL": "v"}
+MARKERS = {"single": "o", "mean": "s", "WCO": "^", "UWO": "D"} | {
+    "single_KL": "x",
+    "mean_KL": "P",
+    "UWO_KL": "v",
+}
 TITLES = {"clean": "labels of one rater each", "noisy": "the same with 25% of pairs turned round"}
 
 
@@ -86,21 +100,25 @@ def render(results: dict[str, Any], discussed: str) -> str:
         "",
         "Written by `python experiments/overoptimization/run.py` from "
         "`experiments/overoptimization/results.json`; only the discussion is typed by hand. "
-        f"{seeds} seeds per arm; the run took {results['minutes']:.0f} minutes on 2 CPU cores "
-        f"({results['machine']}).",
+        f"{seeds} seeds per arm; the runs took {results['minutes']:.0f} minutes together, two at a "
+        f"time on 2 CPU cores ({results['machine']}).",
         "",
-        "The policy is `demo:policy`, the prompts are `demo:prompts`, gold is `demo:gold` and never "
-        "trains. The single arm's seed picks its member as well; the other arms use all five "
-        "members. No arm but the last has a KL penalty. All scores are in standard deviations of "
-        "the starting policy's samples. Intervals are 95%, over prompts, of the mean over seeds; "
-        "the seeds' own values stand beside them, for three seeds say little about further seeds.",
+        "The policy is `demo:policy`, the prompts are `demo:prompts`, gold is `demo:gold`, which "
+        "never trains. The single arm's seed picks its member as well; the other arms use all five "
+        "members. Only the arms with + KL have a KL penalty (coefficient 0.05). All scores are in "
+        "standard deviations of the starting policy's samples. Intervals are 95%, over prompts, of "
+        "the mean over seeds; the seeds' own values stand beside them, for three seeds say "
+        "little about further seeds.",
         "",
         "![Gold over distance](overoptimization.png)",
         "",
     ]
     for noise, part in results["noises"].items():
-        parts += [f"## {TITLES[noise].capitalize()}", "", *arm_table(part), "", *claim_table(part)]
-        parts += ["", *example_list(part), ""]
+        parts += [f"## {TITLES[noise].capitalize()}", "", *arm_table(part, results["early"]), ""]
+        for step, claims in part["claims"].items():
+            parts += [f"The paper's claims, the run read as if it ended at step {step}:", ""]
+            parts += [*claim_table(claims), ""]
+        parts += [*example_list(part), ""]
     parts += [
         "![The arms' own reward](overoptimization_proxy.png)",
         "",
@@ -114,20 +132,23 @@ def render(results: dict[str, Any], discussed: str) -> str:
     return "\n".join(parts)
 
 
-def arm_table(part: dict[str, Any]) -> list[str]:
+def arm_table(part: dict[str, Any], early: int) -> list[str]:
     """Where each arm ended."""
     lines = [
-        "| arm | own reward, change | gold, change (95%; seeds) | highest gold on the way | "
-        "sqrt(KL) at the end | peak of the fit d* (95%) | verdicts |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        f"| arm | highest gold on the way | gold, change at step {early} (95%) | gold, change at "
+        "the end (95%; seeds) | own reward, change at the end | sqrt(KL) at the end | peak of the "
+        "fit d* (95%) | verdicts |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for arm, f in part["arms"].items():
         gold = f["gold_change"]
         seeds = ", ".join(f"{x:+.2f}" for x in gold["seeds"])
         verdicts = ", ".join(seed["verdict"] for seed in f["seeds"])
+        soon = f["gold_change_early"]
         lines.append(
-            f"| {NAMES[arm]} | {f['proxy_change']['mean']:+.2f} | {gold['mean']:+.2f} "
-            f"({gold['low']:+.2f} to {gold['high']:+.2f}; {seeds}) | {f['peak_gold']:+.2f} "
+            f"| {NAMES[arm]} | {f['peak_gold']:+.2f} | {soon['mean']:+.2f} ({soon['low']:+.2f} to "
+            f"{soon['high']:+.2f}) | {gold['mean']:+.2f} ({gold['low']:+.2f} to "
+            f"{gold['high']:+.2f}; {seeds}) | {f['proxy_change']['mean']:+.2f} "
             f"| {f['final_sqrt_kl']:.1f} | {peak(f['fit'])} | {verdicts} |"
         )
     distances = [p["d"] for p in part["arms"]["single"]["at_equal_distance"] if p is not None]
@@ -159,13 +180,13 @@ def distance(value: float) -> str:
     return "none" if value > 1e3 else f"{value:.1f}"
 
 
-def claim_table(part: dict[str, Any]) -> list[str]:
+def claim_table(claims: list[dict[str, Any]]) -> list[str]:
     """The paper's claims against what came out."""
     lines = [
         "| claim | answer | difference (95%) | per seed |",
         "|---|---|--:|---|",
     ]
-    for c in part["claims"]:
+    for c in claims:
         allowed = f" (above {c['bar']:+.1f} counts)" if c["bar"] else ""
         seeds = ", ".join(f"{x:+.2f}" for x in c["seeds"])
         lines.append(

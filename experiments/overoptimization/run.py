@@ -44,7 +44,7 @@ class Plan:
     num_prompts: int = 96
     seeds: tuple[int, ...] = (1, 2, 3)
     noises: tuple[str, ...] = ("clean", "noisy")
-    kl_coef: float = 0.05  # of the arm "UWO + KL"; the others have no leash
+    kl_coef: float = 0.05  # of the arms "… + KL"; the others have no leash
     uwo_weight: float = 0.5
     learning_rate: float = 1.5e-4
 
@@ -65,13 +65,15 @@ def arms(plan: Plan, members: str, seed: int) -> dict[str, dict[str, Any]]:
         }
 
     single = {"kind": "classifier", "model": members.replace("{seed}", str(seed))}
-    free = {"coef": 0.0}
+    free, leash = {"coef": 0.0}, {"coef": plan.kl_coef}
     return {
         "single": {"reward": single, "kl": free},
         "mean": {"reward": ensemble("mean"), "kl": free},
         "WCO": {"reward": ensemble("WCO"), "kl": free},
         "UWO": {"reward": ensemble("UWO"), "kl": free},
-        "UWO + KL": {"reward": ensemble("UWO"), "kl": {"coef": plan.kl_coef}},
+        "single + KL": {"reward": single, "kl": leash},
+        "mean + KL": {"reward": ensemble("mean"), "kl": leash},
+        "UWO + KL": {"reward": ensemble("UWO"), "kl": leash},
     }
 
 
@@ -178,14 +180,12 @@ def main() -> None:
     plan = SMOKE if options.smoke else Plan()
     name = "smoke" if options.smoke else "full"
     work = options.work or ROOT / "runs" / f"overoptimization_{name}"
-    start = time.monotonic()
     if not options.only_analysis:
         train_all(plan, work, options.jobs)
     results = analyse(
         {noise: members_of(noise, work) for noise in plan.noises},
         work / "runs",
         plan.seeds,
-        minutes=(time.monotonic() - start) / 60,
     )
     if options.smoke:
         print(json.dumps(results["claims"], indent=1))

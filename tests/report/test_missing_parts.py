@@ -175,3 +175,30 @@ def test_what_a_person_wrote_into_the_card_stays(make_run, page_of) -> None:
     assert card.read_text() == "All mine.\n"
     assert START in mine
     assert END in mine
+
+
+def ended(step: int, num: int = 3, **values: object) -> dict[int, list[dict[str, object]]]:
+    return {
+        0: [row(0, i) for i in range(num)],
+        step: [row(step, i, **values) for i in range(num)],
+    }
+
+
+ODD = {
+    "one prompt": ended(5, 1, proxy=1.0),
+    "no scores": {s: [row(s, 0, proxy=None, kl_exact_nats=None)] for s in (0, 5)},
+    "gold at the start only": {0: [row(0, i, gold=1.0) for i in range(20)], 5: [row(5, 1)]},
+    "no prompt in common": {0: [row(0, 1)], 5: [row(5, 2)]},
+    "negative KL": {s: [row(s, i, kl_exact_nats=-0.1) for i in range(5)] for s in (0, 2, 4, 6)},
+    "far apart": ended(5, proxy=1e99),
+    "an empty file": {0: [row(0, 1)], 5: []},
+    "parts of another kind": ended(5, parts=["variance"]),
+}
+
+
+@pytest.mark.parametrize("rows", ODD.values(), ids=ODD)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_odd_run_still_has_a_report(rows, make_run, page_of) -> None:
+    page = page_of(make_run(rows=rows, metrics=[{"step": 0, "episodes": None}]))
+    assert "not enough data" in page.text
+    assert not {"nan", "inf", "None"} & set(page.text.split())

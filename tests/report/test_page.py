@@ -25,12 +25,17 @@ def paired(step: int, differences, gold=True):
 def test_key_figures_are_the_means_of_the_rows(make_run, page_of) -> None:
     start, end = [-1.0, 0.0, 1.0, 2.0] * 8, [1.0, 3.0, 2.0, 6.0] * 8
     run = make_run(rows={0: paired(0, start), 20: paired(20, end)})
-    text = page_of(run).text
+    page = page_of(run)
+    text = page.text
     # proxy 1.5 -> 4.0, paired differences 2, 3, 1, 4: mean 2.5
     assert "proxy reward 1.50 4.00 +2.50 (+2.09 to +2.91)" in text
     assert "gold reward 0.25 1.50 +1.25" in text
     assert "KL to the start (nats/response) 0.00 4.00 +4.00 (+4.00 to +4.00)" in text
     assert "ends by itself (share) 100% 100%" in text
+    # sd at the start: sqrt(32 / 31 * 1.25) = 1.136; 2.5 / 1.136 = 2.20
+    alts = [image["alt"] for image in page.named("img")]
+    assert any("proxy goes from 0.00 at step 0 to 2.20 sd at step 20" in alt for alt in alts)
+    assert any("KL to the start" in alt and "to 4.00 at step 20" in alt for alt in alts)
 
 
 def test_the_verdict_is_a_word_and_a_colour_and_its_figures(make_run, page_of) -> None:

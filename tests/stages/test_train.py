@@ -204,3 +204,31 @@ def test_the_gpt2_imdb_recipe_runs_whole_with_only_its_three_names_overridden(
     after = read_rows(run / "eval/step-100.jsonl")
     assert sum(row["kl_exact_nats"] for row in after) > 0
     AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+def test_a_run_ends_with_a_report_that_knows_who_set_what(cli, write_config, tmp_path) -> None:
+    code, out, err = cli("train", write_config(), "kl.coef=0.125")
+    assert code == 0, err
+    run = tmp_path / "run"
+    assert f"Report: {run / 'report.html'}" in out
+    assert "Verdict: not enough data. There are no gold scores" in out
+    started = json.loads((run / "started.json").read_text())
+    assert started["name"] == "small"
+    assert started["origins"]["kl.coef"] == "command line"
+    assert started["versions"].keys() >= {"python", "klippo", "torch", "transformers"}
+    page = (run / "report.html").read_text()
+    assert "<code>0.125</code></td><td>command line</td>" in page
+    assert f"torch {started['versions']['torch']}" in page
+
+
+def test_a_report_that_fails_costs_the_run_nothing(
+    cli, write_config, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("klippo.stages.outcome.write_report", fail)
+    code, out, err = cli("train", write_config())
+    assert code == 0, err
+    assert "There is no report: ValueError: no ink." in out
+    assert json.loads((tmp_path / "run/run_status.json").read_text())["state"] == "done"

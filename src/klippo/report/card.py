@@ -65,21 +65,24 @@ def _figures(view: RunView) -> Iterator[str]:
         yield f"- {esc(note)}"
     if view.notes:
         yield ""
+    yield from _limits(view)
 
 
-def _tail(view: RunView) -> Iterator[str]:
-    adapter = view.data.config.get("policy.tuning") == "lora"
-    gold = view.data.has_gold
-    yield ""
+def _limits(view: RunView) -> Iterator[str]:
     yield "## Limits"
     yield ""
     yield "- The proxy is what the policy was trained to please; a higher proxy alone says nothing."
-    if gold:
+    if view.data.has_gold:
         yield "- Gold is a model too: it never trained the policy, but it can be wrong and fooled."
     else:
         yield "- No second opinion (gold) was asked, so nothing here says that the model is better."
     yield "- The figures hold for the evaluated prompts and one sample of each, drawn by one seed."
     yield "- PPO keeps what the base model knew, harmful parts included."
+    yield ""
+
+
+def _tail(view: RunView) -> Iterator[str]:
+    adapter = view.data.config.get("policy.tuning") == "lora"
     yield ""
     yield "## How to load it"
     yield ""

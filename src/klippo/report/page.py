@@ -11,7 +11,7 @@ from importlib import resources
 
 from klippo.evaluation.statistics import Estimate
 from klippo.evaluation.verdict import Outcome
-from klippo.report import figures
+from klippo.report import bars, figures
 from klippo.report.content import (
     RunView,
     differing,
@@ -77,12 +77,12 @@ def groups(views: Sequence[RunView]) -> dict[str, Group]:
             *_lowest_shares(runs),
         ],
         "samples": [
-            figures.histogram(runs, "proxy", "proxy reward"),
-            figures.histogram(runs, "gold", "gold reward"),
-            figures.histogram(runs, "length", "response length (tokens)"),
+            bars.histogram(runs, "proxy", "proxy reward"),
+            bars.histogram(runs, "gold", "gold reward"),
+            bars.histogram(runs, "length", "response length (tokens)"),
         ],
         "time": [
-            figures.phases(runs, {view.data.label: view.phases for view in views}),
+            bars.phases(runs, {view.data.label: view.phases for view in views}),
             metric("throughput/response_tokens_per_s"),
         ],
     }
@@ -168,6 +168,7 @@ def render(views: Sequence[RunView], sections: dict[str, Group], version: str) -
         css=Markup(css),  # ours
         style_hash=digest,
         summary=summary,
+        gold_words=gold_words,
         source=lambda picture: Markup(
             "data:image/svg+xml;base64," + base64.b64encode(picture.svg).decode()
         ),

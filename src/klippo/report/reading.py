@@ -28,7 +28,8 @@ STARTED_FILE = "started.json"
 BEST_OF_N_FILE = "best_of_n.json"
 RECORDED = "recorded"
 RUNNING = "running"
-LARGEST = 1e300
+LARGEST = 1e100
+"""Of the numbers that count: beyond it squares overflow."""
 NUMBERS = ("proxy", "gold", "length", "kl_exact_nats")
 NEEDED = ("prompt_id", "prompt", "response", "length", "proxy", "kl_exact_nats")
 
@@ -170,7 +171,7 @@ def read_lines(
 def read_samples(
     path: Path, still_written: bool = False, notes: list[str] | None = None
 ) -> list[SampleRow]:
-    """The rows of an eval/step-N.jsonl, checked; a number that is not finite becomes None."""
+    """The rows of an eval/step-N.jsonl, checked; a number beyond LARGEST becomes None."""
     rows = []
     num_strange = 0
     for number, row in read_lines(path, still_written, notes):
@@ -180,8 +181,8 @@ def read_samples(
         for key in ("prompt", "response"):
             if not isinstance(row[key], str):
                 raise ConfigError(f"{path}, line {number}: {key} is not text")
-        if not isinstance(row["prompt_id"], int | str):
-            raise ConfigError(f"{path}, line {number}: prompt_id is neither a number nor text")
+        if not isinstance(row["prompt_id"], int):
+            raise ConfigError(f"{path}, line {number}: prompt_id is not a whole number")
         parts = row.get("parts")
         row["parts"] = {
             name: part
@@ -193,13 +194,16 @@ def read_samples(
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{path}, line {number}: {key}={value!r} is not a number")
+                told = f"{key}={str(value)[:40]!r}"
+                raise ConfigError(f"{path}, line {number}: {told} is not a number")
             if not -LARGEST < value < LARGEST:
                 row[key] = None
                 num_strange += 1
         rows.append(row)
     if num_strange and notes is not None:
-        notes.append(f"{path.name}: {num_strange} values that are not finite count as missing.")
+        notes.append(
+            f"{path.name}: {num_strange} values that are no usable numbers count as missing."
+        )
     return rows
 
 
@@ -263,6 +267,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read_best_of_n(path: Path, asked: bool) -> dict[str, Any] | None:
+    path = path / BEST_OF_N_FILE if path.is_dir() else path
     if not path.is_file():
         if asked:
             raise ConfigError(f"{path}: no such file; `klippo best-of-n` writes it")
@@ -270,7 +275,8 @@ def _read_best_of_n(path: Path, asked: bool) -> dict[str, Any] | None:
     result = _read_object(path)
     try:
         length = len(result["ns"])
-        curves = [points for arm in result["arms"].values() for points in arm.values() if points]
+        arms = result["arms"].values()
+        curves = [arm[key] for arm in arms for key in ("proxy", "gold") if arm.get(key)]
         right = len(result["kl_bound"]) == length > 0 and all(len(c) == length for c in curves)
         for point in (point for curve in curves for point in curve):
             for part in ("mean", "low", "high"):

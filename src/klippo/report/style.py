@@ -57,6 +57,17 @@ class Picture:
     png: bytes
 
 
+def run_style(index: int, num_runs: int) -> dict[str, Any]:
+    """Colour, marker and line of the i-th run; a single run is blue."""
+    if num_runs == 1:
+        return {"color": BLUE, "marker": "o"}
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": LINES[index // len(PALETTE) % len(LINES)],
+    }
+
+
 def draw(
     name: str,
     paint: Callable[[Any], None],
