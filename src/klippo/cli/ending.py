@@ -21,7 +21,8 @@ BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
 PATIENCE_S = 5.0  # seconds
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug in Klippo; 2 usage, config or data; 3 this machine, model or "
-    "folder cannot do it; 4 reward; 6 training diverged; 130 interrupted; 143 terminated."
+    "folder cannot do it; 4 reward or judge; 5 the judge's budget; 6 training diverged; "
+    "130 interrupted; 143 terminated."
 )
 
 P = ParamSpec("P")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klippo.rewards.function import FunctionReward
 from klippo.tensors.masked import AllSum, local
 from klippo.tensors.moments import RunningMoments
 from klippo.types import RewardSource, Rollout, Scores
@@ -107,8 +106,16 @@ class SumReward:
         """Raise ConfigError when a part needs a column that is not among these."""
         columns = list(columns)
         for part in self.parts.values():
-            if isinstance(part.source, FunctionReward | SumReward):
-                part.source.check_columns(columns)
+            check = getattr(part.source, "check_columns", None)
+            if check is not None:
+                check(columns)
+
+    async def close(self) -> None:
+        """Let the parts that hold connections end what is in flight."""
+        for part in self.parts.values():
+            close = getattr(part.source, "close", None)
+            if close is not None:
+                await close()
 
     def yardstick(self, all_sum: AllSum = local) -> SumReward:
         """The same sum for evaluation: one scale for all of its batches.

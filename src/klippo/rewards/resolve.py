@@ -13,6 +13,9 @@ import torch
 from klippo.errors import RewardError
 from klippo.types import RewardSource, Rollout, Scores
 
+CLOSING_S = 15.0
+"""Longest that a source may take to close."""
+
 
 def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
     """Score a rollout, waiting for an async source; also inside a running event loop (a notebook).
@@ -33,6 +36,13 @@ def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
             f"shape ({len(rollout)},) is needed, one per response"
         )
     return scores
+
+
+def close_source(source: RewardSource) -> None:
+    """Let a source that waits for answers end in order; others have nothing to end."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        asyncio.run_coroutine_threadsafe(close(), _event_loop()).result(CLOSING_S)
 
 
 def _wait(result: Awaitable[Scores]) -> Scores:

@@ -80,6 +80,10 @@ def step_line(step: int, num_steps: int, metrics: Metrics, seconds_left: float) 
     scored = metrics.get("reward/scored_share", 1.0)
     if scored < 1:
         parts.append(f"unscored {1 - scored:.0%}")
+    if "judge/cached_share" in metrics:
+        parts.append(f"judge cached {metrics['judge/cached_share']:.0%}")
+    if "judge/cost_usd" in metrics:
+        parts.append(f"{metrics['judge/cost_usd']:.2f} USD")
     skipped = metrics.get("update/num_skipped_minibatches", 0)
     if skipped:
         parts.append(f"skipped {skipped:.0f}")

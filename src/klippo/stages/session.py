@@ -20,7 +20,8 @@ from klippo.ppo.learner import Learner, require_equal_shares
 from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward, yardstick
 from klippo.rewards.function import FunctionReward
-from klippo.rewards.resolve import resolve_scores
+from klippo.rewards.judge.reward import JudgeReward, judge_metrics
+from klippo.rewards.resolve import close_source, resolve_scores
 from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.online import OnlineSource
@@ -28,7 +29,7 @@ from klippo.rollouts.sampling import Sampling
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.reward_names import check_reward
-from klippo.types import Prompt, RewardSource, Rollout, Scores
+from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that evaluation draws the same random numbers at every step."""
@@ -48,6 +49,10 @@ class Session:
     source: OnlineSource
     score: Callable[[Rollout], Scores]
     """The training reward."""
+    close_reward: Callable[[], None]
+    """Ends what the reward still waits for; after a failure."""
+    reward_metrics: Callable[[], Metrics]
+    """What the reward says about itself, since the last call."""
     measure: Callable[[Rollout], Scores]
     """The same for evaluation, on a scale that stays."""
     stop_ids: frozenset[int]
@@ -86,7 +91,7 @@ def open_session(
     else:
         rows, held_out = as_rows(prompts, config.data.prompt_columns), []
     source = _reward_source(config, reward, device, ranks)
-    if isinstance(source, FunctionReward | SumReward):
+    if isinstance(source, FunctionReward | JudgeReward | SumReward):
         source.check_columns(rows[0].columns)
     if config.gold is not None:
         check_reward(config.gold, rows[0].columns)
@@ -162,6 +167,8 @@ def open_session(
         learner=learner,
         source=source_with(sampler.next, config.seed),
         score=lambda rollout: resolve_scores(source, rollout),
+        close_reward=lambda: close_source(source),
+        reward_metrics=lambda: judge_metrics(source),
         measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
@@ -220,6 +227,10 @@ def _reward_source(
 ) -> RewardSource:
     if reward is None:
         return build_reward(
-            config.reward, device=device, prompt_column=config.data.prompt_columns[0], ranks=ranks
+            config.reward,
+            device=device,
+            prompt_column=config.data.prompt_columns[0],
+            ranks=ranks,
+            account=config.output_dir,
         )
     return reward if hasattr(reward, "score") else FunctionReward(reward)

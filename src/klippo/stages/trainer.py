@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class PPOTrainer:
         except BaseException as error:
             with undisturbed():
                 self._rescue(recorder, error)
+                with suppress(Exception):  # what went wrong first is what is told
+                    session.close_reward()
             raise
 
     def generate(self, prompts: Sequence[Any]) -> Rollout:
@@ -284,6 +286,7 @@ class RunRecorder:
         tokens = float(ranks.all_sum(rollout.tokens.response_mask.sum().double()))
         seconds = sum(self._seconds.values())
         metrics = metrics | {f"time/{name}_s": value for name, value in self._seconds.items()}
+        metrics |= self.session.reward_metrics()
         metrics["time/step_s"] = seconds
         metrics["throughput/response_tokens_per_s"] = tokens / seconds
         metrics["memory/peak_gib"] = peak_memory_gib(self.session.device)

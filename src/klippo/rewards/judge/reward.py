@@ -113,6 +113,12 @@ class JudgeReward:
         if self.judge.reads_reference:
             check_column(self.settings.reference_column, columns)
 
+    async def close(self) -> None:
+        """Ask for nothing more, and let what is in flight come in, for up to ten seconds."""
+        close = getattr(self.judge.backend, "close", None)
+        if close is not None:
+            await close()
+
     def metrics(self) -> Metrics:
         """What was paid so far, and what became of the answers since the last call."""
         tally, since = self.judge.tally, self._since
