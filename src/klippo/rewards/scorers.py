@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from klippo.hub import load_config, load_model
 
-STACKED_ELEMENTS = 2**13
+STACKED_ELEMENTS = 2**15
 """Tokens times width, up to which members run faster stacked than in turn on a CPU: beyond it the
 arithmetic takes the time and not the calls (benchmarks/ensemble_scoring.py)."""
 
