@@ -12,9 +12,10 @@ import pytest
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
 from klippo.errors import ConfigError
+from klippo.rewards.judge.store import Store
 from klippo.stages import dry_run
 from klippo.stages.dry_run_plan import Texts, passed_caps, plan_run
-from tests.judge.server import FaultServer
+from tests.judge.server import FaultServer, ok
 
 Cli = Callable[..., tuple[int, str, str]]
 TEXTS = Texts(num_train=100, mean_prompt=40, longest_prompt=80, mean_reference=40)
@@ -108,6 +109,24 @@ def test_a_dry_run_asks_no_judge_and_leaves_nothing(
     assert "unknown" in lines["gold (g): USD"]
     assert "time, an estimate" in lines
     assert "scaled from 8 responses" in out
+
+
+def test_a_real_run_stays_within_the_worst_case(
+    write_config: Callable[..., Path], cli: Cli, tmp_path: Path
+):
+    cache = tmp_path / "judge.sqlite"
+    api = {"cache": str(cache), "max_attempts": 1}
+    # Without usage in its answers, each call is charged at what was reserved for it.
+    with FaultServer(otherwise=ok("Score: 7", usage=None)) as server:
+        file = write_config(reward=judge(server.url, api=api, probes=True))
+        config = load_config(file).config
+        (plan,) = plan_run(config, dry_run.texts_of(config)).judges
+        assert cli("train", file, "--quiet")[0] == 0
+    store = Store(cache, config.output_dir)
+    spent = store.total()
+    store.close()
+    assert plan.expected.calls / 2 < spent.calls <= plan.expected.calls
+    assert spent.tokens <= plan.worst.tokens
 
 
 DEAR = {"usd_per_million_prompt_tokens": 0, "usd_per_million_completion_tokens": 1000}
