@@ -70,13 +70,25 @@ def train(
         bool, typer.Option("--overwrite", help="Replace an existing run folder.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what the run would do, cost and take; train nothing."),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before judges that may cost much.")
+    ] = False,
 ) -> int:
     """Train a policy with PPO."""
     loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
 
+    if dry_run:
+        from klippo.stages.dry_run import dry_run as tell_plan
+
+        return tell_plan(loaded.config)
+
     from klippo.stages.train import train
 
-    return train(loaded, overwrite=overwrite, quiet=quiet)
+    return train(loaded, overwrite=overwrite, quiet=quiet, yes=yes)
 
 
 register_supervised(app)
