@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from klippo.evaluation.history import History
+from klippo.evaluation.history import history
 from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.settings import GuardSettings
 from klippo.evaluation.verdict import judge
@@ -35,8 +35,7 @@ class Guard:
     def __init__(self, settings: GuardSettings, seed: int = 0) -> None:
         self._settings = settings
         self._seed = seed
-        self._steps: list[int] = []
-        self._gold_rows: list[Sequence[SampleRow]] = []
+        self._gold_rows: dict[int, Sequence[SampleRow]] = {}
         self._num_alarms = 0
         self.best_step: int | None = None
         self._best_gold = -np.inf
@@ -55,9 +54,10 @@ class Guard:
         is_best = within
         alarm = None
         if gold_rows:
-            mean = float(np.nanmean([_number(row["gold"]) for row in gold_rows]))
+            self._gold_rows[step] = gold_rows
+            mean = float(np.mean([row["gold"] for row in gold_rows if row["gold"] is not None]))
             is_best = within and mean > self._best_gold
-            alarm = self._gold_alarm(step, gold_rows)
+            alarm = self._gold_alarm()
             if is_best:
                 self._best_gold = mean
         if is_best:
@@ -69,28 +69,10 @@ class Guard:
             )
         return Decision(is_best=is_best, stop=alarm)
 
-    def _gold_alarm(self, step: int, gold_rows: Sequence[SampleRow]) -> str | None:
-        self._steps.append(step)
-        self._gold_rows.append(gold_rows)
-
-        def table(key: str) -> np.ndarray:
-            return np.array([[_number(row[key]) for row in rows] for rows in self._gold_rows])
-
-        verdict = judge(
-            History(
-                steps=list(self._steps),
-                prompt_ids=[row["prompt_id"] for row in gold_rows],
-                proxy=table("proxy"),
-                kl=table("kl_exact_nats"),
-                gold=table("gold"),
-            ),
-            self._seed,
-        )
+    def _gold_alarm(self) -> str | None:
+        run = history(self._gold_rows)
+        verdict = judge(run, self._seed)
         self._num_alarms = self._num_alarms + 1 if verdict.outcome == "over-optimised" else 0
         if self._num_alarms < ALARMS_IN_A_ROW:
             return None
-        return f"over-optimised by the guard's {len(gold_rows)} prompts: {verdict.reason}"
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+        return f"over-optimised by the guard's {len(run.prompt_ids)} prompts: {verdict.reason}"
