@@ -17,7 +17,7 @@ import workload as shared
 from prepare_smollm import SMOLLM
 from workload import W1, Workload
 
-PHASES = ("generate", "score", "experience", "update")
+PHASES = ("generate", "forward", "score", "update")
 
 
 def run(workload: Workload, tokenizer_folder: Path, *, critic: str, updates: int) -> dict[str, Any]:

@@ -6,9 +6,9 @@ Masks come from lengths; True always means "keep".
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -113,6 +113,10 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B,) float32
 
 
+OnDone = Callable[[int, Completion], None]
+"""Told a completion's place among the prompts, and the completion."""
+
+
 class Engine(Protocol):
     """Samples responses. Another engine needs nothing from PPO."""
 
@@ -120,11 +124,16 @@ class Engine(Protocol):
         """Take over the policy's current weights."""
 
     def generate(
-        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        max_lengths: Sequence[int],
+        seeds: Sequence[int],
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion per prompt, each at most `max_lengths[i]` tokens long.
 
-        `seeds[i]` (63 bits) alone decides the random numbers of completion i.
+        `seeds[i]` (63 bits) alone decides the random numbers of completion i. `on_done(i,
+        completion)` is called once for each, as soon as it is finished, in any order.
         """
 
 
@@ -139,3 +148,11 @@ class RewardSource(Protocol):
     """Anything that scores a rollout, at once or when awaited."""
 
     def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]: ...
+
+
+@runtime_checkable
+class EagerRewardSource(RewardSource, Protocol):
+    """A slow source that scores single responses while others are still being sampled."""
+
+    async def begin(self, prompt: Prompt, response: str) -> None:
+        """Start on a finished response and return at once; `score` asks for it later."""

@@ -1,4 +1,4 @@
-"""From a scored rollout to advantages: what PPO learns from.
+"""From a rollout and its scores to advantages: what PPO learns from.
 
 B sequences, T response tokens. Everything is (B, T) float32 unless said otherwise.
 """
@@ -24,6 +24,16 @@ from klippo.types import Metrics, Rollout, Scores, TokenBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """What the models say of a rollout batch; no score is needed for it."""
+
+    old_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor  # (B, T), or (B, T+1) with the value after the last token
+    ref_logprobs: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
     """One rollout batch with all that the update needs; `mask` leaves unscored rows out."""
 
@@ -42,26 +52,37 @@ class Experience:
     metrics: Metrics
 
 
+def run_forward(
+    ppo: PPOSettings, policy: ActorCritic, reference: Reference, rollout: Rollout
+) -> Forward:
+    """Log-probs, entropy and values of a rollout batch, by the update's own forward pass."""
+    logprobs, entropy, values = _evaluate(ppo, policy, rollout)
+    return Forward(
+        old_logprobs=logprobs,
+        entropy=entropy,
+        values=values,
+        ref_logprobs=_reference_logprobs(ppo, reference, rollout),
+    )
+
+
 def build_experience(
     ppo: PPOSettings,
     kl: KLSettings,
     score: ScoreSettings,
-    policy: ActorCritic,
-    reference: Reference,
     rollout: Rollout,
+    forward: Forward,
     scores: Scores,
     *,
     kl_coef: float,
     moments: RunningMoments,
     ranks: Ranks,
 ) -> Experience:
-    """Log-probs, values, token rewards, advantages and returns of a rollout batch."""
+    """Token rewards, advantages and returns of a rollout batch."""
     tokens = rollout.tokens
+    old_logprobs, ref_logprobs = forward.old_logprobs, forward.ref_logprobs
     reward = scores.reward.to(tokens.response_ids.device)
     mask = tokens.response_mask & ~reward.isnan()[:, None]
-    old_logprobs, entropy, values = _evaluate(ppo, policy, rollout)
-    ref_logprobs = _reference_logprobs(ppo, reference, rollout)
-    old_values = values[:, : mask.shape[1]]
+    old_values = forward.values[:, : mask.shape[1]]
 
     shaped = shape_scores(score, reward, rollout.finished, moments, ranks.all_sum)
     token_kl = k1(old_logprobs, ref_logprobs)
@@ -76,7 +97,7 @@ def build_experience(
         mask,
         gamma=ppo.gamma,
         lam=ppo.gae_lambda,
-        value_after=_value_after(values, rollout) if ppo.bootstrap_truncated else None,
+        value_after=_value_after(forward.values, rollout) if ppo.bootstrap_truncated else None,
     )
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, all_sum=ranks.all_sum)
@@ -85,7 +106,7 @@ def build_experience(
     sequence_kl = float(masked_mean(masked_sum(token_kl, mask, 1), scored, ranks.all_sum))
     weights, mismatch = _engine_weights(ppo, rollout, old_logprobs, mask, ranks)
     metrics = _metrics(
-        rollout, scores, shaped, mask, entropy, old_values, returns, token_rewards, ranks
+        rollout, scores, shaped, mask, forward.entropy, old_values, returns, token_rewards, ranks
     )
     return Experience(
         tokens=tokens,
@@ -115,7 +136,7 @@ def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
 def _evaluate(
     ppo: PPOSettings, policy: ActorCritic, rollout: Rollout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Old log-probs, entropy (B, T) and values (B, T or T+1), by the update's own forward pass."""
+    """Log-probs, entropy (B, T) and values (B, T or T+1)."""
     tokens = rollout.tokens
     mask = tokens.response_mask
     logprobs, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)

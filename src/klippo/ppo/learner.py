@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.ppo.experience import Experience, build_experience
+from klippo.ppo.experience import Experience, Forward, build_experience, run_forward
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ppo.update import ppo_update
 from klippo.ranks import Ranks
@@ -54,15 +54,23 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)  # the same on every process
         self.num_steps_done = 0
 
-    def experience(self, rollout: Rollout, scores: Scores) -> Experience:
-        """What this rollout teaches under the current policy, reference and KL coefficient."""
+    def forward(self, rollout: Rollout) -> Forward:
+        """What policy, critic and reference say of this rollout, while scores are on their way."""
+        return run_forward(self.ppo, self.policy, self.reference, rollout)
+
+    def experience(
+        self, rollout: Rollout, scores: Scores, forward: Forward | None = None
+    ) -> Experience:
+        """What this rollout teaches under the current policy, reference and KL coefficient.
+
+        `forward` is what `self.forward` gave for it; by default it runs here.
+        """
         return build_experience(
             self.ppo,
             self.kl,
             self.score,
-            self.policy,
-            self.reference,
             rollout,
+            forward or self.forward(rollout),
             scores,
             kl_coef=self.kl_controller.coef,
             moments=self.score_moments,

@@ -1,4 +1,4 @@
-"""The loop: sample, score, build experience, learn.
+"""The loop: sample, run the models, score, learn.
 
 It receives objects that satisfy small protocols and imports no engine and no reward.
 """
@@ -42,10 +42,10 @@ def train(
             return
         with recorder.phase("generate"):
             rollout = source.next()
+        with recorder.phase("forward"):  # a judge's answers come in meanwhile
+            forward = learner.forward(rollout)
         with recorder.phase("score"):
-            scores = score(rollout)
-        with recorder.phase("experience"):
-            experience = learner.experience(rollout, scores)
+            experience = learner.experience(rollout, score(rollout), forward)
         with recorder.phase("update"):
             metrics = learner.learn(experience)
         recorder.log(step, rollout, metrics)

@@ -25,7 +25,7 @@ ENDINGS = {
     "failed": "failed",
     "interrupted": "interrupted",
 }
-PHASES = ("generate", "score", "experience", "update")
+PHASES = ("generate", "forward", "score", "update")
 MAX_STEPS_NAMED = 12
 FAR = 100.0
 NAMES_IN_REWARDS = ("model", "function", "name", "file")

@@ -6,12 +6,13 @@ import asyncio
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterator
 
 import torch
 
 from klippo.errors import RewardError
-from klippo.types import RewardSource, Rollout, Scores
+from klippo.rewards.combined import SumReward
+from klippo.types import EagerRewardSource, Prompt, RewardSource, Rollout, Scores
 
 CLOSING_S = 15.0
 """Longest that a source may take to close."""
@@ -36,6 +37,27 @@ def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
             f"shape ({len(rollout)},) is needed, one per response"
         )
     return scores
+
+
+def begin_with(source: RewardSource) -> Callable[[Prompt, str], None] | None:
+    """What starts the scoring of one finished response; None where all is scored as a batch."""
+    eager = list(_eager(source))
+    if not eager:
+        return None
+
+    def begin(prompt: Prompt, response: str) -> None:
+        for one in eager:
+            asyncio.run_coroutine_threadsafe(one.begin(prompt, response), _event_loop())
+
+    return begin
+
+
+def _eager(source: RewardSource) -> Iterator[EagerRewardSource]:
+    if isinstance(source, SumReward):
+        for part in source.parts.values():
+            yield from _eager(part.source)
+    elif isinstance(source, EagerRewardSource):
+        yield source
 
 
 def close_source(source: RewardSource) -> None:

@@ -45,7 +45,7 @@ def collate(
         logprobs = torch.tensor([row + [0.0] * (width - len(row)) for row in own], device=device)
     return Rollout(
         prompts=list(prompts),
-        responses=tokenizer.batch_decode(rows, skip_special_tokens=True),
+        responses=decode(rows, tokenizer),
         tokens=TokenBatch(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask.bool(),
@@ -56,6 +56,12 @@ def collate(
         temperature=temperature,
         behavior_logprobs=logprobs,
     )
+
+
+def decode(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
+    """Responses as text for rewards and people: special tokens are left out."""
+    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return texts
 
 
 def stop_token_ids(

@@ -7,7 +7,7 @@ that a short response costs no more than its own tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from klippo.rollouts.sampling import Sampling, draw
 from klippo.rollouts.seeds import uniforms
-from klippo.types import Completion, Prompt
+from klippo.types import Completion, OnDone, Prompt
 
 
 class HFEngine:
@@ -43,11 +43,16 @@ class HFEngine:
         """The engine decodes with the policy's own weights: they are always current."""
 
     def generate(
-        self, prompts: Sequence[Prompt], max_lengths: Sequence[int], seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        max_lengths: Sequence[int],
+        seeds: Sequence[int],
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in order; at most `max_lengths[i]` tokens each.
 
-        `seeds[i]` alone decides the random numbers of completion i.
+        `seeds[i]` alone decides the random numbers of completion i. `on_done(i, completion)` is
+        called for each when it is finished.
         """
         size = self.batch_size or len(prompts)
         # Prompts of like length share a batch: little padding.
@@ -55,18 +60,22 @@ class HFEngine:
         done: dict[int, Completion] = {}
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            batch = self._decode(
+            decoding = self._decode(
                 [prompts[i] for i in rows],
                 [max_lengths[i] for i in rows],
                 [seeds[i] for i in rows],
             )
-            done.update(zip(rows, batch, strict=True))
+            for row, completion in decoding:
+                done[rows[row]] = completion
+                if on_done is not None:
+                    on_done(rows[row], completion)
         return [done[i] for i in range(len(prompts))]
 
     @torch.no_grad()
     def _decode(
         self, prompts: list[Prompt], max_lengths: list[int], seeds: list[int]
-    ) -> list[Completion]:
+    ) -> Iterator[tuple[int, Completion]]:
+        """Each completion with its row among `prompts`, when it is finished."""
         from transformers import DynamicCache
 
         device = self.model.get_input_embeddings().weight.device
@@ -78,22 +87,30 @@ class HFEngine:
         cache = DynamicCache(config=self.model.config)
         token_ids: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        finished = [False] * len(prompts)
         for t in range(max(max_lengths)):
             logits = self._next_logits(step_ids, mask, cache)
             drawn, drawn_logprobs = draw(logits, self.sampling, random[rows, t])
             stopped = torch.isin(drawn, stops)
-            for row, token, logprob, stop in zip(
+            alive = ~stopped & (t + 1 < limits)
+            for row, token, logprob, stop, more in zip(
                 rows.tolist(),
                 drawn.tolist(),
                 drawn_logprobs.tolist(),
                 stopped.tolist(),
+                alive.tolist(),
                 strict=True,
             ):
                 token_ids[row].append(token)
                 logprobs[row].append(logprob)
-                finished[row] = stop
-            alive = ~stopped & (t + 1 < limits)
+                if not more:
+                    yield (
+                        row,
+                        Completion(
+                            token_ids=token_ids[row],
+                            finished=stop,
+                            logprobs=logprobs[row] if self.record_logprobs else None,
+                        ),
+                    )
             if not alive.any():
                 break
             if not alive.all():
@@ -102,10 +119,6 @@ class HFEngine:
                 cache.batch_select_indices(keep)
             step_ids = drawn[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        return [
-            Completion(token_ids=ids, finished=end, logprobs=own if self.record_logprobs else None)
-            for ids, end, own in zip(token_ids, finished, logprobs, strict=True)
-        ]
 
     def _next_logits(self, step_ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits (B, V) float32 after the newest tokens; the cache grows by them."""

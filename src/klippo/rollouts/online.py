@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from klippo.ranks import Ranks
-from klippo.rollouts.collate import collate
+from klippo.rollouts.collate import collate, decode
 from klippo.rollouts.seeds import draw_limits, response_seeds
 from klippo.rollouts.settings import RolloutSettings
-from klippo.types import Engine, Prompt, Rollout
+from klippo.types import Completion, Engine, Prompt, Rollout
+
+OnResponse = Callable[[Prompt, str], None]
+"""Told a prompt and a finished response to it."""
 
 
 class OnlineSource:
@@ -31,7 +34,9 @@ class OnlineSource:
         seed: int,
         device: torch.device,
         ranks: Ranks | None = None,
+        on_response: OnResponse | None = None,
     ) -> None:
+        """`on_response` is told of each response that `next` samples, as soon as it is finished."""
         self._next_prompts = next_prompts
         self._engine = engine
         self._tokenizer = tokenizer
@@ -39,26 +44,34 @@ class OnlineSource:
         self._seed = seed
         self._device = device
         self._ranks = ranks or Ranks()
+        self._on_response = on_response
         self._num_drawn = 0
 
     def next(self) -> Rollout:
         """The next batch of prompts with freshly sampled responses."""
-        return self.answer(self._next_prompts())
+        return self.answer(self._next_prompts(), self._on_response)
 
-    def answer(self, prompts: list[Prompt]) -> Rollout:
+    def answer(self, prompts: list[Prompt], on_response: OnResponse | None = None) -> Rollout:
         """Responses to these prompts, with new numbers; each process answers equally many."""
         first = self._num_drawn + self._ranks.rank * len(prompts)
         self._num_drawn += self._ranks.world_size * len(prompts)
-        return self.answer_as(prompts, range(first, first + len(prompts)))
+        return self.answer_as(prompts, range(first, first + len(prompts)), on_response)
 
-    def answer_as(self, prompts: list[Prompt], numbers: Iterable[int]) -> Rollout:
+    def answer_as(
+        self, prompts: list[Prompt], numbers: Iterable[int], on_response: OnResponse | None = None
+    ) -> Rollout:
         """Responses to these prompts with the random numbers of the responses numbered so."""
+
+        def tell(i: int, completion: Completion) -> None:
+            if on_response is not None:
+                on_response(prompts[i], decode([completion.token_ids], self._tokenizer)[0])
+
         seeds = response_seeds(self._seed, numbers)
         limits = draw_limits(self._settings.response_length, seeds)
         self._engine.sync()
         return collate(
             prompts,
-            self._engine.generate(prompts, limits, seeds),
+            self._engine.generate(prompts, limits, seeds, tell),
             self._tokenizer,
             temperature=self._settings.temperature,
             device=self._device,

@@ -36,8 +36,8 @@ class Timing:
 
     num_responses: int
     generate_s: float
+    forward_s: float
     score_s: float
-    experience_s: float
     update_s: float
     """One pass over the slice."""
     run_s: float
@@ -77,23 +77,23 @@ def time_run(config: RunConfig, plan: Plan) -> Timing:
         mark()
         rollout = session.source.next()
         mark()
-        scores = session.score(rollout)
+        forward = session.learner.forward(rollout)
         mark()
-        experience = session.learner.experience(rollout, scores)
+        experience = session.learner.experience(rollout, session.score(rollout), forward)
         mark()
         session.learner.learn(experience)
         mark()
     session.close_reward()
-    generate, score, forward, update = (b - a for a, b in pairwise(marks))
+    generate_s, forward_s, score_s, update_s = (b - a for a, b in pairwise(marks))
     every_response = plan.num_training + plan.num_evaluation + plan.num_guard
-    seconds = (generate + score + forward) * every_response
-    seconds += update * ppo.num_epochs * plan.num_training
+    seconds = (generate_s + forward_s + score_s) * every_response
+    seconds += update_s * ppo.num_epochs * plan.num_training
     return Timing(
         num_responses=size,
-        generate_s=generate,
-        score_s=score,
-        experience_s=forward,
-        update_s=update,
+        generate_s=generate_s,
+        forward_s=forward_s,
+        score_s=score_s,
+        update_s=update_s,
         run_s=seconds / size,
     )
 
@@ -133,7 +133,7 @@ def tell(plan: Plan, timing: Timing, console: Console) -> None:
     console.print(table)
     notes = [
         f"Time is scaled from {timing.num_responses} responses: {timing.generate_s:.2f} s to sample"
-        f", {timing.score_s:.2f} s to score, {timing.experience_s:.2f} s to prepare, "
+        f", {timing.forward_s:.2f} s for log-probs and values, {timing.score_s:.2f} s to score, "
         f"{timing.update_s:.2f} s to learn from once; larger batches often sample faster."
     ]
     if plan.judges:

@@ -20,8 +20,8 @@ from klippo.ppo.learner import Learner, require_equal_shares
 from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward, yardstick
 from klippo.rewards.function import FunctionReward
-from klippo.rewards.judge.reward import JudgeReward, judge_metrics
-from klippo.rewards.resolve import close_source, resolve_scores
+from klippo.rewards.judge.reward import JudgeReward, judge_metrics, over_processes
+from klippo.rewards.resolve import begin_with, close_source, resolve_scores
 from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.online import OnlineSource
@@ -146,7 +146,14 @@ def open_session(
 
     def source_with(next_prompts: Callable[[], list[Prompt]], seed: int) -> OnlineSource:
         return OnlineSource(
-            next_prompts, engine, tokenizer, config.rollout, seed=seed, device=device, ranks=ranks
+            next_prompts,
+            engine,
+            tokenizer,
+            config.rollout,
+            seed=seed,
+            device=device,
+            ranks=ranks,
+            on_response=begin_with(source),
         )
 
     def reference_responses(number: int) -> Rollout:
@@ -168,13 +175,13 @@ def open_session(
         source=source_with(sampler.next, config.seed),
         score=lambda rollout: resolve_scores(source, rollout),
         close_reward=lambda: close_source(source),
-        reward_metrics=lambda: judge_metrics(source),
+        reward_metrics=lambda: over_processes(judge_metrics(source), ranks),
         measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
         evaluation_share=share,
         answer_evaluation=lambda: evaluation_source.answer_as(
-            evaluation_prompts[share.start : share.stop], share
+            evaluation_prompts[share.start : share.stop], share, begin_with(fixed)
         ),
         spare_prompts=held_out_prompts,
         answer_alone=lambda prompts, seed: source_with(list, seed).answer_as(

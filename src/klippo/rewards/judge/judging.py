@@ -6,10 +6,10 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from klippo.errors import JudgeError
 from klippo.rewards.judge.fencing import is_blank
@@ -65,7 +65,7 @@ def judge_label(settings: JudgeSettings) -> str:
     return f"judge {settings.api.model} by {Path(rubric.name).stem} #{digest}"
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(work: Iterable[Awaitable[T]]) -> list[T]:
     """All results in order; the first error cancels the rest, and is raised when they ended."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:

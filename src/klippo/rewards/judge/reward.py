@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import torch
 
+from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward
 from klippo.rewards.judge.judging import SAMPLE, Judge, together
 from klippo.rewards.judge.messages import JudgeBackend
@@ -55,16 +56,19 @@ class JudgeReward:
         self._opening = asyncio.Lock()
         self._is_open = False
         self._since = _Since()
+        self._begun: dict[Material, asyncio.Task[Judgement]] = {}
+
+    async def begin(self, prompt: Prompt, response: str) -> None:
+        """Ask about a finished response now, while others are still being sampled."""
+        material = self._material(prompt, response)
+        if material not in self._begun:
+            self._begun[material] = asyncio.ensure_future(self._judge_when_open(material))
 
     async def score(self, rollout: Rollout) -> Scores:
         """reward: (B,) float32; parts by criterion (B,), where there are several, -1 to 1."""
         self.check_columns({name for prompt in rollout.prompts for name in prompt.meta})
         materials = [
-            Material(
-                prompt=prompt_text(prompt, self._prompt_column),
-                response=response,
-                reference=self._reference(prompt),
-            )
+            self._material(prompt, response)
             for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
         ]
         judgements = await self.judge_all(materials)
@@ -115,9 +119,13 @@ class JudgeReward:
 
     async def close(self) -> None:
         """Ask for nothing more, and let what is in flight come in, for up to ten seconds."""
+        begun, self._begun = list(self._begun.values()), {}
         close = getattr(self.judge.backend, "close", None)
         if close is not None:
             await close()
+        for task in begun:
+            task.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)
 
     def metrics(self) -> Metrics:
         """What was paid so far, and what became of the answers since the last call."""
@@ -145,7 +153,10 @@ class JudgeReward:
 
     async def judge_unwatched(self, materials: Sequence[Material]) -> list[Judgement]:
         """Judgements that are not counted; in an outage the missing ones are asked for again."""
-        judgements = await together(self.judge.judge(one) for one in materials)
+        judgements = await together(
+            self._begun.pop(one) if one in self._begun else self.judge.judge(one)
+            for one in materials
+        )
         end, pause = self._clock() + self.settings.outage_patience_s, FIRST_PAUSE_S
         while self._is_outage(judgements) and (left := end - self._clock()) > 0:
             self._say(
@@ -160,14 +171,22 @@ class JudgeReward:
                 judgements[i] = judgement
         return judgements
 
+    async def _judge_when_open(self, material: Material) -> Judgement:
+        await self.open()
+        return await self.judge.judge(material)
+
     def _is_outage(self, judgements: Sequence[Judgement]) -> bool:
         unscored = share([one.reward is None for one in judgements])
         return unscored > self.settings.max_unscored_step and any(j.can_retry for j in judgements)
 
-    def _reference(self, prompt: Prompt) -> str | None:
+    def _material(self, prompt: Prompt, response: str) -> Material:
         column = self.settings.reference_column
         found = None if column is None else prompt.meta.get(column)
-        return None if found is None else str(found)
+        return Material(
+            prompt=prompt_text(prompt, self._prompt_column),
+            response=response,
+            reference=None if found is None else str(found),
+        )
 
     def _scores(self, judgements: Sequence[Judgement], device: torch.device) -> Scores:
         def column(values: Iterable[float | None]) -> torch.Tensor:
@@ -227,6 +246,28 @@ def judge_metrics(source: RewardSource) -> Metrics:
             for key, value in judge_metrics(part.source).items():
                 found[f"judge/{name}/{key.removeprefix('judge/')}"] = value
     return found
+
+
+def over_processes(metrics: Metrics, ranks: Ranks) -> Metrics:
+    """A judge's metrics over all processes: counts, tokens and costs added up, shares averaged.
+
+    Every process judges equally many responses, and every process must call this.
+    """
+    if not metrics:
+        return {}
+    own = ranks.gather(metrics)
+    names = [name for name in own[0] if not _is_cause(name)]  # a cost that one does not know is out
+    found = {name: [one[name] for one in own] for name in names if all(name in o for o in own)}
+    causes = sorted({name for one in own for name in one if _is_cause(name)})
+    found |= {name: [one.get(name, 0.0) for one in own] for name in causes}
+    return {
+        name: sum(values) / (len(values) if name.endswith(("_share", "_sd")) else 1)
+        for name, values in found.items()
+    }
+
+
+def _is_cause(name: str) -> bool:
+    return "/unscored_" in name and not name.endswith("_share")
 
 
 def prompt_text(prompt: Prompt, prompt_column: str = "prompt") -> str:
