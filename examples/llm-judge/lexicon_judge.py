@@ -16,6 +16,7 @@ import math
 import random
 import re
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -61,6 +62,8 @@ class Options:
     has_logprobs: bool = True
     has_schema: bool = True
     seed: int = 0
+    delay_s: float = 0.0
+    """How long an answer takes; questions do not wait for each other."""
 
 
 class LexiconServer(ThreadingHTTPServer):
@@ -109,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": {"message": "there are only chat completions here"}})
             return
         fault = self.server.draw_fault()
+        time.sleep(self.server.options.delay_s)
         match fault:
             case "drop":
                 self.close_connection = True
@@ -209,12 +213,14 @@ def main() -> None:
     parser.add_argument("--no-logprobs", action="store_true", help="ignore logprobs")
     parser.add_argument("--no-schema", action="store_true", help="ignore response_format")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
     given = parser.parse_args()
     options = Options(
         faults=given.faults,
         has_logprobs=not given.no_logprobs,
         has_schema=not given.no_schema,
         seed=given.seed,
+        delay_s=given.delay,
     )
     server = LexiconServer(given.port, options)
     print(f"Judging at {server.url} until Ctrl-C.", flush=True)

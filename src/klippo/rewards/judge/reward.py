@@ -62,7 +62,9 @@ class JudgeReward:
         """Ask about a finished response now, while others are still being sampled."""
         material = self._material(prompt, response)
         if material not in self._begun:
-            self._begun[material] = asyncio.ensure_future(self._judge_when_open(material))
+            task = asyncio.ensure_future(self._judge_when_open(material))
+            task.add_done_callback(_keep_quiet)
+            self._begun[material] = task
 
     async def score(self, rollout: Rollout) -> Scores:
         """reward: (B,) float32; parts by criterion (B,), where there are several, -1 to 1."""
@@ -153,10 +155,8 @@ class JudgeReward:
 
     async def judge_unwatched(self, materials: Sequence[Material]) -> list[Judgement]:
         """Judgements that are not counted; in an outage the missing ones are asked for again."""
-        judgements = await together(
-            self._begun.pop(one) if one in self._begun else self.judge.judge(one)
-            for one in materials
-        )
+        begun = {one: self._begun.pop(one) for one in set(materials) & self._begun.keys()}
+        judgements = await together(begun.get(one) or self.judge.judge(one) for one in materials)
         end, pause = self._clock() + self.settings.outage_patience_s, FIRST_PAUSE_S
         while self._is_outage(judgements) and (left := end - self._clock()) > 0:
             self._say(
@@ -304,6 +304,12 @@ def opening_rollout(settings: JudgeSettings) -> Rollout:
         finished=torch.ones(1, dtype=torch.bool),
         temperature=1.0,
     )
+
+
+def _keep_quiet(task: asyncio.Task[Judgement]) -> None:
+    """An error is raised where the judgement is wanted; asyncio need not print it as well."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _warn(text: str) -> None:
