@@ -18,6 +18,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,18 +65,24 @@ def _server(delay_s: float, pipe: Connection) -> None:
     asyncio.run(_serve(delay_s, pipe))
 
 
-def measure(num_calls: int, delay_s: float, *, repeats: int = 1) -> dict[str, Any]:
-    """Seconds for so many calls, and for the same requests from the cache."""
+@contextmanager
+def server_of(delay_s: float) -> Iterator[str]:
+    """The address of a server, in a process of its own, whose answers take so long."""
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_server, args=(delay_s, there), daemon=True)
     process.start()
-    url = f"http://127.0.0.1:{here.recv()}/v1"
     try:
-        runs = [asyncio.run(_run(url, num_calls)) for _ in range(repeats)]
+        yield f"http://127.0.0.1:{here.recv()}/v1"
     finally:
         process.terminate()
         process.join()
+
+
+def measure(num_calls: int, delay_s: float, *, repeats: int = 1) -> dict[str, Any]:
+    """Seconds for so many calls, and for the same requests from the cache."""
+    with server_of(delay_s) as url:
+        runs = [asyncio.run(_run(url, num_calls)) for _ in range(repeats)]
     return {"called_s": [run[0] for run in runs], "cached_s": [run[1] for run in runs]}
 
 

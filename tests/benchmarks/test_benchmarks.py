@@ -12,7 +12,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def scripts_are_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("ensemble_scoring", "klippo_ppo", "page", "prepare_smollm", "workload"):
+    for name in (
+        "ensemble_scoring",
+        "judge_overlap",
+        "judge_transport",
+        "klippo_ppo",
+        "page",
+        "prepare_smollm",
+        "workload",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -112,3 +120,12 @@ def test_smollm_page_says_what_its_results_file_says():
     results = json.loads(run.RESULTS.read_text(encoding="utf-8"))
 
     assert run.README.read_text(encoding="utf-8") == run.render(results)
+
+
+def test_judging_while_sampling_takes_less_than_three_quarters_of_the_time():
+    import judge_overlap
+
+    case = {"response_length": [4, 40], "generation_batch_size": 8}
+    result = judge_overlap.measure(case, repeats=3)
+
+    assert result["sampled_ratio"] < 0.75, result

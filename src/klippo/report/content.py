@@ -13,6 +13,7 @@ from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.scaling import Fit
 from klippo.evaluation.statistics import PairedComparison
 from klippo.evaluation.verdict import Verdict
+from klippo.report.judges import JudgeView, judges_of
 from klippo.report.reading import RUNNING, RunData
 from klippo.report.series import by_rank, distances, law_of, mean_metric, verdict_of
 from klippo.report.tables import MEASURES, REWARDS, compare_rows
@@ -67,6 +68,7 @@ class RunView:
     config_set: list[tuple[str, str, str]]
     config_defaults: list[tuple[str, str, str]]
     versions: Pairs
+    judges: list[JudgeView]
     notes: list[str]
 
 
@@ -95,6 +97,7 @@ def view(run: RunData) -> RunView:
         config_set=[row for row in config if row[2] != DEFAULT],
         config_defaults=[row for row in config if row[2] == DEFAULT],
         versions=[(str(k), str(v)) for k, v in _mapping(run.started.get("versions")).items()],
+        judges=judges_of(run),
         notes=list(_notes(run)),
     )
 
