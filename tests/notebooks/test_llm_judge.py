@@ -56,7 +56,11 @@ class Executed:
 
     def table(self, name: str) -> list[list[str]]:
         """The rows of a cell's table, without its head."""
-        [page] = [one.data["text/html"] for one in self.outputs(name) if "data" in one]
+        [page] = [
+            one.data["text/html"]
+            for one in self.outputs(name)
+            if "text/html" in one.get("data", {})
+        ]
         rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in page.split("</tr>")]
         return [row for row in rows if row]
 
@@ -205,10 +209,17 @@ def test_the_run_leaves_a_report_and_a_model_that_loads(executed: Executed) -> N
     assert "Verdict: " in executed.told("train")
     assert "The same prompts before and after" not in executed.told("train")  # num_shown is 0
     changes = [float(row[-1]) for row in executed.table("samples")]
-    assert len(changes) == 32
+    assert len(changes) == 10
     assert changes == sorted(changes, reverse=True)
     shown = status["before_after"]["proxy"]["difference"]
     assert f"change {shown:+.3f}" in executed.told("samples")
+    [verdict] = [
+        x.data["text/markdown"]
+        for x in executed.outputs("samples")
+        if "text/markdown" in x.get("data", {})
+    ]
+    assert verdict.startswith("**Verdict: ")
+    assert "Gold changed by" in verdict
     [curves] = executed.outputs("curves")
     assert "image/png" in curves.data
     links = [one.data["text/html"] for one in executed.outputs("report") if "data" in one]
