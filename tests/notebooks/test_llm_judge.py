@@ -54,13 +54,14 @@ class Executed:
             for one in self.outputs(name)
         )
 
+    def shown(self, name: str, kind: str) -> list[str]:
+        """What a cell displayed as this media type."""
+        data = [one.data for one in self.outputs(name) if "data" in one]
+        return [one[kind] for one in data if kind in one]
+
     def table(self, name: str) -> list[list[str]]:
         """The rows of a cell's table, without its head."""
-        [page] = [
-            one.data["text/html"]
-            for one in self.outputs(name)
-            if "text/html" in one.get("data", {})
-        ]
+        [page] = self.shown(name, "text/html")
         rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in page.split("</tr>")]
         return [row for row in rows if row]
 
@@ -213,17 +214,11 @@ def test_the_run_leaves_a_report_and_a_model_that_loads(executed: Executed) -> N
     assert changes == sorted(changes, reverse=True)
     shown = status["before_after"]["proxy"]["difference"]
     assert f"change {shown:+.3f}" in executed.told("samples")
-    [verdict] = [
-        x.data["text/markdown"]
-        for x in executed.outputs("samples")
-        if "text/markdown" in x.get("data", {})
-    ]
+    [verdict] = executed.shown("samples", "text/markdown")
     assert verdict.startswith("**Verdict: ")
     assert "Gold changed by" in verdict
-    [curves] = executed.outputs("curves")
-    assert "image/png" in curves.data
-    links = [one.data["text/html"] for one in executed.outputs("report") if "data" in one]
-    assert "runs/trial/report.html" in links[0]
+    assert len(executed.shown("curves", "image/png")) == 1
+    assert "runs/trial/report.html" in executed.shown("report", "text/html")[0]
     model = AutoModelForCausalLM.from_pretrained(executed.run / "model")
     tokenizer = AutoTokenizer.from_pretrained(executed.run / "model")
     ids = tokenizer("The film", return_tensors="pt").input_ids
