@@ -14,7 +14,7 @@ class EvaluationSettings(Settings):
     num_prompts: NonNegativeInt = 64
     """Fixed evaluation prompts, from the validation set where there is one; 0 turns it off."""
     num_shown: NonNegativeInt = 10
-    """Prompts of the before/after table."""
+    """Prompts of the before/after table; 0 leaves it out."""
 
 
 class GuardSettings(Settings):

@@ -165,7 +165,8 @@ def _evaluations(
 
 def _show(session: Session, outcome: Outcome, console: Console) -> None:
     number = session.config.evaluation.num_shown
-    console.print(samples_table(outcome.before[:number], outcome.after[:number]))
+    if number > 0:
+        console.print(samples_table(outcome.before[:number], outcome.after[:number]))
     console.print(change_table(dict(outcome.compared), len(outcome.before)))
     console.print(sentence(outcome.compared), soft_wrap=True)
 
