@@ -160,12 +160,14 @@ class Reference:
             hidden = self.lm.hidden(batch)
             return self.lm.logprobs(batch, hidden, temperature, with_entropy=False)[0]
 
-    @torch.no_grad()
     def kl_from(self, policy: CausalLM, batch: TokenBatch, temperature: float) -> Tensor:
-        """Exact KL(policy || reference) at every response position, (B, T) float32, nats."""
+        """Exact KL(policy || reference) at every response position, (B, T) float32, nats.
+
+        Differentiable in the policy.
+        """
         mask = batch.response_mask
-        hidden = policy.hidden(batch)[mask]
-        with self._active():
+        with torch.no_grad(), self._active():
             ref_hidden = self.lm.hidden(batch)[mask]
+        hidden = policy.hidden(batch)[mask]
         kl = exact_kl(policy.head(temperature), hidden, self.lm.head(temperature), ref_hidden)
         return kl.new_zeros(mask.shape).masked_scatter(mask, kl)
