@@ -45,6 +45,21 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedResponse:
+    """A response that exists already."""
+
+    prompt: Prompt
+    """Its `meta` has this response, its reward and, where rewards are compared with those of other
+    responses to the same prompt, their mean under `BASELINE`."""
+    completion: Completion
+    """`logprobs` are those of the policy that wrote it, where they were recorded."""
+    reward: float
+
+
+BASELINE = "mean reward of the other responses"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Prompts and responses as tensors: all that a model needs to see."""
 
