@@ -25,9 +25,10 @@ def render(results: Figures, discussion: str) -> str:
         "",
         "Written by `python experiments/real_judge/run.py` from "
         "`experiments/real_judge/results.json`; only the reading of the figures is typed by hand. "
-        f"SmolLM2-135M-Instruct in float32 ({results['machine']}) judges up to "
+        "SmolLM2-135M-Instruct, its weights once rounded to 4 bits (Q4_1) and served in float32 "
+        f"({results['machine']}), judges up to "
         f"{results['num_texts']} sentences of film reviews, each rated by about 15 people "
-        "(Hutto and Gilbert 2014). It is about the smallest chat model that there is: the page "
+        "(Hutto and Gilbert 2014). It is one of the smallest chat models that there are: the page "
         "shows that everything between Klippo and a real server works, and what a judge of this "
         "size is worth. It says nothing about larger ones; run the script with yours.",
         "",

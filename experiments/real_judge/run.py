@@ -82,13 +82,12 @@ def arms(server: str, plan: Plan) -> dict[str, Arm]:
     film_json = {"rubric": FILM, "score_source": "json"} | GREEDY
     film_line = {"rubric": FILM, "score_source": "line"} | GREEDY
     if server == "transformers":  # no log-probs and no schemas there, and one answer at a time
+        few, short = max(4, plan.num_slow // 2), {"max_tokens": 16}
+        labels = {"rubric": FILM, "score_source": "logprobs"}
         return {
-            "film, json": {"judge": film_json, "num": plan.num_slow},
-            "film, line": {"judge": film_line, "num": plan.num_slow},
-            "film, log-probs": {
-                "judge": {"rubric": FILM, "score_source": "logprobs"},
-                "num": min(4, plan.num_slow),
-            },
+            "film, json": {"judge": film_json | short, "num": few},
+            "film, line": {"judge": film_line | short, "num": few},
+            "film, log-probs": {"judge": labels, "num": few},
         }
     return {
         "film, log-probs": {
