@@ -178,17 +178,18 @@ def time_lines(found: Figures) -> list[str]:
     for name, arm in found["arms"].items():
         if arm.get("seconds_per_call") is not None:
             lines.append(f"| {name} | {arm['calls']} | {arm['seconds_per_call']:.2f} |")
-    took = found["overhead"]
-    lines += [
-        "",
-        "Arms that ask about the same texts by the same rubric as one before them find the start "
-        "of their questions in vLLM's cache.",
-        "",
-        f"One call at a time, {took['num']} questions, at most 4 tokens: a bare POST takes "
-        f"{took['bare_ms']:.0f} ms, the same through Klippo's client (budget, cache, checks) "
-        f"{took['klippo_ms']:.0f} ms; median difference "
-        f"{interval(took['difference_ms'], '+.1f')} ms.",
-    ]
+    if "overhead" in found:
+        took = found["overhead"]
+        lines += [
+            "",
+            "Arms that ask about the same texts by the same rubric as one before them find the "
+            "start of their questions in vLLM's cache.",
+            "",
+            f"One call at a time, {took['num']} questions, at most 4 tokens: a bare POST takes "
+            f"{took['bare_ms']:.0f} ms, the same through Klippo's client (budget, cache, checks) "
+            f"{took['klippo_ms']:.0f} ms; median difference "
+            f"{interval(took['difference_ms'], '+.1f')} ms.",
+        ]
     if "commands" in found:
         ran = found["commands"]
         lines += [

@@ -253,14 +253,14 @@ def run_server(
             kept.write_text(json.dumps(figures))
             print(f"{server}, {name}: {time.monotonic() - start:.0f} s", flush=True)
         found[name] = json.loads(kept.read_text())
-    first = next(iter(arms(server, plan).values()))
-    settings = judge_settings(first, url, model)
-    timed = [Material(prompt=PROMPT, response=s.text) for s in rated[: plan.num_timed]]
-    result = {"arms": found, "overhead": asyncio.run(overhead(settings, timed))}
-    if server == "vllm":
-        result["commands"] = commands(
-            settings, [s.text for s in rated[: first["num"]]], work, cache
-        )
+    result: dict[str, Any] = {"arms": found}
+    if server == "vllm":  # elsewhere no arm has answers that one call gives
+        first = next(iter(arms(server, plan).values()))
+        settings = judge_settings(first, url, model)
+        texts = [s.text for s in rated[: first["num"]]]
+        timed = [Material(prompt=PROMPT, response=text) for text in texts[: plan.num_timed]]
+        result["overhead"] = asyncio.run(overhead(settings, timed))
+        result["commands"] = commands(settings, texts, work, cache)
     return result
 
 
