@@ -7,6 +7,7 @@ numbers that are wanted, and is dropped; the backward pass computes them again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,9 @@ def token_logprobs(
     hidden (N, D), token_ids (N,). Differentiable in hidden, weight and bias. The entropy is zero
     (and costs nothing) without `with_entropy`.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # not where there are shapes alone
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, token_ids, head, with_entropy
         )
