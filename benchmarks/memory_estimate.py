@@ -13,10 +13,12 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from page import RESULTS, write_page
 from prepare_smollm import SMOLLM
 from workload import W1
 
+MMAP_VARIABLE, MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_", "1048576"
 FILE = RESULTS / "memory.json"
-SMOLLM_CASE = {"model": "smollm", "batch": 16, "threads": 2}
+SMOLLM_CASE = {"model": "smollm", "batch": 16}
 CASES: Mapping[str, Mapping[str, Any]] = {
     "full": {},
     "full, micro-batches of 8": {"micro": 8},
@@ -45,13 +48,15 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "full, evaluation of 64": {"micro": 8, "evaluate": 64},
     "full, ensemble of 5": {"micro": 8, "members": 5},
     "full, autocast": {"autocast": True},
+    "full, MALLOC_MMAP_THRESHOLD_": {"mmap": True},
+    "full, response 128, micro-batches of 8, MALLOC_MMAP_THRESHOLD_": {
+        "response": 128,
+        "micro": 8,
+        "mmap": True,
+    },
+    "LoRA, MALLOC_MMAP_THRESHOLD_": {"tuning": "lora", "mmap": True},
     "SmolLM2-135M, full": SMOLLM_CASE,
     "SmolLM2-135M, full, micro-batches of 4": {**SMOLLM_CASE, "micro": 4},
-    "SmolLM2-135M, last 2 layers, micro-batches of 4": {
-        **SMOLLM_CASE,
-        "micro": 4,
-        "tuning": "last_layers",
-    },
     "SmolLM2-135M, LoRA, micro-batches of 4": {**SMOLLM_CASE, "micro": 4, "tuning": "lora"},
 }
 """Name -> what differs from W1's shape (benchmarks/workload.py) with full fine-tuning."""
@@ -133,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=CASES, help="measure this one, in this process")
     parser.add_argument("--folder", type=Path, help="the models, for --case")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     chosen = parser.parse_args(arguments)
     if chosen.case is not None:
         shared.print_result(run_case(chosen.case, chosen.folder))
@@ -142,33 +148,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         build_models(folder, 5)
         rows = [json.dumps({"prompt": text}) for text in shared.prompts()]
         (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-        cases = []
-        for name in CASES:
-            cases.append(_in_process(name, folder))
-            print(json.dumps(cases[-1]), flush=True)
-    FILE.write_text(json.dumps(_result(cases), indent=1) + "\n")
+        with ThreadPoolExecutor(chosen.jobs) as pool:
+            cases = list(pool.map(lambda name: _in_process(name, folder), CASES))
+    FILE.write_text(json.dumps(_result(cases, chosen.jobs), indent=1) + "\n")
     write_page()
 
 
 def _in_process(name: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--case", name, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | ({MMAP_VARIABLE: MMAP_THRESHOLD} if CASES[name].get("mmap") else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    shared.print_result(result)
     return result
 
 
-def _result(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _result(cases: Sequence[Mapping[str, Any]], jobs: int) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
         "name": "Memory, estimated and measured",
         "kind": "memory",
         "date": date.today().isoformat(),
-        "command": "python benchmarks/memory_estimate.py",
+        "command": f"python benchmarks/memory_estimate.py --jobs {jobs}",
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
+        "framework_gib": round(statistics.median(case["before_gib"] for case in cases), 2),
         "cases": list(cases),
     }
 

@@ -11,6 +11,7 @@ import pytest
 
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
+from klippo.data.rows import Data, load_rows
 from klippo.errors import ConfigError
 from klippo.rewards.judge.store import Store
 from klippo.stages import dry_run
@@ -36,6 +37,10 @@ def run_config(reward: dict[str, Any], **more: Any) -> RunConfig:
         "reward": reward,
     }
     return RunConfig.model_validate(sections | more)
+
+
+def data_of(config: RunConfig) -> Data:
+    return load_rows(config.data, config.seed)
 
 
 def test_steps_and_responses_are_those_of_the_loop():
@@ -120,7 +125,7 @@ def test_a_real_run_stays_within_the_worst_case(
     with FaultServer(otherwise=ok("Score: 7", usage=None)) as server:
         file = write_config(reward=judge(server.url, api=api, probes=True))
         config = load_config(file).config
-        (plan,) = plan_run(config, dry_run.texts_of(config)).judges
+        (plan,) = plan_run(config, dry_run.texts_of(config, data_of(config))).judges
         assert cli("train", file, "--quiet")[0] == 0
     store = Store(cache, config.output_dir)
     spent = store.total()
@@ -146,9 +151,9 @@ def test_a_terminal_is_asked(write_config: Callable[..., Path], monkeypatch: pyt
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     answers = iter(["y", ""])
     monkeypatch.setattr("builtins.input", lambda *_: next(answers))
-    dry_run.agree_to_cost(config, yes=False)
+    dry_run.agree_to_cost(config, data_of(config), yes=False)
     with pytest.raises(ConfigError, match="not started"):
-        dry_run.agree_to_cost(config, yes=False)
+        dry_run.agree_to_cost(config, data_of(config), yes=False)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_nobody_is_asked_about_little_or_after_a_yes(
     write_config: Callable[..., Path], api: dict[str, Any], yes: bool
 ):
     config = load_config(write_config(reward=judge(api=api))).config
-    dry_run.agree_to_cost(config, yes=yes)
+    dry_run.agree_to_cost(config, data_of(config), yes=yes)
 
 
 def test_the_plan_needs_no_torch():

@@ -22,7 +22,7 @@ Bytes = dict[str, int]
 """What is held at once, by what it is."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that are born inside and still alive; `at_peak` is the most at once.
 
     Tensors whose last dimension is `vocabulary` count as logits, everything else as activations.
@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, vocabulary: int, known: Iterable[Tensor] = ()) -> None:
         """`known`: tensors that were there before, which an operation may give back."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary = vocabulary
         self._born: dict[int, int] = {_key(tensor): 0 for tensor in known}
         self._num_born = 0
@@ -98,18 +98,35 @@ def _indexed(func: Any, tensor: Tensor, indices: Any, *args: Any, **kwargs: Any)
     return func(tensor, _everywhere(indices), *args, **kwargs)
 
 
+def _selected(_: Any, tensor: Tensor, mask: Tensor) -> Tensor:
+    return tensor.new_empty(mask.numel())
+
+
+def _spread(_: Any, grad: Tensor, __: Tensor, sizes: list[int]) -> Tensor:
+    return grad.new_empty(sizes)
+
+
+def _a_number(*_: Any) -> int:
+    return 0
+
+
+def _fused_attention(*_: Any, **__: Any) -> int:
+    return int(SDPBackend.EFFICIENT_ATTENTION.value)
+
+
 USUAL: dict[Any, Callable[..., Any]] = {
-    ATEN._fused_sdp_choice.default: lambda func, *args, **kwargs: SDPBackend.EFFICIENT_ATTENTION.value,
-    ATEN._local_scalar_dense.default: lambda func, tensor: 0,
+    ATEN._fused_sdp_choice.default: _fused_attention,
+    ATEN._local_scalar_dense.default: _a_number,
     ATEN.index.Tensor: _indexed,
     ATEN.index_put.default: _indexed,
     ATEN.index_put_.default: _indexed,
     ATEN._index_put_impl_.default: _indexed,
     ATEN._unsafe_index_put.default: _indexed,
-    ATEN.masked_select.default: lambda func, tensor, mask: tensor.new_empty(mask.numel()),
-    ATEN.masked_scatter_backward.default: lambda func, grad, mask, sizes: grad.new_empty(sizes),
+    ATEN.masked_select.default: _selected,
+    ATEN.masked_scatter_backward.default: _spread,
 }
-"""Operations whose result, or its shape, depends on numbers."""
+"""Operations whose result, or its shape, depends on numbers; and attention, which on shapes alone
+would hold (S, S) weights, as it does on no other device."""
 
 
 def storage_bytes(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:

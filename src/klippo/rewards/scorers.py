@@ -76,7 +76,8 @@ def load_scorer(
 ) -> LoadedScorer:
     """The reward model of a folder or hub name, whichever published class it has.
 
-    `load` is `hub.shape_model` where shapes are enough. Raises PreflightError when it cannot be loaded or lacks weights.
+    `load` is `hub.shape_model` where shapes are enough. Raises PreflightError when it cannot be
+    loaded or lacks weights.
     """
     from transformers import AutoModelForSequenceClassification
 

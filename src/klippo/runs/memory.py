@@ -1,5 +1,7 @@
 """How much memory the process has needed, holds now, and may have."""
 
+import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -9,7 +11,13 @@ import torch
 GIB = 2**30
 CUDA_FRAMEWORK = GIB // 2
 """What CUDA's context and its libraries take on a GPU before the first tensor; a round figure."""
-CPU_WORKSPACE = 0
+CPU_WORKSPACE = 24 * 2**20
+"""What PyTorch's CPU libraries take when they first compute (benchmarks/memory_estimate.py)."""
+KEPT_BY_GLIBC = 0.5
+"""Of a phase's passing memory, what glibc keeps back in its heap beside what is in use; blocks
+below 32 MiB lie there and leave gaps. A round figure between 0.35 and 0.7 that were measured."""
+MMAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+"""With this variable of glibc at 1048576 every larger block goes back to the system at once."""
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -24,6 +32,12 @@ def peak_memory_gib(device: torch.device) -> float:
 def framework_bytes(device: torch.device) -> int:
     """What is held before the first model: on the CPU by this process now, on a GPU by CUDA."""
     return CUDA_FRAMEWORK if device.type == "cuda" else _resident() + CPU_WORKSPACE
+
+
+def kept_share(device: torch.device) -> float:
+    """Share of passing memory that is held once more, because the allocator keeps it back."""
+    has_heap = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+    return KEPT_BY_GLIBC if has_heap and MMAP_VARIABLE not in os.environ else 0.0
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -36,6 +36,7 @@ from klippo.stages.memory_phases import (
 )
 
 FRAMEWORK = "Python, PyTorch and data"
+KEPT = "kept back by the allocator"
 LEFT_AFTER_4BIT = 4.127 / 8
 """Bytes per weight in NF4 with double quantization: 4 bits and 0.127 bits of constants (Dettmers et
 al. 2023, arXiv 2305.14314)."""
@@ -51,6 +52,8 @@ class Machine:
     """`cpu` or `cuda`."""
     framework: int = 0
     """Bytes that are gone before the first model."""
+    kept_share: float = 0.0
+    """Of what a phase holds beside the weights, the share that the allocator keeps back."""
     num_processes: int = 1
 
 
@@ -115,12 +118,12 @@ def estimate_memory(
     }
     if sizes.evaluate > 0:
         traced["evaluate"] = evaluation_bytes(policy, reference, sizes.evaluate, prompt, response)
-    phases = {name: weights | found for name, found in traced.items()}
+    phases = {name: weights | _with_kept(found, machine) for name, found in traced.items()}
     if gold := [] if config.gold is None else [*scorers(config.gold)]:
         phases["gold"] = (
             weights
             | {"gold": sum(_weights_of(scorer) for _, scorer, _ in gold)}
-            | _scoring(gold, sizes.score, prompt, response, machine)
+            | _with_kept(_scoring(gold, sizes.score, prompt, response, machine), machine)
         )
     if stacked := sum(_weights_of(s) for name, s, _ in rewards if name.startswith("ensemble")):
         # Members are stacked before the policy is there, and are there twice for that moment.
@@ -183,6 +186,10 @@ def _scoring(
         else:
             found[name] = max(found.get(name, {}), own, key=lambda one: sum(one.values()))
     return max(found.values(), key=lambda one: sum(one.values()), default={})
+
+
+def _with_kept(passing: Bytes, machine: Machine) -> Bytes:
+    return passing | {KEPT: round(machine.kept_share * sum(passing.values()))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,10 @@ def _decoding_bytes(policy: ActorCritic, rows: int, cached: int, new: int) -> By
             model(input_ids=_ids(rows, 1), past_key_values=cache, use_cache=True)
             for layer in cache.layers:
                 shape = [*layer.keys.shape[:2], cached, layer.keys.shape[-1]]
-                layer.keys, layer.values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
+                layer.keys, layer.values = (
+                    layer.keys.new_empty(shape),
+                    layer.values.new_empty(shape),
+                )
         mask = torch.ones(rows, cached + new, dtype=torch.long, device=META)
         output = model(
             input_ids=_ids(rows, new),
@@ -103,8 +106,8 @@ def update_bytes(
 
 def scoring_bytes(scorer: nn.Module, rows: int, length: int) -> Bytes:
     """A reward model's forward pass over B=`rows` texts of S=`length` tokens."""
-    known = [*scorer.parameters(), *scorer.buffers()]
-    with LiveBytes(0, known) as live, torch.no_grad():
+    live = LiveBytes(0, [*scorer.parameters(), *scorer.buffers()])
+    with live, torch.no_grad():
         scorer(_ids(rows, length), torch.ones(rows, length, dtype=torch.long, device=META))
     return live.at_peak
 
@@ -114,7 +117,8 @@ def _traced(policy: ActorCritic, reference: Reference | None = None) -> Iterator
     modules: list[nn.Module] = [policy] if reference is None else [policy, reference.lm]
     known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     vocabulary = len(policy.lm.model.get_output_embeddings().weight)
-    with LiveBytes(vocabulary, known) as live:
+    live = LiveBytes(vocabulary, known)
+    with live:
         yield live
 
 
