@@ -22,6 +22,11 @@ Bytes = dict[str, int]
 """What is held at once, by what it is."""
 
 
+IN_BLOCKS = "in blocks below 32 MiB"
+"""Counted beside the kinds: what C libraries take from their heap and not from the system."""
+BLOCK = 32 * 2**20
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that are born inside and still alive; `at_peak` is the most at once.
 
@@ -36,12 +41,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._num_born = 0
         self._live: Counter[str] = Counter()
         self._peak_born = 0
+        self._in_blocks = 0
+        self._peak = 0
         self.at_peak: Bytes = {}
-
-    @property
-    def peak(self) -> int:
-        """The most bytes at once."""
-        return sum(self.at_peak.values())
+        """By kind, and what of them is IN_BLOCKS."""
 
     def had(self, tensor: Tensor) -> bool:
         """True for a tensor that is alive now and was already there at the peak."""
@@ -68,14 +71,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._num_born += 1
         self._born[key] = self._num_born
         self._live[kind] += size
+        self._in_blocks += size if size < BLOCK else 0
         weakref.finalize(storage, self._end, key, kind, size)
-        if self._live.total() > self.peak:
-            self.at_peak = dict(self._live)
+        if self._live.total() > self._peak:
+            self._peak = self._live.total()
+            self.at_peak = dict(self._live) | {IN_BLOCKS: self._in_blocks}
             self._peak_born = self._num_born
 
     def _end(self, key: int, kind: str, size: int) -> None:
         del self._born[key]
         self._live[kind] -= size
+        self._in_blocks -= size if size < BLOCK else 0
 
 
 def _key(tensor: Tensor) -> int:

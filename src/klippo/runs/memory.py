@@ -14,8 +14,9 @@ CUDA_FRAMEWORK = GIB // 2
 CPU_WORKSPACE = 24 * 2**20
 """What PyTorch's CPU libraries take when they first compute (benchmarks/memory_estimate.py)."""
 KEPT_BY_GLIBC = 0.5
-"""Of a phase's passing memory, what glibc keeps back in its heap beside what is in use; blocks
-below 32 MiB lie there and leave gaps. A round figure between 0.35 and 0.7 that were measured."""
+"""Of a phase's passing memory in blocks below 32 MiB, what glibc keeps back beside what is in use:
+such blocks lie in its heap and leave gaps. A round figure between 0.35 and 0.7 that were measured
+(benchmarks/memory_estimate.py)."""
 MMAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 """With this variable of glibc at 1048576 every larger block goes back to the system at once."""
 PROC = Path("/proc")

@@ -6,6 +6,7 @@ once per phase: a sampled token, a scored batch, a batch of experience, a micro-
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from klippo.config.schema import RunConfig
 from klippo.hub import shape_model
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.loading import LoadedPolicy, shape_policy
-from klippo.policy.tracing import Bytes, storage_bytes
+from klippo.policy.tracing import IN_BLOCKS, Bytes, storage_bytes
 from klippo.rewards.scorers import STACKED_ELEMENTS, load_scorer
 from klippo.rewards.settings import (
     ClassifierSettings,
@@ -32,6 +33,7 @@ from klippo.stages.memory_phases import (
     forward_bytes,
     generation_bytes,
     scoring_bytes,
+    total_bytes,
     update_bytes,
 )
 
@@ -53,7 +55,7 @@ class Machine:
     framework: int = 0
     """Bytes that are gone before the first model."""
     kept_share: float = 0.0
-    """Of what a phase holds beside the weights, the share that the allocator keeps back."""
+    """Of what a phase holds in small blocks, the share that the allocator keeps back."""
     num_processes: int = 1
 
 
@@ -88,7 +90,7 @@ def estimate_memory(
     `model`: the policy's model on the meta device, where it was given from Python. Raises what
     loading the models raises for names and settings that do not fit.
     """
-    loaded = shape_policy(config.policy, config.critic, model)
+    loaded = shape_policy(config.policy, config.critic, copy.deepcopy(model))
     weights = {FRAMEWORK: machine.framework} | policy_weights(config, loaded)
     rewards = [*scorers(config.reward)]
     for name, scorer, _ in rewards:
@@ -184,12 +186,13 @@ def _scoring(
             before = found.get(name, {})
             found[name] = {kind: before.get(kind, 0) + size for kind, size in own.items()}
         else:
-            found[name] = max(found.get(name, {}), own, key=lambda one: sum(one.values()))
-    return max(found.values(), key=lambda one: sum(one.values()), default={})
+            found[name] = max(found.get(name, {}), own, key=total_bytes)
+    return max(found.values(), key=total_bytes, default={})
 
 
 def _with_kept(passing: Bytes, machine: Machine) -> Bytes:
-    return passing | {KEPT: round(machine.kept_share * sum(passing.values()))}
+    kinds = {kind: size for kind, size in passing.items() if kind != IN_BLOCKS}
+    return kinds | {KEPT: round(machine.kept_share * passing.get(IN_BLOCKS, 0))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

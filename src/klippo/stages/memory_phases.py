@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.policy.tracing import Bytes, LiveBytes, storage_bytes
+from klippo.policy.tracing import IN_BLOCKS, Bytes, LiveBytes, storage_bytes
 from klippo.rollouts.sampling import Sampling, draw
 from klippo.types import TokenBatch
 
@@ -136,4 +136,9 @@ def _batch(rows: int, prompt: int, response: int) -> TokenBatch:
 
 
 def _largest(*phases: Bytes) -> Bytes:
-    return max(phases, key=lambda found: sum(found.values()))
+    return max(phases, key=total_bytes)
+
+
+def total_bytes(found: Bytes) -> int:
+    """Of all kinds."""
+    return sum(size for kind, size in found.items() if kind != IN_BLOCKS)
