@@ -253,13 +253,13 @@ def memory_section(result: dict[str, Any]) -> str:
             "|---|--:|--:|--:|---|",
             *lines,
             "",
-            f"{len(off) - beyond} of {len(off)} are within {MEMORY_AIM:.0%}. The share that the "
-            "allocator keeps back (half of what passes through a phase) was chosen on the rows "
-            "`full`, `full, micro-batches of 8` and `LoRA`; the other rows had no part in it. With "
-            "`MALLOC_MMAP_THRESHOLD_=1048576` in the environment glibc keeps nothing back, and the "
-            "estimate then needs no such share. Not measured: GPUs, 4-bit weights, several "
+            f"{len(off) - beyond} of {len(off)} are within {MEMORY_AIM:.0%}. The share that glibc "
+            "keeps back (half of what passes through a phase in blocks below 32 MiB) was chosen "
+            "with the rows `full`, `full, micro-batches of 8`, `LoRA` and those of response 128 in "
+            "view; the others had no part in it. Not measured: GPUs, 4-bit weights, several "
             "processes.",
             "",
+            *([result["note"], ""] if "note" in result else []),
             f"Measured {result['date']} with `{result['command']}` on {machine['cores']} "
             f"{machine['architecture']} cores, PyTorch {versions['torch']}, transformers "
             f"{versions['transformers']}.",
