@@ -13,6 +13,7 @@ from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
 from klippo.data.rows import Data, load_rows
 from klippo.errors import ConfigError
+from klippo.rewards.judge.database import Spend, add
 from klippo.rewards.judge.store import Store
 from klippo.stages import dry_run
 from klippo.stages.dry_run_plan import Texts, passed_caps, plan_run
@@ -93,6 +94,33 @@ def test_caps_that_would_or_could_be_passed_are_named():
     assert "reward: max_calls=100 would be passed" in told(100)
     assert "reward: max_calls=101 could be passed" in told(101)
     assert told(606) == ""
+
+
+def test_responses_that_measure_an_ensemble_are_counted():
+    ensemble = {"kind": "ensemble", "members": ["a", "b"], "reference_size": 32}
+    counts = [
+        plan_run(run_config(ensemble | {"standardize": how}), TEXTS).num_measured
+        for how in ("start", "stored")
+    ]
+    assert counts == [32, 0]
+
+
+def test_what_an_earlier_run_spent_counts_against_the_caps(tmp_path: Path):
+    cache = tmp_path / "judge.sqlite"
+    config = run_config(
+        judge(api={"cache": str(cache), "max_calls": 606}), output_dir=str(tmp_path / "run")
+    )
+    plan = plan_run(config, TEXTS)
+    assert dry_run.with_ledger(plan).judges[0].spent.calls == 0
+    assert not cache.exists()
+    store = Store(cache, config.output_dir)
+    add(store._db, config.output_dir, Spend(calls=4, tokens=50, nano_usd=6))
+    store.close()
+    found = dry_run.with_ledger(plan)
+    assert found.judges[0].spent == Spend(calls=4, tokens=50, nano_usd=6)
+    # 606 calls at worst are within the cap, and with 4 before they are not.
+    assert passed_caps(plan) == []
+    assert "max_calls=606 could be passed" in passed_caps(found)[0]
 
 
 def test_a_dry_run_asks_no_judge_and_leaves_nothing(
