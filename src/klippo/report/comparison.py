@@ -20,9 +20,9 @@ MAX_CHARS = 400
 MAX_NAME = 21
 SHARES = {
     "finished": "ends by itself (%)",
-    "distinct_pairs": "distinct word pairs (%)",
+    "distinct_pairs": "distinct pairs (%)",
     "repetition": "repeated triples (%)",
-    "first_person": "first person words (%)",
+    "first_person": "first person (%)",
 }
 NAMES = {"length": "length (tokens)"} | SHARES
 
@@ -56,8 +56,8 @@ def _measures(title: str, groups: Mapping[str, Group], lower: Sequence[str]) -> 
     table = _table(title, ["", "before"])
     if len(groups) == 1:
         (label,) = groups
-        for head in (label, "difference (95% interval)", "in sd of before"):
-            table.add_column(Text(_short(head, 26)), justify="right", no_wrap=True)
+        for head in (_short(label, 24), "difference\n(95% interval)", "in sd of\nbefore"):
+            table.add_column(Text(head), justify="right", no_wrap=True)
     else:
         for label in groups:
             table.add_column(Text(_short(label, MAX_NAME)), justify="right", no_wrap=True)
@@ -71,7 +71,9 @@ def _measures(title: str, groups: Mapping[str, Group], lower: Sequence[str]) -> 
         notes.append("Below each mean: difference from before (95% interval).")
     flipped = [name for name in names if name in lower]
     if flipped:
-        notes.append(f"{', '.join(flipped)}: a reward, so more is better; the judge's own scale is turned.")
+        notes.append(
+            f"{', '.join(flipped)}: a reward, so more is better; the judge's own scale is turned."
+        )
     table.caption = " ".join(notes) or None
     return table
 

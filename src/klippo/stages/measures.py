@@ -22,7 +22,7 @@ from klippo.rewards.judge.rubric import load_rubric
 from klippo.rewards.judge.scoring import Judgement
 from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.resolve import resolve_scores, wait_for
-from klippo.rewards.settings import RewardSettings
+from klippo.rewards.settings import ColumnSettings, RewardSettings, SumSettings
 from klippo.stages.build import build_reward
 from klippo.stages.reward_names import check_reward, judges_in, reward_named
 from klippo.types import Prompt, RewardSource, Rollout
@@ -64,6 +64,8 @@ def rewards_by_name(
 ) -> dict[str, RewardSettings]:
     """The rewards asked for; without any, the gold reward (or else the reward) of the first run.
 
+    The rewards of an offline run are columns of its data, and say nothing of new answers.
+
     Raises ConfigError for a reward that is not there, and for two of one name.
     """
     found: dict[str, RewardSettings] = {}
@@ -78,10 +80,10 @@ def rewards_by_name(
         found[name] = reward_named(rest)
     if given:
         return found
-    for run in runs:
-        if run is not None:
-            return {"reward": run.reward} if run.gold is None else {"gold": run.gold}
-    return {}
+    run = next((run for run in runs if run is not None), None)
+    if run is None or isinstance(run.reward, ColumnSettings):
+        return {}
+    return {"reward": run.reward} if run.gold is None else {"gold": run.gold}
 
 
 def _own_name(text: str) -> str:
@@ -136,10 +138,17 @@ def score_alone(measures: Sequence[Measure], rollout: Rollout) -> dict[str, list
         if measure.scores_alone:
             scores = resolve_scores(measure.source, rollout)
             found[measure.name] = _numbers(scores.reward)
-            for part, values in scores.parts.items():
-                if not part.endswith("vote_sd"):
-                    found[f"{measure.name}/{part}"] = _numbers(values)
+            for part in _parts(measure.settings):
+                if part in scores.parts:
+                    found[f"{measure.name}/{part}"] = _numbers(scores.parts[part])
     return found
+
+
+def _parts(settings: RewardSettings) -> list[str]:
+    """Names of the criteria of a judge, or of the parts of a sum."""
+    if isinstance(settings, SumSettings):
+        return list(settings.parts)
+    return list(settings.criteria or ()) if isinstance(settings, JudgeSettings) else []
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:
