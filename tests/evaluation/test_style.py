@@ -14,7 +14,13 @@ from klippo.evaluation.style import (
 
 
 def test_words_keep_inner_apostrophes_and_lose_case_and_marks() -> None:
-    assert words("I’m sure: it's 'Fine', no?") == ["i'm", "sure", "it's", "fine", "no"]
+    assert words("I\N{RIGHT SINGLE QUOTATION MARK}m sure: it's 'Fine', no?") == [
+        "i'm",
+        "sure",
+        "it's",
+        "fine",
+        "no",
+    ]
 
 
 def test_style_measures_of_a_short_text() -> None:

@@ -57,11 +57,11 @@ def test_equal_and_empty_answers_are_decided_without_a_question() -> None:
 
 def test_the_judge_reads_both_answers_and_no_models_name() -> None:
     measure, backend = measured(lambda first, second: 5)
-    matches(measure, PROMPTS[:1], ["what it said"], ["what it says"])
+    matches(measure, PROMPTS[:1], ["zebra"], ["quagga"])
     texts = [one.messages[-1]["content"] for one in backend.requests]
-    about = [text for text in texts if "what it says" in text]
+    about = [text for text in texts if "quagga" in text]
     assert len(about) == 2
-    assert all("what it said" in text and "post 0" in text for text in about)
+    assert all("zebra" in text and "post 0" in text for text in about)
     assert not any(word in text.lower() for text in about for word in ("before", "after"))
 
 
