@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.hub import load_model, load_tokenizer, resolve
+from klippo.hub import find_file, load_model, load_tokenizer, resolve
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
@@ -183,18 +183,42 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
         peft_model = get_peft_model(model, config, adapter_name=POLICY)
     else:
         path = resolve(settings.adapter)
+        _check_adapter(settings.adapter)
         try:
             peft_model = PeftModel.from_pretrained(
                 model, path, adapter_name=POLICY, is_trainable=True
             )
             peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise PreflightError(f"policy.adapter={settings.adapter}: {error}") from error
+            told = str(error)
+            if "size mismatch" in told or "Target modules" in told:
+                raise PreflightError(
+                    f"policy.adapter={settings.adapter} is for another base than "
+                    f"policy.model={settings.model}: its matrices do not fit "
+                    f"({told.strip().splitlines()[-1].strip()}); name the base that it was "
+                    "trained on"
+                ) from error
+            raise PreflightError(f"policy.adapter={settings.adapter}: {told}") from error
     if critic.kind == "lora":
         peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
     peft_model.set_adapter(POLICY)
     turn_dropout_off(peft_model)
     return peft_model
+
+
+def _check_adapter(name: str) -> None:
+    """Raise PreflightError for a folder or repository without an adapter's files."""
+    if find_file(name, "adapter_config.json") is None:
+        raise PreflightError(
+            f"policy.adapter={name} has no adapter_config.json; name a folder or a hub repository "
+            "that peft's save_pretrained wrote"
+        )
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    if all(find_file(name, file) is None for file in weights):
+        raise PreflightError(
+            f"policy.adapter={name} has no adapter weights ({' or '.join(weights)}); save the "
+            "adapter again with save_pretrained"
+        )
 
 
 def _lora_config(settings: LoraSettings, model: Any) -> Any:

@@ -105,7 +105,8 @@ def open_session(
     torch.manual_seed(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
-    room = room_for_prompts(hf_model, config.rollout.response_length, config.data.max_prompt_tokens)
+    longest = config.rollout.response_length if config.offline is None else 1
+    room = room_for_prompts(hf_model, longest, config.data.max_prompt_tokens)
 
     def prepare(rows: Sequence[Row], name: str) -> list[Prompt]:
         return build_prompts(

@@ -151,8 +151,9 @@ class Judge:
         found = ", ".join(f"{source}: {reading.cause}" for source, reading in tried.items())
         raise JudgeError(
             f"the judge {self.settings.api.model} gave no score on a plain sample ({found}); "
-            "transport means that it cannot be reached, parse that it does not keep to the form, "
-            "and truncated or empty that it needs more max_tokens; klippo judge test shows more"
+            "transport means that it cannot be reached, rejected that its server refuses the "
+            "request, parse that it does not keep to the form, and truncated or empty that it "
+            "needs more max_tokens; klippo judge test shows more"
         )
 
     async def try_source(self, source: Source) -> Reading:

@@ -16,11 +16,12 @@ FLOOR = -1.0
 """The lowest reward that there is, in every mode."""
 
 _SCALE = f"a whole number from {LOWEST} to {HIGHEST}"
-_LABELS = ", ".join(f"{label} for {i}" for i, label in enumerate(LABELS))
+_OPTIONS = "\n".join(f"{label}) {i} out of {HIGHEST}" for i, label in enumerate(LABELS))
+"""Options in a list, as in an examination: small models answer these, and not a list in a line."""
 _FIRST_WHY = "First say in at most four sentences why. "
 INSTRUCTIONS: Mapping[tuple[Source, bool], str] = {
     ("logprobs", False): (
-        f"Answer with one capital letter alone, which stands for the score: {_LABELS}."
+        f"Choose one option, and answer with its capital letter alone.\n\n{_OPTIONS}"
     ),
     ("json", False): f'Answer with this JSON alone, where N is {_SCALE}: {{"score": N}}',
     ("json", True): (
