@@ -174,6 +174,34 @@ def test_every_prompt_of_logged_data_is_asked_once(compared, gpt2: Path, tmp_pat
     assert [row["prompt_id"] for row in written["answers"]] == [0, 2, 4]
 
 
+def test_an_offline_run_is_compared_on_fresh_answers(
+    cli, compared, write_config, gpt2: Path, adapter: Path, tmp_path: Path
+) -> None:
+    logged = tmp_path / "scored.jsonl"
+    rows = [
+        {"prompt": f"the {w} was", "response": f"it was {r}", "reward": float(r == "good")}
+        for w in WORDS
+        for r in ("good", "bad")
+    ]
+    logged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(
+        policy={"model": str(gpt2), "adapter": str(adapter), "tuning": "lora"},
+        data={"train": str(logged), "validation_size": 8},
+        offline={"num_passes": 1, "behavior": "unknown"},
+        reward={"kind": "column", "column": "reward"},
+        kl={"coef": 0.0},
+        ppo={"batch_size": 8},
+    )
+    code, _, err = cli("train", config)
+    assert code == 0, err
+    _, written = compared("start", tmp_path / "run", prompts=None)
+    (found,) = written["comparisons"]
+    assert len(written["answers"]) == 4  # eight rows of four prompts were held out
+    assert written["max_tokens"] == 8
+    assert "reward" not in found["whole"]["measures"]
+    assert 0 < found["weights"]["num_changed"] <= 8
+
+
 def test_models_of_other_shapes_are_called_not_comparable(
     compared, gpt2: Path, prompts_file
 ) -> None:
