@@ -133,6 +133,9 @@ class Judgement:
     """Reward by criterion, -1 to 1."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """The judge's own 0 to 10 by criterion, and those of the reference as `reference`."""
+    orders: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """With mode pairwise, by criterion: the response's 0 to 10 as the first of the two, and as the
+    second (10 - what the reference got as the first); 5 is a tie."""
     rationales: Mapping[str, str] = field(default_factory=dict)
     spread: float = 0.0
     """Standard deviation of the votes on 0 to 10, mean over questions."""
