@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from klippo.cli.baselines import register as register_baselines
 from klippo.cli.comparing import register as register_comparing
 from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
@@ -93,6 +94,7 @@ def train(
 
 
 register_supervised(app)
+register_baselines(app)
 register_laboratory(app)
 register_judge(app)
 
