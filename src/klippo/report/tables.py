@@ -14,13 +14,12 @@ from klippo.evaluation.statistics import PairedComparison, compare_paired
 MEASURES = {
     "proxy": "proxy reward",
     "gold": "gold reward",
-    "reward": "reward",
     "kl_exact_nats": "KL to the start (nats/response)",
     "length": "length (tokens)",
     "finished": "ends by itself (share)",
 }
 
-REWARDS = ("proxy", "gold", "reward")
+REWARDS = ("proxy", "gold")
 
 
 def clean(text: str) -> str:
