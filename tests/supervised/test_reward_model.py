@@ -13,7 +13,7 @@ from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.reading import Reader
 from klippo.rewards.settings import ClassifierSettings
 from klippo.rewards.stored import StoredReward
-from klippo.supervised.reward_model import filler_id, load_classifier, make_trainer, tokenize
+from klippo.supervised.reward_model import filler_id, load_classifier, reward_trainer, tokenize
 from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
 from tests.toys import assert_same_tensors, weights
 
@@ -35,7 +35,7 @@ def trainer_for(name, pairs, template="{prompt}{response}", **training):
     settings = RewardModelSettings(name=str(name))
     classifier, tokenizer = load_classifier(settings, 1), load_tokenizer(str(name))
     rows, _ = tokenize(pairs, Reader(str(name), tokenizer, template=template))
-    trainer = make_trainer(
+    trainer = reward_trainer(
         classifier, tokenizer, rows, settings, RewardTrainingSettings(**training), 1, CPU
     )
     return trainer, trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])

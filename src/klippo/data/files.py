@@ -59,6 +59,18 @@ class Row:
         return "\n".join(text for _, text in texts if text) or None
 
 
+def require_column(column: str, columns: Iterable[str], setting: str, source: str) -> None:
+    """Raises ConfigError where the data has no such column; `setting` is what names it."""
+    names = list(columns)
+    if column in names:
+        return
+    near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
+    raise ConfigError(
+        f"{source}: there is no column {column!r}; the columns are {', '.join(names)}: {hint}"
+    )
+
+
 def is_file_name(name: str) -> bool:
     """True for what a user means as a file rather than as the name of a hub data set."""
     path = Path(name).expanduser()

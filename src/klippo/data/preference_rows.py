@@ -6,7 +6,6 @@ the data has no prompts.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import random
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klippo.data.files import Row
+from klippo.data.files import Row, require_column
 from klippo.data.settings import PreferenceSettings
 from klippo.errors import ConfigError
 from klippo.types import Prompt
@@ -88,14 +87,7 @@ class _Reader:
         return names
 
     def _check_column(self, name: str, column: str, columns: Mapping[str, Any]) -> None:
-        if column in columns:
-            return
-        near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"set data.{name} to one of them"
-        raise ConfigError(
-            f"{self._source}: there is no column {column!r}; the columns are "
-            f"{', '.join(columns)}: {hint}"
-        )
+        require_column(column, columns, f"data.{name}", self._source)
 
     def pair(self, row: Row) -> Pair:
         s = self._settings

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klippo.data.files import Row
+from klippo.data.files import Row, require_column
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.templates import prompt_text
@@ -53,7 +52,7 @@ def build_prompts(
     if not rows:
         return []
     for column in settings.prompt_columns:
-        _check_column(rows[0], column, source)
+        require_column(column, rows[0].columns, "data.prompt_column", source)
     texts = _texts(rows, settings, tokenizer, source)
     encoded = _encode(rows, texts, settings, tokenizer, source)
     if settings.cut_tokens is not None:
@@ -78,16 +77,6 @@ def build_prompts(
 def _bare(row: Row, settings: DataSettings, tokenizer: Any) -> str:
     """A row's prompt without template and without a BOS token at its start."""
     return str(row.prompt(settings.prompt_columns)).removeprefix(tokenizer.bos_token or "")
-
-
-def _check_column(row: Row, column: str, source: str) -> None:
-    if column in row.columns:
-        return
-    near = difflib.get_close_matches(column, row.columns, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "set data.prompt_column to one of them"
-    raise ConfigError(
-        f"{source}: there is no column {column!r}; the columns are {', '.join(row.columns)}: {hint}"
-    )
 
 
 def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: str) -> list[str]:

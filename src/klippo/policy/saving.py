@@ -16,13 +16,19 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir: Path) -> None:
     """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on."""
+    save_model(policy, tokenizer, model_dir)
+    with no_progress_bars():
+        save_critic(policy, critic_dir)
+
+
+def save_model(policy: ActorCritic, tokenizer: Any, model_dir: Path) -> None:
+    """Model (or adapter) and tokenizer."""
     with no_progress_bars():
         if policy.peft_model is None:
             policy.lm.model.save_pretrained(model_dir)
         else:
             policy.peft_model.save_pretrained(model_dir, selected_adapters=[POLICY])
         tokenizer.save_pretrained(model_dir)
-        save_critic(policy, critic_dir)
 
 
 def save_critic(policy: ActorCritic, critic_dir: Path) -> None:

@@ -29,7 +29,7 @@ from klippo.supervised.sft import (
     nats_per_token,
     save,
 )
-from klippo.supervised.training import check_one_process
+from klippo.supervised.training import Training, check_one_process
 
 SFT_FILE = "klippo_sft.json"
 """Marks the folder as ours and holds the figures."""
@@ -58,15 +58,8 @@ def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool
         console.print(text, highlight=False)
     before = nats_per_token(start.model, held_out, _batch_size(config))
     with TrainingLine(console, "sft", quiet=quiet) as line:
-        model = fine_tune(
-            start,
-            examples,
-            config.model,
-            config.training,
-            seed=config.seed,
-            device=device,
-            report=line.step,
-        )
+        training = Training(settings=config.training, seed=config.seed, device=device)
+        model = fine_tune(start.model, start.tokenizer, examples, training, line.step)
     after = nats_per_token(model, held_out, _batch_size(config))
     compared = compare_paired(before, after) if held_out else None
     with writing(folder):

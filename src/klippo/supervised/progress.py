@@ -59,9 +59,10 @@ class TrainingLine:
 
 
 def step_line(step: int, num_steps: int, figures: Mapping[str, float], seconds_left: float) -> str:
-    """`step 20/94  loss 0.61  accuracy 0.66  left 0:12`."""
+    """`step 20/94  loss 0.61  accuracy 0.66  left 0:12`; the accuracy is that of pairs."""
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"loss {figures['loss']:.3f}"]
-    if "accuracy" in figures:
-        parts.append(f"accuracy {figures['accuracy']:.2f}")
+    accuracy = figures.get("accuracy", figures.get("rewards/accuracies"))
+    if accuracy is not None:
+        parts.append(f"accuracy {accuracy:.2f}")
     minutes, second = divmod(round(seconds_left), 60)
     return "  ".join([*parts, f"left {minutes}:{second:02}"])

@@ -7,7 +7,6 @@ averaged over the pairs of a batch.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,14 @@ from klippo.rewards.reading import Reader, check_max_tokens, context_of
 from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
 from klippo.supervised.training import (
     Report,
+    Training,
     add_lora,
     load_own_tokenizer,
-    one_device,
+    make_trainer,
     quiet_trl,
     refuse_adapter_folder,
     run_trainer,
-    trainer_arguments,
+    unwrapped,
 )
 
 
@@ -80,7 +80,7 @@ def train_reward_model(
         )
         rows, num_cut = tokenize(pairs, reader)
         own_pad = classifier.config.get_text_config().pad_token_id
-        trainer = make_trainer(classifier, tokenizer, rows, model, training, seed, device)
+        trainer = reward_trainer(classifier, tokenizer, rows, model, training, seed, device)
         run_trainer(trainer, report)
         trained = finished(trainer, own_pad)
     return Trained(model=trained, tokenizer=tokenizer, num_cut=num_cut)
@@ -180,15 +180,14 @@ def filler_id(model: Any, rows: dict[str, list[Any]]) -> int:
 
 def finished(trainer: Any, own_pad: int | None) -> Any:
     """The trained classifier with adapters merged and its own padding token back."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = unwrapped(trainer)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.config.get_text_config().pad_token_id = own_pad
-    model.config.use_cache = True
-    return model.eval()
+    return model
 
 
-def make_trainer(
+def reward_trainer(
     classifier: Any,
     tokenizer: Any,
     rows: dict[str, list[Any]],
@@ -198,31 +197,26 @@ def make_trainer(
     device: torch.device,
 ) -> Any:
     """TRL's RewardTrainer on pairs that are tokenized already."""
-    from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
     filler = filler_id(classifier, rows)
-    tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a padding token
     if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(filler)
     if model.tuning == "lora":
         classifier = add_lora(classifier, model.lora, "SEQ_CLS")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = trainer_arguments(training, seed, device, len(rows["chosen_ids"]), folder)
-        trainer = RewardTrainer(
-            model=classifier,
-            args=one_device(
-                RewardConfig(
-                    **arguments,
-                    center_rewards_coefficient=training.center_coef or None,
-                    disable_dropout=True,
-                )
-            ),
-            data_collator=DataCollatorForPreference(pad_token_id=filler),
-            train_dataset=Dataset.from_dict(rows),
-            processing_class=tokenizer,
-        )
+    center_coef = training.center_coef or None
+    trainer = make_trainer(
+        RewardTrainer,
+        RewardConfig,
+        classifier,
+        tokenizer,
+        rows,
+        Training(settings=training, seed=seed, device=device),
+        options={"center_rewards_coefficient": center_coef, "disable_dropout": True},
+        data_collator=DataCollatorForPreference(pad_token_id=filler),
+    )
     # TRL put its own padding token there.
     trainer.model.config.get_text_config().pad_token_id = filler
     return trainer

@@ -5,8 +5,6 @@ loss = -mean over learnt tokens of log p(token | tokens before), in nats.
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +13,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from klippo.data.files import Row
+from klippo.data.files import Row, require_column
 from klippo.data.prompts import build_prompts
 from klippo.errors import ConfigError, PreflightError
 from klippo.hub import load_model, no_progress_bars
 from klippo.policy.loading import turn_dropout_off
-from klippo.supervised.settings import ExampleSettings, ModelSettings, TrainingSettings
+from klippo.supervised.settings import ExampleSettings, ModelSettings
 from klippo.supervised.training import (
     Report,
+    Training,
     add_lora,
     load_own_tokenizer,
-    one_device,
     quiet_trl,
     refuse_adapter_folder,
-    run_trainer,
-    trainer_arguments,
+    train_causal,
 )
+from klippo.types import Prompt
 
 NOT_LEARNT = -100
 """Label of tokens without loss, as in torch's cross entropy."""
@@ -54,7 +52,7 @@ class Loaded:
 
 
 def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
-    """The causal LM, dropout off, and its tokenizer. Raises PreflightError."""
+    """The causal LM that learns, dropout off, and its tokenizer. Raises PreflightError."""
     from transformers import AutoModelForCausalLM
 
     refuse_adapter_folder(
@@ -62,16 +60,35 @@ def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
     )
     with quiet_trl():
         tokenizer = load_own_tokenizer(settings)
+        require_end_token(tokenizer, f"model.name={settings.name}")
         dtype = getattr(torch, settings.dtype)
         model = load_model(AutoModelForCausalLM, settings.name, settings.revision, dtype=dtype)
+        turn_dropout_off(model)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if settings.tuning == "lora":
+            model = add_lora(model, settings.lora, "CAUSAL_LM")
+    return Loaded(model=model.to(device), tokenizer=tokenizer, max_tokens=context)
+
+
+def require_end_token(tokenizer: Any, name: str) -> None:
+    """Raises PreflightError for a tokenizer that cannot end a response."""
     if tokenizer.eos_token_id is None:
         raise PreflightError(
-            f"model.name={settings.name}: its tokenizer has no end-of-sequence token, so nothing "
-            "could teach the model to stop; set one in the tokenizer"
+            f"{name}: its tokenizer has no end-of-sequence token, so nothing could teach the model "
+            "to stop; set one in the tokenizer"
         )
-    turn_dropout_off(model)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Loaded(model=model.to(device), tokenizer=tokenizer, max_tokens=context)
+
+
+def response_ids(response: str, tokenizer: Any) -> list[int]:
+    """A response that ends, as token ids: tokenized on its own, the end token put behind it."""
+    ids = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*ids, int(tokenizer.eos_token_id)]
+
+
+def learn_response(prompt: Prompt, ids: Sequence[int]) -> Example:
+    """The example with loss on the response's token ids alone."""
+    unlearnt = len(prompt.token_ids)
+    return Example(input_ids=[*prompt.token_ids, *ids], labels=[NOT_LEARNT] * unlearnt + list(ids))
 
 
 def build_examples(
@@ -92,20 +109,15 @@ def build_examples(
     prompts = build_prompts(
         rows, settings, tokenizer, max_prompt_tokens=2**31, seed=seed, source=source
     )
-    eos = int(tokenizer.eos_token_id)
     examples, too_long = [], []
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        learnt = (
-            []
-            if response is None
-            else tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-        )
-        ids = [*prompt.token_ids, *learnt, eos]
-        unlearnt = 0 if response is None else len(prompt.token_ids)
-        if max_tokens is not None and len(ids) > max_tokens:
-            too_long.append((row, len(ids)))
+        example = learn_response(prompt, response_ids(response or "", tokenizer))
+        if response is None:
+            example = Example(input_ids=example.input_ids, labels=example.input_ids)
+        if max_tokens is not None and len(example.input_ids) > max_tokens:
+            too_long.append((row, len(example.input_ids)))
             continue
-        examples.append(Example(input_ids=ids, labels=[NOT_LEARNT] * unlearnt + ids[unlearnt:]))
+        examples.append(example)
     if too_long and (settings.overlong == "error" or not examples):
         row, length = too_long[0]
         raise ConfigError(
@@ -148,14 +160,7 @@ def _split(
 
 
 def _text(row: Row, column: str, source: str) -> str:
-    if column not in row.columns:
-        import difflib
-
-        near = difflib.get_close_matches(column, row.columns, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"{source}: there is no column {column!r}; the columns are {', '.join(row.columns)}: "
-            + (f"did you mean {near[0]!r}?" if near else "set data.response_column to one of them")
-        )
+    require_column(column, row.columns, "data.response_column", source)
     value = row.columns[column]
     if isinstance(value, str) and value.strip():
         return value
@@ -167,43 +172,16 @@ def _text(row: Row, column: str, source: str) -> str:
 
 
 def fine_tune(
-    loaded: Loaded,
-    examples: Sequence[Example],
-    settings: ModelSettings,
-    training: TrainingSettings,
-    *,
-    seed: int,
-    device: torch.device,
-    report: Report,
+    model: Any, tokenizer: Any, examples: Sequence[Example], training: Training, report: Report
 ) -> Any:
     """The model (or PeftModel) trained on the examples; raises DivergedError when that fails."""
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = copy.deepcopy(loaded.tokenizer)  # TRL gives it a padding token
-    model = loaded.model
-    config = model.config.get_text_config()
-    own_pads = (config.pad_token_id, model.generation_config.pad_token_id)
-    with quiet_trl(), tempfile.TemporaryDirectory() as folder:
-        if settings.tuning == "lora":
-            model = add_lora(model, settings.lora, "CAUSAL_LM")
-        arguments = trainer_arguments(training, seed, device, len(examples), folder)
-        trainer = SFTTrainer(
-            model=model,
-            args=one_device(SFTConfig(**arguments)),
-            train_dataset=Dataset.from_dict(
-                {
-                    "input_ids": [example.input_ids for example in examples],
-                    "labels": [example.labels for example in examples],
-                }
-            ),
-            processing_class=tokenizer,
-        )
-        run_trainer(trainer, report)
-        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    config.pad_token_id, trained.generation_config.pad_token_id = own_pads
-    trained.config.use_cache = True
-    return trained.eval()
+    columns = {
+        "input_ids": [example.input_ids for example in examples],
+        "labels": [example.labels for example in examples],
+    }
+    return train_causal(SFTTrainer, SFTConfig, model, tokenizer, columns, training, report)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:

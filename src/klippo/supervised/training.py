@@ -1,13 +1,16 @@
-"""What TRL's two trainers share here: their arguments, their silence, and the line per step."""
+"""What TRL's trainers share here: how one is made and run, its silence, and the line per step."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +25,83 @@ Report = Callable[[int, int, Mapping[str, float]], None]
 MAX_REPORTS = 40
 
 
-def trainer_arguments(
-    settings: TrainingSettings, seed: int, device: torch.device, num_examples: int, folder: str
-) -> dict[str, Any]:
-    """Arguments that TRL's SFTConfig and RewardConfig take alike.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a trainer trains, whatever it trains."""
+
+    settings: TrainingSettings
+    seed: int
+    """Of the order of the data."""
+    device: torch.device
+
+
+def make_trainer(
+    trainer: Any,
+    config: Any,
+    model: Any,
+    tokenizer: Any,
+    columns: Mapping[str, Sequence[Any]],
+    training: Training,
+    *,
+    options: Mapping[str, Any] | None = None,
+    **parts: Any,
+) -> Any:
+    """One of TRL's trainers, and its config with `options`, on columns of token ids."""
+    from datasets import Dataset
+
+    num_examples = len(next(iter(columns.values())))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trainer_arguments(training, num_examples, folder) | dict(options or {})
+        return trainer(
+            model=model,
+            args=one_device(config(**arguments)),
+            train_dataset=Dataset.from_dict(dict(columns)),
+            processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
+            **parts,
+        )
+
+
+def train_causal(
+    trainer: Any,
+    config: Any,
+    model: Any,
+    tokenizer: Any,
+    columns: Mapping[str, Sequence[Any]],
+    training: Training,
+    report: Report,
+    *,
+    options: Mapping[str, Any] | None = None,
+    **parts: Any,
+) -> Any:
+    """Train a causal LM (or PeftModel) in place and return it, its own padding ids put back.
+
+    Raises DivergedError when training fails.
+    """
+    text_config = model.config.get_text_config()
+    own_pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
+    with quiet_trl():
+        made = make_trainer(
+            trainer, config, model, tokenizer, columns, training, options=options, **parts
+        )
+        run_trainer(made, report)
+        trained = unwrapped(made)
+    text_config.pad_token_id, trained.generation_config.pad_token_id = own_pads
+    return trained
+
+
+def unwrapped(trainer: Any) -> Any:
+    """The trainer's model as it was given to it, ready to be read."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.config.use_cache = True
+    return model.eval()
+
+
+def trainer_arguments(training: Training, num_examples: int, folder: str) -> dict[str, Any]:
+    """Arguments that TRL's SFTConfig, RewardConfig and DPOConfig take alike.
 
     `folder` is one that TRL wants and writes nothing into: no checkpoints, trackers, bars or cards.
     """
+    settings = training.settings
     micro = settings.micro_batch_size or settings.batch_size
     num_steps = settings.num_epochs * math.ceil(num_examples / settings.batch_size)
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
@@ -44,16 +117,16 @@ def trainer_arguments(
         "max_grad_norm": settings.max_grad_norm or 0.0,
         "bf16": settings.autocast,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "use_cpu": device.type == "cpu",
-        "seed": seed,
-        "data_seed": seed,
+        "use_cpu": training.device.type == "cpu",
+        "seed": training.seed,
+        "data_seed": training.seed,
         "max_length": None,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": max(num_steps // MAX_REPORTS, 1),
         "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": device.type == "cuda",
+        "dataloader_pin_memory": training.device.type == "cuda",
     }
 
 
@@ -72,8 +145,8 @@ def run_trainer(trainer: Any, report: Report) -> None:
                 return
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"the loss is {loss} at step {state.global_step}; lower "
-                    "training.learning_rate, or set dtype: float32"
+                    f"the loss is {loss} at step {state.global_step}; lower the learning rate, or "
+                    "set dtype: float32"
                 )
             report(state.global_step, state.max_steps, logs)
 
