@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from klippo.cli.baselines import register as register_baselines
 from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
 from klippo.cli.judge import register as register_judge
@@ -92,6 +93,7 @@ def train(
 
 
 register_supervised(app)
+register_baselines(app)
 register_laboratory(app)
 register_judge(app)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from klippo.data.files import Row
+from klippo.data.files import Row, require_column
 from klippo.data.settings import OfflineSettings
 from klippo.errors import ConfigError
 from klippo.types import BASELINE, Completion, LoggedResponse, Prompt
@@ -34,7 +33,7 @@ def read_answers(
     """Every response of every row, checked; a row may hold a list of them.
 
     Raises ConfigError, with the row, for a missing column, an empty response, a reward that is no
-    finite number, lists of different lengths; and for rewards that are all the same.
+    finite number, and lists of different lengths.
     """
     if not rows:
         return []
@@ -48,8 +47,13 @@ def read_answers(
         if name is not None
     }
     for key, name in names.items():
-        _check_column(rows[0], key, name, source)
-    answers = [answer for row in rows for answer in _answers(row, names, source)]
+        setting = "reward.column" if key == "reward" else f"offline.{key}_column"
+        require_column(name, rows[0].columns, setting, source)
+    return [answer for row in rows for answer in _answers(row, names, source)]
+
+
+def refuse_equal_rewards(answers: Sequence[Answer], reward_column: str, source: str) -> None:
+    """Raises ConfigError where there is nothing to learn from."""
     rewards = {answer.reward for answer in answers}
     if len(rewards) == 1:
         raise ConfigError(
@@ -57,18 +61,6 @@ def read_answers(
             f"{rewards.pop():g}, so nothing tells a good response from a bad one; check how they "
             "were made"
         )
-    return answers
-
-
-def _check_column(row: Row, key: str, name: str, source: str) -> None:
-    if name in row.columns:
-        return
-    near = difflib.get_close_matches(name, row.columns, n=1, cutoff=0.5)
-    setting = "reward.column" if key == "reward" else f"offline.{key}_column"
-    hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
-    raise ConfigError(
-        f"{source}: there is no column {name!r}; the columns are {', '.join(row.columns)}: {hint}"
-    )
 
 
 def _answers(row: Row, names: Mapping[str, str], source: str) -> Iterator[Answer]:

@@ -12,7 +12,13 @@ import torch
 
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
-from klippo.data.logged import Answer, log_responses, read_answers, without_duplicates
+from klippo.data.logged import (
+    Answer,
+    log_responses,
+    read_answers,
+    refuse_equal_rewards,
+    without_duplicates,
+)
 from klippo.data.prompts import build_prompts
 from klippo.data.rows import train_source, validation_source
 from klippo.data.sampler import PromptSampler
@@ -55,6 +61,7 @@ def read_logged(config: RunConfig, rows: Sequence[Row], held_out: Sequence[Row])
     assert isinstance(config.reward, ColumnSettings)
     offline, column, names = config.offline, config.reward.column, config.data.prompt_columns
     train = read_answers(rows, offline, column, train_source(config.data))
+    refuse_equal_rewards(train, column, train_source(config.data))
     other = read_answers(held_out, offline, column, validation_source(config.data))
     return Logged(
         train=without_duplicates(train, offline, names),

@@ -60,7 +60,11 @@ def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
     )
     with quiet_trl():
         tokenizer = load_own_tokenizer(settings)
-        require_end_token(tokenizer, f"model.name={settings.name}")
+        if tokenizer.eos_token_id is None:
+            raise PreflightError(
+                f"model.name={settings.name}: its tokenizer has no end-of-sequence token, so "
+                "nothing could teach the model to stop; set one in the tokenizer"
+            )
         dtype = getattr(torch, settings.dtype)
         model = load_model(AutoModelForCausalLM, settings.name, settings.revision, dtype=dtype)
         turn_dropout_off(model)
@@ -70,25 +74,10 @@ def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
     return Loaded(model=model.to(device), tokenizer=tokenizer, max_tokens=context)
 
 
-def require_end_token(tokenizer: Any, name: str) -> None:
-    """Raises PreflightError for a tokenizer that cannot end a response."""
-    if tokenizer.eos_token_id is None:
-        raise PreflightError(
-            f"{name}: its tokenizer has no end-of-sequence token, so nothing could teach the model "
-            "to stop; set one in the tokenizer"
-        )
-
-
-def response_ids(response: str, tokenizer: Any) -> list[int]:
-    """A response that ends, as token ids: tokenized on its own, the end token put behind it."""
-    ids = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*ids, int(tokenizer.eos_token_id)]
-
-
 def learn_response(prompt: Prompt, ids: Sequence[int]) -> Example:
     """The example with loss on the response's token ids alone."""
-    unlearnt = len(prompt.token_ids)
-    return Example(input_ids=[*prompt.token_ids, *ids], labels=[NOT_LEARNT] * unlearnt + list(ids))
+    unlearnt = [NOT_LEARNT] * len(prompt.token_ids)
+    return Example(input_ids=[*prompt.token_ids, *ids], labels=[*unlearnt, *ids])
 
 
 def build_examples(
@@ -109,9 +98,11 @@ def build_examples(
     prompts = build_prompts(
         rows, settings, tokenizer, max_prompt_tokens=2**31, seed=seed, source=source
     )
+    eos = int(tokenizer.eos_token_id)
     examples, too_long = [], []
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        example = learn_response(prompt, response_ids(response or "", tokenizer))
+        ids = tokenizer(response or "", add_special_tokens=False, verbose=False)["input_ids"]
+        example = learn_response(prompt, [*ids, eos])
         if response is None:
             example = Example(input_ids=example.input_ids, labels=example.input_ids)
         if max_tokens is not None and len(example.input_ids) > max_tokens:
