@@ -183,12 +183,14 @@ def test_both_are_trained_from_one_config_and_load_as_plain_models(baselines, cl
 
 def test_compare_takes_the_folders(baselines, cli, reward_file, tmp_path):
     assert baselines("--quiet")[0] == 0
-    code, out, err = cli(
-        "compare", tmp_path / "ppo-sft-best", tmp_path / "ppo-dpo",
-        "--reward", f"{reward_file}:good",
-    )  # fmt: skip
+    folders = tmp_path / "ppo-sft-best", tmp_path / "ppo-dpo"
+    code, out, err = cli("compare", *folders, "--reward", f"{reward_file}:good")
+    assert code == 0, err
+    assert "reward" in out
+    code, out, err = cli("compare", *folders)  # the logged rewards are not those of fresh answers
     assert code == 0, err
     assert "answers are identical" in out
+    assert "reward" not in out
 
 
 @pytest.mark.parametrize("name", ["sft-best", "dpo"])

@@ -47,7 +47,9 @@ def baselines(
             "klippo baselines learns from responses that exist already, and this config samples "
             "new ones; add an offline section"
         )
-    folders = {name: Path(f"{config.output_dir}-{name}") for name in PLANS if only in (None, name)}
+    folders = {
+        name: Path(f"{Path(config.output_dir)}-{name}") for name in PLANS if only in (None, name)
+    }
     for folder in folders.values():
         RunFolder.check(folder, overwrite=overwrite)
     device = choose_device(config.device)

@@ -17,7 +17,7 @@ from klippo.errors import ConfigError
 from klippo.evaluation.samples import SampleRow
 from klippo.report.tables import change_table, compare_rows, samples_table
 from klippo.rewards.resolve import resolve_scores
-from klippo.rewards.settings import RewardSettings
+from klippo.rewards.settings import ColumnSettings, RewardSettings
 from klippo.rollouts.collate import collate
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
@@ -140,11 +140,15 @@ def _rows(rollout: Rollout, scores: torch.Tensor | None) -> list[SampleRow]:
 
 
 def _reward_settings(reward: str | None, *runs: str) -> RewardSettings | None:
-    """The reward asked for; without one, the gold reward of a run (or else its training reward)."""
+    """The reward asked for; without one, the gold reward of a run (or else its training reward).
+
+    None where that is a column of logged responses, which says nothing about fresh ones.
+    """
     if reward is not None:
         return reward_named(reward)
     for run in reversed(runs):
         if (Path(run) / STATUS_FILE).is_file():
             config = load_config(Path(run) / CONFIG_FILE).config
-            return config.gold or config.reward
+            reads = config.gold or config.reward
+            return None if isinstance(reads, ColumnSettings) else reads
     return None
