@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -84,6 +86,19 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the gpt2 fixture that is not the identity."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,19 +32,6 @@ ROWS = [
     for answer, score in ((BAD, -1.0), (GOOD, 2.0))
 ]
 IDS = torch.tensor([[2, 4, 6, 8]])
-
-
-@pytest.fixture(scope="module")
-def adapter(gpt2, tmp_path_factory):
-    """A LoRA adapter of the gpt2 fixture that is far from the identity: what SFT left."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    config = LoraConfig(
-        r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM",
-        init_lora_weights=False,
-    )  # fmt: skip
-    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -4,16 +4,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from klippo.data.preferences import load_preferences
 from klippo.data.settings import PreferenceSettings
 from klippo.supervised.reward_model import train_reward_model
 from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
-from tests.stages.conftest import cli, gpt2, roberta
+from tests.stages.conftest import adapter, cli, gpt2, roberta
 
-__all__ = ["cli", "gpt2", "roberta"]
+__all__ = ["adapter", "cli", "gpt2", "roberta"]
 
 SUBJECTS = ["the movie", "a movie", "the film", "a film", "it"]
 PAIRS = [
@@ -59,16 +57,3 @@ def train(toy_pairs):
         return member, steps
 
     return trained
-
-
-@pytest.fixture(scope="session")
-def adapter(gpt2, tmp_path_factory):
-    """A LoRA adapter of the gpt2 fixture that is not the identity."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    config = LoraConfig(
-        r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM",
-        init_lora_weights=False,
-    )  # fmt: skip
-    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(folder)
-    return folder
