@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.data.files import Row
-from klippo.data.logged import leave_one_out, log_responses, read_answers, without_duplicates
+from klippo.data.logged import (
+    leave_one_out,
+    log_responses,
+    read_answers,
+    refuse_equal_rewards,
+    without_duplicates,
+)
 from klippo.data.settings import OfflineSettings
 from klippo.errors import ConfigError
 from klippo.types import BASELINE, Prompt
@@ -103,7 +109,8 @@ def test_missing_columns_are_named_with_what_is_meant():
 
 def test_equal_rewards_are_refused():
     with pytest.raises(ConfigError, match=r"all 2 rewards in column 'reward' are 0\.5"):
-        read(row("a", 0.5), row("b", 0.5))
+        refuse_equal_rewards(read(row("a", 0.5), row("b", 0.5)), "reward", "scored.jsonl")
+    refuse_equal_rewards(read(row("a", 0.5), row("b", 0.6)), "reward", "scored.jsonl")
 
 
 def test_duplicates_are_refused_kept_or_dropped():

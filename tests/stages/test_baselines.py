@@ -235,6 +235,13 @@ def test_one_response_per_prompt_is_enough_for_the_best_share(baselines):
     assert "3 of 10 responses, the best 30% (mean reward 2," in out
 
 
+def test_held_out_rewards_may_all_be_the_same(baselines, tmp_path):
+    code, _, err = baselines("--only", "sft-best", "data.validation_size=1", rows=ALONE)
+    assert code == 0, err
+    status = json.loads((tmp_path / "ppo-sft-best/run_status.json").read_text())
+    assert status["held_out_nats_per_token"]["before"]["num"] == 1
+
+
 def test_a_folder_that_stands_there_is_replaced_only_on_demand(baselines, tmp_path):
     assert baselines("--only", "dpo", "--quiet")[0] == 0
     code, _, err = baselines()
