@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ class Completion:
     """True when a stop token ended it, False when the length limit did."""
     logprobs: list[float] | None = None
     """The engine's own log-probs of `token_ids` in nats, where it reports them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedResponse:
+    """A response that exists already."""
+
+    prompt: Prompt
+    """Its `meta` has this response, its reward and, where rewards are compared with those of other
+    responses to the same prompt, their mean under `BASELINE`."""
+    completion: Completion
+    """`logprobs` are those of the policy that wrote it, where they were recorded."""
+    reward: float
+
+
+BASELINE = "mean reward of the other responses"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +97,11 @@ class TokenBatch:
         )
 
 
+Behavior = Literal["policy", "start", "recorded"]
+"""Whose log-probs ratios start from: the policy's as it is now; those of the policy at step 0
+(responses of long ago); or recorded ones, `behavior_logprobs`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """Prompts, the responses sampled for them, and how they were sampled."""
@@ -92,7 +112,8 @@ class Rollout:
     tokens: TokenBatch
     finished: Tensor  # (B,) bool, False where the length limit cut the response
     temperature: float
-    behavior_logprobs: Tensor | None = None  # (B, T) float32, the engine's own
+    behavior_logprobs: Tensor | None = None  # (B, T) float32, the engine's (or the file's) own
+    behavior: Behavior = "policy"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -111,6 +132,7 @@ class Scores:
     reward: Tensor  # (B,) float32
     members: Tensor | None = None  # (K, B) float32, an ensemble's single scores
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B,) float32
+    baseline: Tensor | None = None  # (B,) float32: what to compare with, instead of the critic
 
 
 OnDone = Callable[[int, Completion], None]

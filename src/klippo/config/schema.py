@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from klippo.data.settings import DataSettings, PreferenceSettings
+from klippo.data.settings import DataSettings, OfflineSettings, PreferenceSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.rewards.settings import RewardSettings, ensembles
+from klippo.rewards.settings import ColumnSettings, RewardSettings, ensembles
 from klippo.rollouts.settings import RolloutSettings
 from klippo.settings import Settings
 from klippo.supervised.settings import (
@@ -59,6 +59,8 @@ class RunConfig(WholeConfig):
     """The value function."""
     data: DataSettings
     """The prompts."""
+    offline: OfflineSettings | None = None
+    """Learn from the responses in `data` instead of sampling."""
     rollout: RolloutSettings = RolloutSettings()
     """Sampling."""
     reward: RewardSettings
@@ -113,8 +115,37 @@ class RunConfig(WholeConfig):
                 "nothing; use more, or 0"
             )
 
+    def _offline_conflicts(self) -> Iterator[str]:
+        has_column = isinstance(self.reward, ColumnSettings)
+        if self.offline is None:
+            if has_column:
+                yield (
+                    "reward.kind=column is the reward of responses that exist already, and this "
+                    "run samples new ones; add an offline section, or use another reward"
+                )
+            return
+        if not has_column:
+            yield (
+                f"reward.kind={self.reward.kind}: an offline run reads its rewards from the data; "
+                "use kind: column (klippo judge score and klippo gold-eval write such columns)"
+            )
+        if self.kl.coef > 0 and self.kl.placement != "exact":
+            yield (
+                f"kl.placement={self.kl.placement}: estimates from sampled tokens are wrong for "
+                "responses that the policy did not sample; use placement: exact, or coef: 0"
+            )
+        for name in ("gold", "guard"):
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                yield (
+                    f"{name} needs fresh responses, and an offline run samples none; remove it, "
+                    "and use klippo compare after the run"
+                )
+        if self.rollout.record_logprobs:
+            yield "rollout.record_logprobs=true: an offline run samples nothing; remove it"
+
     def _conflicts(self) -> Iterator[str]:
         policy, critic = self.policy, self.critic
+        yield from self._offline_conflicts()
         if policy.tuning != "lora":
             needs_lora = f"needs policy.tuning=lora, not {policy.tuning}"
             if policy.quantize_4bit:

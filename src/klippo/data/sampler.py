@@ -1,16 +1,17 @@
-"""Endless shuffled epochs over the prompts."""
+"""Endless shuffled epochs over the prompts, or over responses that exist already."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from klippo.errors import ConfigError
-from klippo.types import Prompt
+
+T = TypeVar("T")
 
 
-class PromptSampler:
+class PromptSampler(Generic[T]):
     """Draws batches of prompts; each epoch sees every prompt exactly once, in its own order.
 
     The whole state is the number of prompts drawn so far: prompt n is place `n mod N` of epoch
@@ -19,7 +20,7 @@ class PromptSampler:
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[T],
         batch_size: int,
         seed: int,
         *,
@@ -46,7 +47,7 @@ class PromptSampler:
         self._num_drawn = 0
         self._orders: dict[int, list[int]] = {}
 
-    def next(self) -> list[Prompt]:
+    def next(self) -> list[T]:
         """This rank's share of the next batch: `batch_size / world_size` prompts.
 
         The ranks' shares, put one after the other, are the batch that a single process would draw.
@@ -82,7 +83,7 @@ class PromptSampler:
                 )
         self._num_drawn = int(state["num_drawn"])
 
-    def _prompt(self, draw: int) -> Prompt:
+    def _prompt(self, draw: int) -> T:
         epoch, place = divmod(draw, len(self._prompts))
         if epoch not in self._orders:
             order = list(range(len(self._prompts)))

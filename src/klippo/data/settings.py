@@ -1,4 +1,4 @@
-"""Settings of the prompts, and of preferences."""
+"""Settings of the prompts, of logged responses, and of preferences."""
 
 from typing import Annotated, Literal, Self
 
@@ -81,6 +81,42 @@ class DataSettings(Settings):
     def prompt_columns(self) -> list[str]:
         """The names in `prompt_column`."""
         return [self.prompt_column] if isinstance(self.prompt_column, str) else self.prompt_column
+
+
+class OfflineSettings(Settings):
+    """Learn from responses that exist already, instead of sampling: `data` names their file."""
+
+    response_column: str = "response"
+    """Column with the response as text; a list of texts is several responses to the prompt."""
+    token_ids_column: str | None = None
+    """Column with the response's token ids as they were sampled, the end token included; without
+    it the text is tokenized, and the tokenizer's end token put behind it."""
+    behavior: Literal["start", "recorded", "unknown"] = "start"
+    """Who wrote the responses: the policy that training starts from; one whose log-probs are in
+    `logprobs_column`; or nobody knows, and ratios are anchored at the start."""
+    logprobs_column: str | None = None
+    """With `behavior: recorded`: column with one log-prob per response token, in nats, the end
+    token's included."""
+    num_passes: PositiveInt = 3
+    """Passes over the rows; they decide `ppo.num_steps`."""
+    baseline: Literal["value", "leave_one_out"] = "value"
+    """What a reward is compared with: the critic's value, or the mean reward of the other responses
+    to the same prompt, which needs no critic."""
+    duplicates: Literal["error", "keep", "drop"] = "error"
+    """Rows with the same prompt and response: refuse them, keep them, or keep the first of each."""
+    min_ess: float | None = Field(default=None, gt=0, le=1)
+    """Stop after a pass at which the effective share of the tokens (Kish) is below this."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Stop after a pass at which the KL from the start exceeds this, nats per response."""
+
+    @model_validator(mode="after")
+    def _log_probs_are_named(self) -> Self:
+        if (self.behavior == "recorded") != (self.logprobs_column is not None):
+            raise ValueError(
+                f"behavior={self.behavior} and logprobs_column={self.logprobs_column}: recorded "
+                "log-probs need both, behavior: recorded and the name of their column"
+            )
+        return self
 
 
 class PreferenceSettings(Settings):

@@ -27,6 +27,7 @@ class PolicyOutput:
     logprobs: Tensor  # (B, T) float32, nats
     entropy: Tensor  # (B, T) float32, nats
     values: Tensor  # (B, T), or (B, T+1) with the value after the last token
+    hidden: Tensor  # (B, T, D), or (B, T+1, D)
 
 
 class CausalLM(nn.Module):
@@ -123,7 +124,7 @@ class ActorCritic(nn.Module):
         hidden = self.lm.hidden(batch, after_last=after_last)
         logprobs, entropy = self.lm.logprobs(batch, hidden, temperature, with_entropy=with_entropy)
         values = self.critic(batch, hidden, after_last=after_last)
-        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values, hidden=hidden)
 
     def values(self, batch: TokenBatch) -> Tensor:
         """Values alone, (B, T); the gradient reaches the critic's own weights only (warm-up)."""
@@ -160,12 +161,18 @@ class Reference:
             hidden = self.lm.hidden(batch)
             return self.lm.logprobs(batch, hidden, temperature, with_entropy=False)[0]
 
-    @torch.no_grad()
-    def kl_from(self, policy: CausalLM, batch: TokenBatch, temperature: float) -> Tensor:
-        """Exact KL(policy || reference) at every response position, (B, T) float32, nats."""
+    def kl_from(
+        self, policy: CausalLM, batch: TokenBatch, temperature: float, hidden: Tensor | None = None
+    ) -> Tensor:
+        """Exact KL(policy || reference) at every response position, (B, T) float32, nats.
+
+        Differentiable in the policy. `hidden` (B, T, D) is the policy's, where it is known.
+        """
         mask = batch.response_mask
-        hidden = policy.hidden(batch)[mask]
-        with self._active():
+        if hidden is None:
+            hidden = policy.hidden(batch)
+        with torch.no_grad(), self._active():
             ref_hidden = self.lm.hidden(batch)[mask]
-        kl = exact_kl(policy.head(temperature), hidden, self.lm.head(temperature), ref_hidden)
+        own_hidden = hidden[:, : mask.shape[1]][mask]
+        kl = exact_kl(policy.head(temperature), own_hidden, self.lm.head(temperature), ref_hidden)
         return kl.new_zeros(mask.shape).masked_scatter(mask, kl)

@@ -5,6 +5,7 @@ B sequences, T response tokens. Everything is (B, T) float32 unless said otherwi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,11 @@ from klippo.types import Metrics, Rollout, Scores, TokenBatch
 class Forward:
     """What the models say of a rollout batch; no score is needed for it."""
 
-    old_logprobs: Tensor
+    logprobs: Tensor
     entropy: Tensor
     values: Tensor  # (B, T), or (B, T+1) with the value after the last token
     ref_logprobs: Tensor
+    exact_kl: Tensor | None  # of the policy from the reference, where others wrote the responses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +59,16 @@ def run_forward(
 ) -> Forward:
     """Log-probs, entropy and values of a rollout batch, by the update's own forward pass."""
     logprobs, entropy, values = _evaluate(ppo, policy, rollout)
+    temperature = rollout.temperature
+    exact_kl = None
+    if rollout.behavior != "policy":
+        exact_kl = _by_parts(ppo, rollout, lambda t: reference.kl_from(policy.lm, t, temperature))
     return Forward(
-        old_logprobs=logprobs,
+        logprobs=logprobs,
         entropy=entropy,
         values=values,
-        ref_logprobs=_reference_logprobs(ppo, reference, rollout),
+        ref_logprobs=_by_parts(ppo, rollout, lambda t: reference.logprobs(t, temperature)),
+        exact_kl=exact_kl,
     )
 
 
@@ -79,31 +86,34 @@ def build_experience(
 ) -> Experience:
     """Token rewards, advantages and returns of a rollout batch."""
     tokens = rollout.tokens
-    old_logprobs, ref_logprobs = forward.old_logprobs, forward.ref_logprobs
+    old_logprobs, ref_logprobs = behavior_logprobs(rollout, forward), forward.ref_logprobs
     reward = scores.reward.to(tokens.response_ids.device)
     mask = tokens.response_mask & ~reward.isnan()[:, None]
     old_values = forward.values[:, : mask.shape[1]]
 
-    shaped = shape_scores(score, reward, rollout.finished, moments, ranks.all_sum)
-    token_kl = k1(old_logprobs, ref_logprobs)
+    compared = reward if scores.baseline is None else reward - scores.baseline.to(reward.device)
+    shaped = shape_scores(score, compared, rollout.finished, moments, ranks.all_sum)
+    token_kl = k1(forward.logprobs, ref_logprobs)
     token_rewards = token_scores(shaped, mask)
     if kl.placement == "reward":
         token_rewards = token_rewards - kl_coef * token_kl
     token_rewards = torch.where(mask, token_rewards, torch.zeros_like(token_rewards))
 
+    has_critic = scores.baseline is None
     advantages, returns = gae(
         token_rewards,
-        old_values,
+        old_values if has_critic else torch.zeros_like(old_values),
         mask,
         gamma=ppo.gamma,
-        lam=ppo.gae_lambda,
+        lam=ppo.gae_lambda if has_critic else 1.0,
         value_after=_value_after(forward.values, rollout) if ppo.bootstrap_truncated else None,
     )
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, all_sum=ranks.all_sum)
 
     scored = mask.any(1)
-    sequence_kl = float(masked_mean(masked_sum(token_kl, mask, 1), scored, ranks.all_sum))
+    told_kl = token_kl if forward.exact_kl is None else forward.exact_kl
+    sequence_kl = float(masked_mean(masked_sum(told_kl, mask, 1), scored, ranks.all_sum))
     weights, mismatch = _engine_weights(ppo, rollout, old_logprobs, mask, ranks)
     metrics = _metrics(
         rollout, scores, shaped, mask, forward.entropy, old_values, returns, token_rewards, ranks
@@ -153,13 +163,28 @@ def _evaluate(
     return logprobs, entropy, values
 
 
-def _reference_logprobs(ppo: PPOSettings, reference: Reference, rollout: Rollout) -> Tensor:
+@torch.no_grad()
+def _by_parts(
+    ppo: PPOSettings, rollout: Rollout, of_tokens: Callable[[TokenBatch], Tensor]
+) -> Tensor:
+    """A number per token (B, T), worked out in micro-batches."""
     mask = rollout.tokens.response_mask
-    logprobs = torch.zeros(mask.shape, device=mask.device)
+    found = torch.zeros(mask.shape, device=mask.device)
     for rows in micro_batches(torch.arange(len(mask), device=mask.device), ppo.micro_batch_size):
-        part = reference.logprobs(rollout.tokens.rows(rows), rollout.temperature)
-        logprobs[rows, : part.shape[1]] = part
-    return logprobs
+        part = of_tokens(rollout.tokens.rows(rows))
+        found[rows, : part.shape[1]] = part
+    return found
+
+
+def behavior_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
+    """Log-probs (B, T) of the policy that wrote the responses: where ratios start from."""
+    match rollout.behavior:
+        case "policy":
+            return forward.logprobs
+        case "start":
+            return forward.ref_logprobs
+    assert rollout.behavior_logprobs is not None
+    return rollout.behavior_logprobs
 
 
 def micro_batches(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
@@ -180,7 +205,7 @@ def _engine_weights(
 
     Raises DivergedError past `max_logprob_mismatch`.
     """
-    if rollout.behavior_logprobs is None:
+    if rollout.behavior_logprobs is None or rollout.behavior != "policy":
         return None, {}
     log_ratio = old_logprobs - rollout.behavior_logprobs
     mismatch = float(masked_mean(log_ratio.abs(), mask, ranks.all_sum))
@@ -222,12 +247,14 @@ def _metrics(
     residual = returns - old_values
     residual_variance = mean((residual - masked_mean(residual, mask, ranks.all_sum)) ** 2, mask)
     everything = torch.ones_like(scored)
+    # Rewards of responses that exist already say nothing about the policy.
+    of = "reward" if rollout.behavior == "policy" else "data"
     metrics = {
-        "reward/score_mean": score_mean,
-        "reward/score_sd": mean((reward - score_mean) ** 2, scored) ** 0.5,
-        "reward/shaped_mean": mean(shaped, scored),
-        "reward/sequence_total": mean(masked_sum(token_rewards, mask, 1), scored),
-        "reward/scored_share": mean(scored.float(), everything),
+        f"{of}/score_mean": score_mean,
+        f"{of}/score_sd": mean((reward - score_mean) ** 2, scored) ** 0.5,
+        f"{of}/shaped_mean": mean(shaped, scored),
+        f"{of}/sequence_total": mean(masked_sum(token_rewards, mask, 1), scored),
+        f"{of}/scored_share": mean(scored.float(), everything),
         "policy/entropy_nats": mean(entropy, mask),
         "response/length_tokens": mean(rollout.tokens.response_mask.sum(1).float(), everything),
         "response/finished_share": mean(rollout.finished.float(), everything),
@@ -236,7 +263,7 @@ def _metrics(
     }
     for name, part in scores.parts.items():
         part = part.to(mask.device)
-        metrics[f"reward/part/{name}"] = mean(part, scored & ~part.isnan())
+        metrics[f"{of}/part/{name}"] = mean(part, scored & ~part.isnan())
     if scores.members is not None:
         members = scores.members.to(mask.device)
         for k, (own, lowest) in enumerate(zip(members, lowest_shares(members), strict=True), 1):

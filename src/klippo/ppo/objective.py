@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from klippo.policy.actor_critic import ActorCritic
+from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience
 from klippo.ppo.settings import PPOSettings
 from klippo.tensors.kl import k2, k3
@@ -49,7 +49,9 @@ class PPOLoss:
     policy: ActorCritic
     experience: Experience
     kl_coef: float
-    """Weight of k2 in the loss; 0 where the KL penalty sits in the reward."""
+    """Weight of the KL in the loss; 0 where the penalty sits in the reward."""
+    reference: Reference | None = None
+    """Makes the KL in the loss exact; without it it is k2 of the sampled tokens."""
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, TokenSums]:
         settings, experience = self.settings, self.experience
@@ -66,7 +68,13 @@ class PPOLoss:
         critic = _critic_loss(settings, experience, output.values, of)
         loss = actor + settings.value_coef * critic - settings.entropy_coef * output.entropy
         if self.kl_coef > 0:
-            loss = loss + self.kl_coef * k2(output.logprobs, of(experience.ref_logprobs))
+            if self.reference is None:
+                kl = k2(output.logprobs, of(experience.ref_logprobs))
+            else:
+                kl = self.reference.kl_from(
+                    self.policy.lm, tokens, experience.temperature, output.hidden
+                )
+            loss = loss + self.kl_coef * kl
         mask = of(experience.mask)
         with torch.no_grad():
             clipped = is_clipped(ratio, advantages, clip_range=settings.clip_range)

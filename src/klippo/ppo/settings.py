@@ -12,8 +12,9 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 class KLSettings(Settings):
     coef: float = Field(default=0.05, ge=0)
     """beta, nats to reward units; 0 turns the penalty off."""
-    placement: Literal["reward", "loss"] = "reward"
-    """`reward` subtracts beta * k1 from each token's reward; `loss` adds beta * k2 to the loss."""
+    placement: Literal["reward", "loss", "exact"] = "reward"
+    """`reward` subtracts beta * k1 from each token's reward; `loss` adds beta * k2 to the loss;
+    `exact` adds beta times the KL summed over the vocabulary at every response position."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` moves beta so that the KL per sequence goes to `target` (Ziegler et al. 2019)."""
     target: PositiveFloat = 6.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from klippo.policy.actor_critic import ActorCritic
+from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience, micro_batches
 from klippo.ppo.gather import gather_experience
 from klippo.ppo.objective import NAMES, Loss, PPOLoss, WarmupLoss
@@ -37,6 +37,7 @@ def ppo_update(
     experience: Experience,
     *,
     kl_in_loss_coef: float,
+    exact_kl_to: Reference | None = None,
     max_grad_norm: float | None,
     critic_only: bool,
     generator: torch.Generator,
@@ -47,11 +48,15 @@ def ppo_update(
     `experience` holds this process's rows; minibatches are made of the rows of all processes, and
     each process takes an equal part of every minibatch. `critic_only` trains the critic's own
     weights and leaves the policy alone (warm-up). `generator` (CPU) shuffles the rows, and must be
-    in the same state on every process.
+    in the same state on every process. With `exact_kl_to` the KL in the loss is the exact one.
     """
     experience = gather_experience(experience, ranks)
     loss: Loss = PPOLoss(
-        settings=settings, policy=policy, experience=experience, kl_coef=kl_in_loss_coef
+        settings=settings,
+        policy=policy,
+        experience=experience,
+        kl_coef=kl_in_loss_coef,
+        reference=exact_kl_to,
     )
     if critic_only:
         loss = WarmupLoss(settings=settings, policy=policy, experience=experience)

@@ -156,6 +156,14 @@ class FunctionSettings(Settings):
     `token_ids` and every column of the data set, as keyword arguments."""
 
 
+class ColumnSettings(Settings):
+    """A number that stands in the data: the reward of responses that exist already."""
+
+    kind: Literal["column"]
+    column: str = "reward"
+    """Its column."""
+
+
 class LengthSettings(Settings):
     """Minus the number of tokens beyond a limit (and below one)."""
 
@@ -204,6 +212,7 @@ class SumSettings(Settings):
 
 RewardSettings = Annotated[
     ClassifierSettings
+    | ColumnSettings
     | EnsembleSettings
     | FunctionSettings
     | JudgeSettings

@@ -26,6 +26,7 @@ from klippo.types import Metrics
 STATUS_FILE = "run_status.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+DIAGNOSTICS_FILE = "diagnostics.jsonl"
 EVAL_DIR = "eval"
 MODEL_DIR = "model"
 CRITIC_DIR = "critic"
@@ -75,8 +76,15 @@ class RunFolder:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, on disk when this returns."""
-        with writing(self.path / METRICS_FILE), (self.path / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._append(METRICS_FILE, metrics)
+
+    def append_diagnostics(self, diagnostics: Mapping[str, Any]) -> None:
+        """One line of diagnostics.jsonl, of an offline run."""
+        self._append(DIAGNOSTICS_FILE, diagnostics)
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with writing(self.path / name), (self.path / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
             file.flush()
 
     def eval_file(self, step: int) -> Path:

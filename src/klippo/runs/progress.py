@@ -70,13 +70,14 @@ def step_line(step: int, num_steps: int, metrics: Metrics, seconds_left: float) 
     )
     parts = [
         f"step {step:>{len(str(num_steps))}}/{num_steps}",
-        f"reward {metrics.get('reward/score_mean', 0):+.3f}",
         f"KL {metrics.get('kl/sequence_nats', 0):.2f}",
         f"entropy {metrics.get('policy/entropy_nats', 0):.2f}",
         f"length {metrics.get('response/length_tokens', 0):.1f}",
         f"{metrics.get('throughput/response_tokens_per_s', 0):,.0f} tok/s",
         f"{metrics.get('time/step_s', 0):.1f} s ({phases})",
     ]
+    if "reward/score_mean" in metrics:
+        parts.insert(1, f"reward {metrics['reward/score_mean']:+.3f}")
     scored = metrics.get("reward/scored_share", 1.0)
     if scored < 1:
         parts.append(f"unscored {1 - scored:.0%}")

@@ -14,6 +14,7 @@ from klippo.errors import ConfigError, PreflightError
 from klippo.ranks import Ranks
 from klippo.rewards import settings as kinds
 from klippo.rewards.classifier import ClassifierReward
+from klippo.rewards.column import ColumnReward
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.function import FunctionReward
@@ -40,6 +41,8 @@ def build_reward(
     match settings:
         case kinds.ClassifierSettings():
             return ClassifierReward(settings, device=device, prompt_column=prompt_column)
+        case kinds.ColumnSettings():
+            return ColumnReward(settings.column)
         case kinds.EnsembleSettings():
             return EnsembleReward(settings, device=device, prompt_column=prompt_column)
         case kinds.FunctionSettings():

@@ -35,6 +35,10 @@ from klippo.stages.session import Session
 from klippo.stages.started import now
 
 BEFORE_AFTER_FILE = "before_after.md"
+NOTHING_SAMPLED = (
+    "The run learnt from responses that exist already, so its rewards say nothing about the "
+    "policy. Whether it got better shows on fresh responses: klippo compare start {folder}"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +56,15 @@ class Outcome:
 
 
 def conclude(
-    session: Session, folder: RunFolder, console: Console, guard: RunGuard | None = None
+    session: Session,
+    folder: RunFolder,
+    console: Console,
+    guard: RunGuard | None = None,
+    stopped: str | None = None,
 ) -> Outcome:
     """Score the evaluation samples with gold, write tables and the report, print the summary.
 
+    `stopped` is why an offline run ended before its last step.
     What goes wrong with gold, or with the report, costs nothing else: the outcome,
     run_status.json and the screen say so.
     """
@@ -68,6 +77,8 @@ def conclude(
         details |= {"best_step": guard.best_step, "best_model": f"{BEST_DIR}/{MODEL_DIR}"}
         if guard.stopped is not None:
             details["reason"] = f"stopped by the guard: {guard.stopped}"
+    if stopped is not None:
+        details["reason"] = f"stopped early: {stopped}"
     details["ended"] = now()
     details["before_after"] = {}
     if session.evaluation_prompts:
@@ -89,6 +100,8 @@ def conclude(
     if session.evaluation_prompts:
         for view in views:
             console.print(Text(f"Verdict: {view.verdict.outcome}. {view.reason}"), soft_wrap=True)
+    if session.offline is not None:
+        console.print(Text(NOTHING_SAMPLED.format(folder=folder.path)), soft_wrap=True)
     console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
     if guard is not None:
         best = folder.path / BEST_DIR / MODEL_DIR

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
 from klippo.data.rows import load_rows, train_source, validation_source
 from klippo.data.sampler import PromptSampler
+from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
 from klippo.ppo.learner import Learner, require_equal_shares
@@ -28,8 +29,9 @@ from klippo.rollouts.online import OnlineSource
 from klippo.rollouts.sampling import Sampling
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.moments import REFERENCE_SEED, measure_members
+from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
-from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
+from klippo.types import Metrics, Prompt, RewardSource, Rollout, RolloutSource, Scores
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that evaluation draws the same random numbers at every step."""
@@ -46,7 +48,7 @@ class Session:
     policy: ActorCritic
     reference: Reference
     learner: Learner
-    source: OnlineSource
+    source: RolloutSource
     score: Callable[[Rollout], Scores]
     """The training reward."""
     close_reward: Callable[[], None]
@@ -56,17 +58,21 @@ class Session:
     measure: Callable[[Rollout], Scores]
     """The same for evaluation, on a scale that stays."""
     stop_ids: frozenset[int]
-    evaluation_prompts: list[Prompt]
-    evaluation_share: range
-    """Which of them this process answers."""
     answer_evaluation: Callable[[], Rollout]
     """Answers to this process's share, each with the same random numbers at every step."""
-    spare_prompts: list[Prompt]
-    """Where prompts beside the evaluation set come from: held-out ones, else those to train on."""
+    answer: Callable[[list[Prompt]], Rollout]
+    """Responses to prompts, numbered as the run's next."""
     answer_alone: Callable[[list[Prompt], int], Rollout]
     """Responses to prompts under a seed, in this process."""
     prepare: Callable[[Sequence[Any]], list[Prompt]]
     """Raw prompts (text or chat messages) as the policy reads them."""
+    evaluation_prompts: list[Prompt] = field(default_factory=list)
+    evaluation_share: range = range(0)
+    """Which of them this process answers."""
+    spare_prompts: list[Prompt] = field(default_factory=list)
+    """Where prompts beside the evaluation set come from: held-out ones, else those to train on."""
+    offline: OfflineData | None = None
+    """Where the run learns from responses that exist already."""
 
 
 def open_session(
@@ -90,6 +96,7 @@ def open_session(
         rows, held_out = load_rows(config.data, config.seed)
     else:
         rows, held_out = as_rows(prompts, config.data.prompt_columns), []
+    logged = None if config.offline is None else read_logged(config, rows, held_out)
     source = _reward_source(config, reward, device, ranks)
     if isinstance(source, FunctionReward | JudgeReward | SumReward):
         source.check_columns(rows[0].columns)
@@ -105,10 +112,9 @@ def open_session(
             rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed, source=name
         )
 
-    train_prompts = prepare(rows, train_source(config.data))
-    held_out_prompts = (
-        prepare(held_out, validation_source(config.data)) if held_out else train_prompts
-    )
+    offline = None if logged is None else OfflineData(config, logged, loaded, device)
+    if offline is not None:
+        config = offline.config
     learner = Learner(
         loaded.policy,
         loaded.reference,
@@ -118,6 +124,34 @@ def open_session(
         optimizer=config.optimizer,
         seed=config.seed,
         ranks=ranks,
+    )
+    common: dict[str, Any] = {
+        "device": device,
+        "ranks": ranks,
+        "tokenizer": tokenizer,
+        "policy": loaded.policy,
+        "reference": loaded.reference,
+        "learner": learner,
+        "score": lambda rollout: resolve_scores(source, rollout),
+        "close_reward": lambda: close_source(source),
+        "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
+        "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
+    }
+    if offline is not None:
+        return Session(
+            config=config,
+            source=offline.source(ranks),
+            stop_ids=offline.stop_ids,
+            offline=offline,
+            measure=_samples_nothing,
+            answer=_samples_nothing,
+            answer_evaluation=_samples_nothing,
+            answer_alone=_samples_nothing,
+            **common,
+        )
+    train_prompts = prepare(rows, train_source(config.data))
+    held_out_prompts = (
+        prepare(held_out, validation_source(config.data)) if held_out else train_prompts
     )
     sampler = PromptSampler(
         train_prompts,
@@ -163,19 +197,12 @@ def open_session(
 
     measured = measure_members(config.reward, source, reference_responses)
     config = config.model_copy(update={"reward": measured})
+    training_source = source_with(sampler.next, config.seed)
     evaluation_source = source_with(list, config.seed + EVALUATION_SEED)
     return Session(
         config=config,
-        device=device,
-        ranks=ranks,
-        tokenizer=tokenizer,
-        policy=loaded.policy,
-        reference=loaded.reference,
-        learner=learner,
-        source=source_with(sampler.next, config.seed),
-        score=lambda rollout: resolve_scores(source, rollout),
-        close_reward=lambda: close_source(source),
-        reward_metrics=lambda: over_processes(judge_metrics(source), ranks),
+        source=training_source,
+        answer=training_source.answer,
         measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
@@ -187,7 +214,14 @@ def open_session(
         answer_alone=lambda prompts, seed: source_with(list, seed).answer_as(
             prompts, range(len(prompts))
         ),
-        prepare=lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
+        **common,
+    )
+
+
+def _samples_nothing(*_: Any) -> Any:
+    raise ConfigError(
+        "an offline run learns from the responses in its data and samples none; use klippo "
+        "generate or klippo compare with its folder"
     )
 
 

@@ -26,6 +26,7 @@ from klippo.runs.folder import CONFIG_FILE, CRITIC_DIR, MODEL_DIR, RunFolder, wr
 from klippo.runs.memory import peak_memory_gib
 from klippo.runs.progress import Progress
 from klippo.stages.guard import RunGuard
+from klippo.stages.offline import OfflineData
 from klippo.stages.outcome import Outcome, conclude
 from klippo.stages.session import Session, open_session
 from klippo.stages.started import now, write_started
@@ -90,7 +91,9 @@ class PPOTrainer:
                 ppo_trainer.train(session.learner, session.source, session.score, recorder)
             if session.ranks.is_main:
                 save_model(session, recorder.folder)
-            return conclude(session, recorder.folder, recorder.console, recorder.guard)
+            return conclude(
+                session, recorder.folder, recorder.console, recorder.guard, recorder.stopped
+            )
         except BaseException as error:
             with undisturbed():
                 self._rescue(recorder, error)
@@ -101,7 +104,7 @@ class PPOTrainer:
     def generate(self, prompts: Sequence[Any]) -> Rollout:
         """Sample one response per prompt from the current policy, for `step`."""
         ready = _ready(prompts) or self.session.prepare(prompts)
-        return self.session.source.answer(list(ready))
+        return self.session.answer(list(ready))
 
     def step(
         self, prompts: Sequence[Any], responses: Sequence[Any], scores: Sequence[float | None]
@@ -214,6 +217,9 @@ class RunRecorder:
             self.console, session.config.ppo.num_steps, quiet=quiet or not self.is_main
         )
         self._seconds: dict[str, float] = {}
+        self.stopped: str | None = None
+        """Why diagnostics ended the run early."""
+        self._diagnosed = -1
         self.guard: RunGuard | None = None
         if session.config.guard.is_on:
             self.guard = RunGuard(session, self._rows, lambda folder: save_model(session, folder))
@@ -236,12 +242,19 @@ class RunRecorder:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def is_eval_step(self, step: int) -> bool:
+        if self.session.offline is not None:
+            return step in self.session.offline.pass_ends
         every = self.session.config.evaluation.every
         return step == 0 or (every is not None and step % every == 0)
 
     def evaluate(self, step: int) -> bool:
-        """Sample the fixed prompts, write eval/step-N.jsonl; True when the guard ends the run."""
+        """Sample the fixed prompts, write eval/step-N.jsonl; True when the guard ends the run.
+
+        Offline: look at the logged responses, write a line of diagnostics.jsonl.
+        """
         session = self.session
+        if session.offline is not None:
+            return self._diagnose(session.offline, step)
         if not session.evaluation_prompts:
             return False
         own = []
@@ -256,6 +269,26 @@ class RunRecorder:
             if self.guard is not None and self.guard.stopped is not None:
                 self.progress.say(f"The guard ends the run: {self.guard.stopped}")
         return session.ranks.gather(stop)[0]
+
+    def _diagnose(self, offline: OfflineData, step: int) -> bool:
+        if self._diagnosed == step:
+            return False
+        self._diagnosed = step
+        found = offline.look(self.session.learner, step)
+        told = found.metrics
+        if self.is_main:
+            self.folder.append_diagnostics({"step": step} | told | {"warnings": found.warnings})
+            for warning in found.warnings:
+                self.progress.say(f"Warning: {warning}")
+            self.progress.say(
+                f"after {step} steps: KL from the start {told['offline/kl_start_nats']:.2f} nats  "
+                f"ratio {told['offline/ratio_p1']:.2f} to {told['offline/ratio_p99']:.2f} (98% of "
+                f"tokens)  effective share {told['offline/ess_tokens']:.0%} of tokens"
+            )
+        self.stopped = found.stop
+        if self.is_main and found.stop is not None:
+            self.progress.say(f"The run ends: {found.stop}")
+        return found.stop is not None
 
     def _report_evaluation(self, step: int, rows: list[SampleRow]) -> None:
         self.folder.write_rows(step, rows)

@@ -66,18 +66,57 @@ def token_logprobs(
     return logprobs, entropy
 
 
-@torch.no_grad()
 def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
     """KL(pi || ref) summed over the vocabulary at each position, (N,) float32 in nats.
 
     hidden (N, D) of the policy and ref_hidden (N, D) of the reference at the same positions.
+    Differentiable in hidden, and in the policy's weight and bias.
     """
-    kl = torch.empty(len(hidden), device=hidden.device)
-    for part in chunks(len(hidden), len(head.weight)):
-        logp = torch.log_softmax(head.logits(hidden[part]), -1)
-        ref_logp = torch.log_softmax(ref_head.logits(ref_hidden[part]), -1)
-        kl[part] = (logp.exp() * (logp - ref_logp)).sum(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        kl: Tensor = _ExactKL.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, ref_hidden, head, ref_head
+        )
     return kl
+
+
+class _ExactKL(torch.autograd.Function):
+    """With p = softmax(z) and q the reference:
+
+    d KL / dz = p * (log p - log q - KL)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        head: LMHead,
+        ref_head: LMHead,
+    ) -> Tensor:
+        kl = torch.empty(len(hidden), device=hidden.device)
+        for part in chunks(len(hidden), len(weight)):
+            logp = torch.log_softmax(head.logits(hidden[part]), -1)
+            ref_logp = torch.log_softmax(ref_head.logits(ref_hidden[part]), -1)
+            kl[part] = (logp.exp() * (logp - ref_logp)).sum(-1)
+        ctx.save_for_backward(hidden, weight, ref_hidden, kl)
+        ctx.head, ctx.ref_head, ctx.has_bias = head, ref_head, bias is not None
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, ref_hidden, kl = ctx.saved_tensors
+        head: LMHead = ctx.head
+        sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=ctx.has_bias)
+        for part in chunks(len(hidden), len(weight)):
+            logits = head.logits(hidden[part])
+            slope = head.slope(logits)
+            logp = torch.log_softmax(logits, -1)
+            log_ratio = logp - torch.log_softmax(ctx.ref_head.logits(ref_hidden[part]), -1)
+            grad = logp.exp_().mul_(log_ratio.sub_(kl[part, None])).mul_(grads[0][part, None])
+            sink.add(part, grad, slope)
+        return *sink.all, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -118,11 +157,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = grads
         hidden, weight, token_ids, log_normalizer, entropy = ctx.saved_tensors
         head: LMHead = ctx.head
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         use_entropy = ctx.with_entropy and bool(grad_entropy.any())
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = weight.new_zeros(len(weight)) if needs_bias and ctx.has_bias else None
+        sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=ctx.has_bias)
         for part in chunks(len(hidden), len(weight)):
             logits = head.logits(hidden[part])
             slope = head.slope(logits)
@@ -133,13 +169,33 @@ class _TokenLogprobs(torch.autograd.Function):
                 pull = pull + grad_entropy[part, None] * (logp + entropy[part, None])
             grad = logp.exp_().mul_(-pull)
             grad.scatter_add_(1, token_ids[part, None], grad_logprobs[part, None])
-            if isinstance(slope, Tensor) or slope != 1:
-                grad.mul_(slope)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+            sink.add(part, grad, slope)
+        return *sink.all, None, None, None
+
+
+class _Gradients:
+    """Collects the gradients of hidden, weight and bias from those of the logits, by chunks."""
+
+    def __init__(
+        self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, *, has_bias: bool
+    ) -> None:
+        self._inputs = hidden, weight
+        self.all = (
+            torch.empty_like(hidden) if needed[0] else None,
+            torch.zeros_like(weight) if needed[1] else None,
+            weight.new_zeros(len(weight)) if needed[2] and has_bias else None,
+        )
+
+    def add(self, part: slice, grad: Tensor, slope: Tensor | float) -> None:
+        """`grad` (n, V) of a chunk's logits is used up."""
+        hidden, weight = self._inputs
+        of_hidden, of_weight, of_bias = self.all
+        if isinstance(slope, Tensor) or slope != 1:
+            grad.mul_(slope)
+        grad = grad.to(hidden.dtype)
+        if of_hidden is not None:
+            torch.mm(grad, weight.to(grad.dtype), out=of_hidden[part])
+        if of_weight is not None:
+            of_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
+        if of_bias is not None:
+            of_bias.add_(grad.sum(0))
