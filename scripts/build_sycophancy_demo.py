@@ -96,6 +96,8 @@ def build(out: Path, sizes: Mapping[str, int], seed: int, work: Path, keep: bool
         "seed": seed,
         "num_parameters": parameters(out / "chat"),
         "num_adapter_parameters": parameters(out / "chat_sft"),
+        "num_chat": sizes["chat"],
+        "num_sft": sizes["sft"],
         "num_posts": len(posts),
         "num_rows": len(rows),
         "num_drawn": num_drawn,
