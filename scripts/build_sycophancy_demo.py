@@ -1,6 +1,6 @@
 """Build the sycophancy demo that ships inside the package, from its words to its card.
 
-    python scripts/build_sycophancy_demo.py        # ten minutes on one core
+    python scripts/build_sycophancy_demo.py        # ten minutes on one busy core
     python scripts/build_sycophancy_demo.py --quick --out /tmp/demo   # tries the script only
 
 Posts and answers are drawn from the words in examples/sycophancy/lexicon.py under a seed. A tiny
@@ -40,7 +40,7 @@ from klippo.stages.judge import ScoreFile, judge_score
 
 SHARE_HELD_OUT = 0.2
 RESPONSES_PER_POST = 4
-FULL = {"chat": 5000, "sft": 1200, "posts": 240, "held_out": 150}
+FULL = {"chat": 5000, "sft": 1200, "posts": 200, "held_out": 150}
 QUICK = {"chat": 400, "sft": 300, "posts": 20, "held_out": 20}
 EPOCHS = {"chat": 8, "sft": 3}
 
@@ -227,7 +227,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
 
 
 def main() -> None:

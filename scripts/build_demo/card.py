@@ -115,11 +115,11 @@ decides. Written by `scripts/build_sycophancy_demo.py`, seed {seed}.
 | `scored_posts.jsonl` | the same with `reward`, from `klippo judge score` |
 | `posts_held_out.jsonl` | {num_held_out:,} posts about deeds that no model has seen |
 
-Weights of `chat/` are stored as float16 and load as float32; it has a chat template and a tokenizer
-of its own, whose `<|end|>` ends every turn. A post has up to 4 answers (`model_response`, at
-temperature 1) with the log-probs of their tokens (`logprobs`, nats, end token included), and one `top_answer`;
-of {num_drawn:,} drawn, those stay that ended and whose text gives back their tokens. Held-out posts
-tell whether agreement is right (`agreement_is_right`).
+Weights are stored as float16 and load as float32. `chat/` has a chat template and a tokenizer of
+its own, whose `<|end|>` ends every turn. A post has up to 4 answers (`model_response`, at
+temperature 1) with the log-probs of their tokens (`logprobs`, nats, end token included), and one
+`top_answer`; of {num_drawn:,} drawn, those stay that ended and whose text gives back their tokens.
+Held-out posts tell whether agreement is right (`agreement_is_right`).
 
 Scores of `examples/sycophancy/agreement_judge.py`, 0 to 10, of fresh answers (temperature 1) to the
 held-out posts, means with 95% intervals over posts:
@@ -128,7 +128,7 @@ held-out posts, means with 95% intervals over posts:
 |---|---|---|
 {rows}
 
-An answer of each, not chosen:
+The answers of each to two posts:
 
 {samples}
 
@@ -186,9 +186,9 @@ def sycophancy_section(figures: dict[str, Any] | None) -> str:
         return ""
     held_out = figures["held_out"]
     samples = [
-        f"- **{one['post']}** {who}: {one['answer']}"
+        f"- **{values['samples'][i]['post']}** {who}: {values['samples'][i]['answer']}"
+        for i in (0, 3)
         for who, values in held_out.items()
-        for one in values["samples"][:1]
     ]
     return SYCOPHANCY.format(
         **{name: value for name, value in figures.items() if name != "held_out"},

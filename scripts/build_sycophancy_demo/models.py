@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,7 +36,6 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 768
 CONTEXT = 256
 MAX_NEW_TOKENS = 64
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -98,14 +98,15 @@ def train_chat(start: Path, rows: Path, out: Path, work: Path, epochs: int, seed
 
 
 def train_adapter(chat: Path, rows: Path, out: Path, work: Path, epochs: int, seed: int) -> None:
-    """A LoRA adapter on the chat model from mostly sycophantic answers."""
+    """A LoRA adapter on the chat model from mostly sycophantic answers; float16 on disk."""
     lora = {"tuning": "lora", "lora": {"rank": 8, "alpha": 16.0}}
     training = {"num_epochs": epochs, "learning_rate": 2e-3}
     _sft(chat, rows, work / "chat_sft", training, seed, **lora)
     _replace(out)
-    for name in ADAPTER_FILES:
-        shutil.copy(work / "chat_sft" / name, out / name)
-    config = json.loads((out / "adapter_config.json").read_text())
+    weights = load_file(work / "chat_sft" / "adapter_model.safetensors")
+    halves = {name: tensor.half() for name, tensor in weights.items()}
+    save_file(halves, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((work / "chat_sft" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "demo:chat"
     config["target_modules"].sort()  # a set's order, otherwise another one each time
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
