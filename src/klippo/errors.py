@@ -47,3 +47,9 @@ class BudgetError(KlippoError):
     """The judge's budget of calls, tokens or USD is used up; paid answers are kept."""
 
     exit_code = 5
+
+
+class OutOfMemoryError(KlippoError):
+    """The device's memory ran out while the run was on; what was written before is whole."""
+
+    exit_code = 3

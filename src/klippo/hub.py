@@ -96,6 +96,25 @@ def load_model(auto_class: Any, name: str, revision: str | None = None, **option
     return model
 
 
+def shape_model(auto_class: Any, name: str, revision: str | None = None, **options: Any) -> Any:
+    """What `load_model` gives, on the meta device: its config is read, and no weight.
+
+    Raises PreflightError when there is no config, or none of a class that is known.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    dtype = options.pop("dtype")
+    reader = getattr(auto_class, "config_class", None) or AutoConfig
+    try:
+        config = reader.from_pretrained(resolve(name), revision=revision, **options)
+        make = getattr(auto_class, "from_config", None) or auto_class._from_config
+        with torch.device("meta"):
+            return make(config, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise PreflightError(_not_loaded(name, error)) from error
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep transformers' bars about weight files off the screen; a hub download still shows its."""

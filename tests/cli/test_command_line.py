@@ -183,10 +183,10 @@ def test_generate_without_a_prompt_leaves_asking_to_the_stage():
     assert done.stdout == "('m', None, None)\n"
 
 
-def test_compare_gets_both_models_and_the_reward():
-    arguments = ["compare", "a", "b", "--reward", "demo:gold"]
-    done = run(*arguments, code=stage("print(args, kwargs['reward'])", "compare"))
-    assert done.stdout == "('a', 'b') demo:gold\n"
+def test_compare_gets_all_models_and_rewards():
+    arguments = ["compare", "a", "b", "c=d", "--reward", "demo:gold", "--reward", "x=y.yaml"]
+    done = run(*arguments, code=stage("print(args, kwargs['rewards'])", "compare"))
+    assert done.stdout == "('a', ['b', 'c=d']) ['demo:gold', 'x=y.yaml']\n"
 
 
 def test_config_check_says_ok(config):

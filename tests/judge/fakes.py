@@ -18,10 +18,14 @@ API = {"provider": "local", "model": "fake", "base_url": "http://127.0.0.1:9/v1"
 
 def lexicon_judge() -> Any:
     """The module examples/llm-judge/lexicon_judge.py."""
-    path = ROOT / "examples/llm-judge/lexicon_judge.py"
-    name = "klippo_example_lexicon_judge"
+    return script("examples/llm-judge/lexicon_judge.py")
+
+
+def script(path: str) -> Any:
+    """A script of this repository as a module, loaded once."""
+    name = "klippo_script_" + path.removesuffix(".py").replace("/", "_").replace("-", "_")
     if name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(name, path)
+        specification = importlib.util.spec_from_file_location(name, ROOT / path)
         assert specification is not None
         assert specification.loader is not None
         module = importlib.util.module_from_spec(specification)

@@ -89,6 +89,10 @@ FATAL = {
     "model 404": (error(404, "x", code="model_not_found"), "no model toy-judge there"),
     "model 404 in words": (error(404, "The model `toy-judge` does not exist."), "no model toy-j"),
     "model 400": (error(400, "invalid model ID", param="model"), "no model toy-judge there"),
+    "model 400 of transformers serve": (
+        encoded({"detail": "Server is pinned to 'another'; requested 'toy-judge'."}, status=400),
+        "no model toy-judge there",
+    ),
     "wrong path": (encoded({"detail": "Not Found"}, status=404), "is base_url right?"),
     "405": (Step(status=405), "is base_url right?"),
 }
@@ -294,6 +298,16 @@ REFUSALS: dict[str, tuple[Step, dict[str, Any], dict[str, Any]]] = {
     ),
     "fewer logprobs": (
         error(400, "top_logprobs must be at most 5", param="top_logprobs"),
+        {"labels": ("A",)},
+        {"logprobs": True, "top_logprobs": 5},
+    ),
+    "fewer logprobs of vLLM": (  # its own words, with --max-logprobs 10
+        error(
+            400,
+            "Requested sample logprobs of 20, which is greater than max allowed: 10 "
+            "(parameter=logprobs, value=20)",
+            param="logprobs",
+        ),
         {"labels": ("A",)},
         {"logprobs": True, "top_logprobs": 5},
     ),

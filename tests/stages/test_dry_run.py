@@ -11,7 +11,9 @@ import pytest
 
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
+from klippo.data.rows import Data, load_rows
 from klippo.errors import ConfigError
+from klippo.rewards.judge.database import Spend, add
 from klippo.rewards.judge.store import Store
 from klippo.stages import dry_run
 from klippo.stages.dry_run_plan import Texts, passed_caps, plan_run
@@ -36,6 +38,10 @@ def run_config(reward: dict[str, Any], **more: Any) -> RunConfig:
         "reward": reward,
     }
     return RunConfig.model_validate(sections | more)
+
+
+def data_of(config: RunConfig) -> Data:
+    return load_rows(config.data, config.seed)
 
 
 def test_steps_and_responses_are_those_of_the_loop():
@@ -90,6 +96,33 @@ def test_caps_that_would_or_could_be_passed_are_named():
     assert told(606) == ""
 
 
+def test_responses_that_measure_an_ensemble_are_counted():
+    ensemble = {"kind": "ensemble", "members": ["a", "b"], "reference_size": 32}
+    counts = [
+        plan_run(run_config(ensemble | {"standardize": how}), TEXTS).num_measured
+        for how in ("start", "stored")
+    ]
+    assert counts == [32, 0]
+
+
+def test_what_an_earlier_run_spent_counts_against_the_caps(tmp_path: Path):
+    cache = tmp_path / "judge.sqlite"
+    config = run_config(
+        judge(api={"cache": str(cache), "max_calls": 606}), output_dir=str(tmp_path / "run")
+    )
+    plan = plan_run(config, TEXTS)
+    assert dry_run.with_ledger(plan).judges[0].spent.calls == 0
+    assert not cache.exists()
+    store = Store(cache, config.output_dir)
+    add(store._db, config.output_dir, Spend(calls=4, tokens=50, nano_usd=6))
+    store.close()
+    found = dry_run.with_ledger(plan)
+    assert found.judges[0].spent == Spend(calls=4, tokens=50, nano_usd=6)
+    # 606 calls at worst are within the cap, and with 4 before they are not.
+    assert passed_caps(plan) == []
+    assert "max_calls=606 could be passed" in passed_caps(found)[0]
+
+
 def test_a_dry_run_asks_no_judge_and_leaves_nothing(
     write_config: Callable[..., Path], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -120,7 +153,7 @@ def test_a_real_run_stays_within_the_worst_case(
     with FaultServer(otherwise=ok("Score: 7", usage=None)) as server:
         file = write_config(reward=judge(server.url, api=api, probes=True))
         config = load_config(file).config
-        (plan,) = plan_run(config, dry_run.texts_of(config)).judges
+        (plan,) = plan_run(config, dry_run.texts_of(config, data_of(config))).judges
         assert cli("train", file, "--quiet")[0] == 0
     store = Store(cache, config.output_dir)
     spent = store.total()
@@ -146,9 +179,9 @@ def test_a_terminal_is_asked(write_config: Callable[..., Path], monkeypatch: pyt
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     answers = iter(["y", ""])
     monkeypatch.setattr("builtins.input", lambda *_: next(answers))
-    dry_run.agree_to_cost(config, yes=False)
+    dry_run.agree_to_cost(config, data_of(config), yes=False)
     with pytest.raises(ConfigError, match="not started"):
-        dry_run.agree_to_cost(config, yes=False)
+        dry_run.agree_to_cost(config, data_of(config), yes=False)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +192,7 @@ def test_nobody_is_asked_about_little_or_after_a_yes(
     write_config: Callable[..., Path], api: dict[str, Any], yes: bool
 ):
     config = load_config(write_config(reward=judge(api=api))).config
-    dry_run.agree_to_cost(config, yes=yes)
+    dry_run.agree_to_cost(config, data_of(config), yes=yes)
 
 
 def test_the_plan_needs_no_torch():

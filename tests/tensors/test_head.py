@@ -190,3 +190,30 @@ def test_the_watch_sees_what_a_dense_head_would_hold():
         logp.gather(1, token_ids[:, None]).sum().backward()
     assert seen.largest >= 64 * 50
     assert seen.peak >= 2 * 64 * 50
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 10**6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_kl_and_its_gradients_are_those_of_the_dense_head(monkeypatch, shape, chunk):
+    # rule 39; the oracle is plain autograd in float64
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
+    options = dict(SHAPES[shape])
+    has_bias = options.pop("bias")
+    hidden, weight, bias, _ = draw(7, 11, bias=has_bias)
+    ref_hidden, ref_weight, ref_bias, _ = draw(7, 11, seed=4, bias=has_bias)
+    pull = torch.randn(7, generator=torch.Generator().manual_seed(9))
+    ref_head = LMHead(weight=ref_weight, bias=ref_bias, **options)
+
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    head = LMHead(weight=ours[1], bias=ours[2] if has_bias else None, **options)
+    kl = exact_kl(head, ours[0], ref_head, ref_hidden)
+    (pull * kl).sum().backward()
+
+    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logp = dense(theirs[0], theirs[1], theirs[2] if has_bias else None, **options)
+    reference = [x if x is None else x.double() for x in (ref_hidden, ref_weight, ref_bias)]
+    true_kl = (logp.exp() * (logp - dense(*reference, **options))).sum(-1)
+    (pull * true_kl).sum().backward()
+    torch.testing.assert_close(kl.detach().double(), true_kl.detach(), atol=2e-5, rtol=1e-4)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.grad.double(), other.grad, atol=5e-5, rtol=1e-3)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from klippo.cli.comparing import register as register_comparing
 from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
 from klippo.cli.judge import register as register_judge
@@ -100,7 +101,11 @@ register_judge(app)
 @ending
 def generate(
     source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or name.")
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A run folder, a model or adapter (folder or name), or BASE+ADAPTER.",
+        ),
     ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be given several times.")
@@ -136,42 +141,7 @@ def generate(
     )
 
 
-@app.command()
-@ending
-def compare(
-    before: Annotated[str, typer.Argument(help="A run folder, a model folder or name.")],
-    after: Annotated[str, typer.Argument(help="The same, after training.")],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Prompts; default: the run's own."),
-    ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(help="demo:gold, a model's name, or file.py:function; default: the run's."),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 64,
-    output: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Write every pair to this file.")
-    ] = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = 0,
-) -> int:
-    """Put the same prompts through two models.
-
-    Did the responses change, and are they better?
-    """
-    from klippo.stages.compare import compare
-
-    return compare(
-        before,
-        after,
-        prompts=prompts,
-        reward=reward,
-        num_prompts=num_prompts,
-        output=output,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
+register_comparing(app)
 
 
 @app.command()

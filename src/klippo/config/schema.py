@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from klippo.data.settings import DataSettings, OfflineSettings, PreferenceSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
@@ -53,6 +53,9 @@ class RunConfig(WholeConfig):
     """Where to compute; `auto` takes the GPU where there is one."""
     num_threads: PositiveInt | None = None
     """CPU threads; default: PyTorch's choice."""
+    max_memory_gib: PositiveFloat | None = None
+    """What the run may need of the device's memory before it is refused; default: what the GPU has,
+    or what is free on the CPU."""
     policy: PolicySettings
     """The model that learns."""
     critic: CriticSettings = CriticSettings()

@@ -13,8 +13,11 @@ from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.hub import resolve
 
+Data = tuple[list[Row], list[Row]]
+"""Rows to train on, and rows that are held out."""
 
-def load_rows(settings: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
+
+def load_rows(settings: DataSettings, seed: int) -> Data:
     """Training rows and validation rows; the latter are empty where none were asked for.
 
     Held-out rows depend on `seed` alone, and no prompt is on both sides.

@@ -66,6 +66,24 @@ def estimate(values: Sequence[float]) -> Estimate:
     )
 
 
+def share(successes: float, num: int) -> Estimate:
+    """A share of `num` trials (draws may count as halves) with Wilson's score interval (1927).
+
+    Unlike a mean's interval it has a width also where all trials ended the same way. Raises
+    ValueError for no trials.
+    """
+    from scipy import stats
+
+    if num == 0:
+        raise ValueError("no trials to take a share of")
+    z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+    mean = successes / num
+    error = math.sqrt(mean * (1 - mean) / num)
+    middle = (mean + z**2 / (2 * num)) / (1 + z**2 / num)
+    half = z * math.sqrt(error**2 + z**2 / (4 * num**2)) / (1 + z**2 / num)
+    return Estimate(mean=mean, low=middle - half, high=middle + half, num=num, standard_error=error)
+
+
 def compare_paired(
     before: Sequence[float | None], after: Sequence[float | None]
 ) -> PairedComparison | None:

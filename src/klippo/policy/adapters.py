@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from klippo.errors import PreflightError
+from klippo.hub import resolve
+
 POLICY = "default"
 REFERENCE = "reference"
 CRITIC = "critic"
+
+
+def with_adapter(model: Any, adapter: str) -> Any:
+    """The model with the layers of a LoRA adapter (folder, hub or demo: name) in it, frozen.
+
+    Raises PreflightError where the adapter does not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # peft calls transformers by names that are about to go: no news for users.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = PeftModel.from_pretrained(model, resolve(adapter), adapter_name=POLICY)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise PreflightError(
+            f"{adapter}: the adapter cannot be put on {model.config.name_or_path} ({error}); name "
+            "the base that it was trained on"
+        ) from error
+    return adapted.get_base_model()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.hub import load_model, load_tokenizer, resolve
+from klippo.hub import find_file, load_model, load_tokenizer, resolve, shape_model
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
@@ -39,10 +39,57 @@ def load_policy(
 
     Raises PreflightError where the model, its tokenizer or this machine cannot do it.
     """
+    from transformers import AutoModelForSequenceClassification
+
     tokenizer = tokenizer or load_tokenizer(settings.model, settings.revision)
     model = model or load_causal_lm(settings, device)
+    critic_model = None
+    if critic.model is not None:
+        critic_model = load_model(
+            AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
+        )
+    loaded = assemble(settings, critic, device, model, critic_model, tokenizer)
+    check_head(loaded.policy.lm)
+    return loaded
+
+
+def shape_policy(
+    settings: PolicySettings, critic: CriticSettings, model: Any | None = None
+) -> LoadedPolicy:
+    """What `load_policy` makes, on the meta device: every shape and no weight.
+
+    `model`: the same model on the meta device already. Raises what `load_policy` raises for a
+    config that cannot be found or does not fit.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    device = torch.device("meta")
+    dtype = getattr(torch, settings.dtype)
+    model = model or shape_model(
+        AutoModelForCausalLM, settings.model, settings.revision, dtype=dtype
+    )
+    critic_model = None
+    if critic.model is not None:
+        critic_model = shape_model(
+            AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
+        )
+    with device:
+        return assemble(settings, critic, device, model, critic_model, None)
+
+
+def assemble(
+    settings: PolicySettings,
+    critic: CriticSettings,
+    device: torch.device,
+    model: Any,
+    critic_model: Any | None,
+    tokenizer: Any,
+) -> LoadedPolicy:
+    """Policy, critic and reference of a causal LM, and of the classifier behind `critic.model`."""
     turn_dropout_off(model)
-    separate = _separate_critic(settings, critic, model) if critic.kind == "separate" else None
+    separate = None
+    if critic.kind == "separate":
+        separate = _separate_critic(settings, critic, model, critic_model)
     if settings.tuning == "full":
         reference_model = _frozen_copy(model)
         peft_model = None
@@ -57,7 +104,6 @@ def load_policy(
             peft_model = _with_adapters(settings, critic, model)
         model = reference_model = peft_model.get_base_model()
     lm = CausalLM(model, autocast=settings.autocast).to(device)
-    check_head(lm)
     if peft_model is None:
         reference = Reference(CausalLM(reference_model, autocast=settings.autocast).to(device))
     else:
@@ -176,20 +222,34 @@ def _frozen_copy(model: Any) -> Any:
 
 def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any) -> Any:
     """A PeftModel with the policy's adapter and, as needed, the reference's and the critic's."""
-    from peft import PeftModel, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     if settings.adapter is None:
         config = _lora_config(settings.lora, model)
         peft_model = get_peft_model(model, config, adapter_name=POLICY)
     else:
         path = resolve(settings.adapter)
+        _check_adapter(settings.adapter)
         try:
-            peft_model = PeftModel.from_pretrained(
-                model, path, adapter_name=POLICY, is_trainable=True
-            )
-            peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
+            if model.device.type == "meta":  # shapes alone: the weights are not read
+                config = PeftConfig.from_pretrained(path)
+                peft_model = get_peft_model(model, config, adapter_name=POLICY)
+                peft_model.add_adapter(REFERENCE, config)
+            else:
+                peft_model = PeftModel.from_pretrained(
+                    model, path, adapter_name=POLICY, is_trainable=True
+                )
+                peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise PreflightError(f"policy.adapter={settings.adapter}: {error}") from error
+            told = str(error)
+            if "size mismatch" in told or "Target modules" in told:
+                raise PreflightError(
+                    f"policy.adapter={settings.adapter} is for another base than "
+                    f"policy.model={settings.model}: its matrices do not fit "
+                    f"({told.strip().splitlines()[-1].strip()}); name the base that it was "
+                    "trained on"
+                ) from error
+            raise PreflightError(f"policy.adapter={settings.adapter}: {told}") from error
         # What the adapter's maker called the base need not be found here, nor by who loads the run.
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
@@ -198,6 +258,21 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
     peft_model.set_adapter(POLICY)
     turn_dropout_off(peft_model)
     return peft_model
+
+
+def _check_adapter(name: str) -> None:
+    """Raise PreflightError for a folder or repository without an adapter's files."""
+    if find_file(name, "adapter_config.json") is None:
+        raise PreflightError(
+            f"policy.adapter={name} has no adapter_config.json; name a folder or a hub repository "
+            "that peft's save_pretrained wrote"
+        )
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    if all(find_file(name, file) is None for file in weights):
+        raise PreflightError(
+            f"policy.adapter={name} has no adapter weights ({' or '.join(weights)}); save the "
+            "adapter again with save_pretrained"
+        )
 
 
 def _lora_config(settings: LoraSettings, model: Any) -> Any:
@@ -215,17 +290,12 @@ def _lora_config(settings: LoraSettings, model: Any) -> Any:
 
 
 def _separate_critic(
-    settings: PolicySettings, critic: CriticSettings, model: Any
+    settings: PolicySettings, critic: CriticSettings, model: Any, classifier: Any | None
 ) -> SeparateCritic:
     """A critic model: a copy of the policy's trunk, or another model's trunk and reward head."""
-    from transformers import AutoModelForSequenceClassification
-
-    if critic.model is None:
+    if classifier is None:
         trunk = copy.deepcopy(model.base_model).requires_grad_(True)
         return SeparateCritic(trunk, autocast=settings.autocast)
-    classifier = load_model(
-        AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
-    )
     vocabulary = classifier.config.get_text_config().vocab_size
     if vocabulary != model.config.get_text_config().vocab_size:
         raise PreflightError(

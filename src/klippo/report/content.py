@@ -14,6 +14,7 @@ from klippo.evaluation.scaling import Fit
 from klippo.evaluation.statistics import PairedComparison
 from klippo.evaluation.verdict import Verdict
 from klippo.report.judges import JudgeView, judges_of
+from klippo.report.offline import is_offline, offline_rows
 from klippo.report.reading import RUNNING, RunData
 from klippo.report.series import by_rank, distances, law_of, mean_metric, verdict_of
 from klippo.report.tables import MEASURES, REWARDS, compare_rows
@@ -69,6 +70,8 @@ class RunView:
     config_defaults: list[tuple[str, str, str]]
     versions: Pairs
     judges: list[JudgeView]
+    passes: list[tuple[str, ...]]
+    """Diagnostics of an offline run."""
     notes: list[str]
 
 
@@ -98,6 +101,7 @@ def view(run: RunData) -> RunView:
         config_defaults=[row for row in config if row[2] == DEFAULT],
         versions=[(str(k), str(v)) for k, v in _mapping(run.started.get("versions")).items()],
         judges=judges_of(run),
+        passes=offline_rows(run),
         notes=list(_notes(run)),
     )
 
@@ -322,7 +326,7 @@ def _notes(run: RunData) -> Iterator[str]:
     yield from run.notes
     if run.is_running:
         yield "The run has not ended; the figures are those so far."
-    if not run.evaluations:
+    if not run.evaluations and not is_offline(run):
         yield "There are no evaluated samples, so nothing is said about before and after."
     elif not run.after:
         yield "There is one evaluation only, so nothing is said about before and after."

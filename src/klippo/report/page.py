@@ -20,6 +20,7 @@ from klippo.report.content import (
     reward_words,
     summary,
 )
+from klippo.report.offline import HEADINGS
 from klippo.report.reading import RunData
 from klippo.report.style import Picture
 from klippo.report.text import interval, number, visible
@@ -175,6 +176,7 @@ def render(views: Sequence[RunView], sections: dict[str, Group], version: str) -
         change=_change,
         kl_after=_kl_after,
         num_steps=lambda view: number(num_steps_done(view.data), 0),
+        pass_headings=HEADINGS,
         css_class=lambda outcome: outcome.replace(" ", "-"),
         version=version,
     )

@@ -17,6 +17,7 @@ from klippo.errors import ConfigError
 from klippo.evaluation.samples import SampleRow
 from klippo.runs.folder import (
     CONFIG_FILE,
+    DIAGNOSTICS_FILE,
     METRICS_FILE,
     STATUS_FILE,
     BrokenLineError,
@@ -49,6 +50,8 @@ class RunData:
     metrics: Sequence[Metrics]
     evaluations: Mapping[int, Sequence[SampleRow]]
     best_of_n: Mapping[str, Any] | None = None
+    diagnostics: Sequence[Metrics] = field(default=())
+    """Of an offline run: a line at the start and one after each pass."""
     notes: Sequence[str] = field(default=())
     """What is missing, or was left out, in sentences."""
 
@@ -98,6 +101,12 @@ def read_run(path: Path, label: str | None = None, best_of_n: Path | None = None
     config, origins = _read_config(path / CONFIG_FILE, started.get("origins"), notes)
     metrics_file = path / METRICS_FILE
     metrics = _read_metrics(metrics_file, still, notes) if metrics_file.is_file() else []
+    diagnostics_file = path / DIAGNOSTICS_FILE
+    diagnostics: list[Metrics] = []
+    if diagnostics_file.is_file():
+        diagnostics = _read_metrics(diagnostics_file, still, notes)
+        for _, row in read_lines(diagnostics_file, still):
+            notes += [str(warning) for warning in row.get("warnings") or []]
     evaluations = {
         step: read_samples(file, still, notes) for step, file in sorted(_eval_files(path).items())
     }
@@ -110,6 +119,7 @@ def read_run(path: Path, label: str | None = None, best_of_n: Path | None = None
         origins=origins,
         metrics=metrics,
         evaluations={step: rows for step, rows in evaluations.items() if rows},
+        diagnostics=diagnostics,
         best_of_n=_read_best_of_n(best_of_n or path / BEST_OF_N_FILE, best_of_n is not None),
         notes=notes,
     )

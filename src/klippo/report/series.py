@@ -16,6 +16,7 @@ from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.scaling import Curve, Fit, fit
 from klippo.evaluation.statistics import Estimate, PairedComparison, compare_paired, estimate
 from klippo.evaluation.verdict import Verdict, judge
+from klippo.report.offline import NOTHING_SAMPLED, is_offline
 from klippo.report.reading import RunData
 
 
@@ -92,6 +93,8 @@ def history_of(run: RunData) -> History | None:
 
 def verdict_of(run: RunData) -> Verdict:
     """`judge`, with a sentence too where there is nothing to judge."""
+    if not run.evaluations and is_offline(run):
+        return Verdict(outcome="not enough data", reason=NOTHING_SAMPLED)
     if not run.evaluations:
         return Verdict(
             outcome="not enough data",

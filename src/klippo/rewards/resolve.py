@@ -7,12 +7,15 @@ import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import torch
 
 from klippo.errors import RewardError
 from klippo.rewards.combined import SumReward
 from klippo.types import EagerRewardSource, Prompt, RewardSource, Rollout, Scores
+
+T = TypeVar("T")
 
 CLOSING_S = 15.0
 """Longest that a source may take to close."""
@@ -25,7 +28,7 @@ def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
     calls (connections) stays usable. Raises RewardError when the scores do not fit the rollout.
     """
     result = source.score(rollout)
-    scores = _wait(result) if inspect.isawaitable(result) else result
+    scores = wait_for(result) if inspect.isawaitable(result) else result
     if not isinstance(scores, Scores):
         raise RewardError(
             f"{type(source).__name__}.score returned {type(scores).__name__}, not Scores"
@@ -67,8 +70,10 @@ def close_source(source: RewardSource) -> None:
         asyncio.run_coroutine_threadsafe(close(), _event_loop()).result(CLOSING_S)
 
 
-def _wait(result: Awaitable[Scores]) -> Scores:
-    async def finish() -> Scores:
+def wait_for(result: Awaitable[T]) -> T:
+    """What a source's own call gives, awaited on the loop on which it scores."""
+
+    async def finish() -> T:
         return await result
 
     future = asyncio.run_coroutine_threadsafe(finish(), _event_loop())

@@ -27,7 +27,7 @@ from klippo.runs.folder import write_text, writing
 from klippo.stages import fingerprints
 from klippo.stages.best_of_n_plan import Plan, Standardize, plan_of, with_scale
 from klippo.stages.build import choose_device
-from klippo.stages.compare import held_out_prompts, own_prompts
+from klippo.stages.held_out import held_out_prompts, own_prompts
 from klippo.stages.models import OpenModel, open_model
 from klippo.stages.reward_names import check_reward, reward_label
 from klippo.stages.sample_files import (

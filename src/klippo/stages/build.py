@@ -89,12 +89,12 @@ def open_judge(
     Raises PreflightError, JudgeError or BudgetError.
     """
     client = judge_client(settings, account)
-    reward = JudgeReward(settings, client, prompt_column=prompt_column, say=_warn)
+    reward = JudgeReward(settings, client, prompt_column=prompt_column, say=warn)
     resolve_scores(reward, opening_rollout(settings))
     return reward
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """A warning on stderr, from the first process alone."""
     if os.environ.get("RANK", "0") == "0":
         console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from klippo.config.schema import RunConfig
 from klippo.rewards.judge.client import MORE_TOKENS
@@ -21,7 +21,10 @@ from klippo.rewards.judge.scoring import INSTRUCTIONS, make_request
 from klippo.rewards.judge.settings import JudgeSettings
 from klippo.rewards.judge.watch import PROBES
 from klippo.rewards.judge.wire import WIRES, Learned, Usage
-from klippo.rewards.settings import RewardSettings, SumSettings
+from klippo.rewards.settings import RewardSettings, SumSettings, ensembles
+
+if TYPE_CHECKING:
+    from klippo.data.rows import Data
 
 CHARS_PER_TOKEN = 4
 """Of usual text."""
@@ -58,7 +61,9 @@ class JudgePlan:
     worst: Spend
     """Every call reserved as in the ledger, each question with all of its attempts."""
     account: tuple[str, ...]
-    """Judges with the same one share a budget."""
+    """Its cache, "" for the usual one, and whose budget; judges with the same one share it."""
+    spent: Spend = field(default_factory=Spend)
+    """What the account has spent before, by the ledger."""
 
     @property
     def has_prices(self) -> bool:
@@ -76,6 +81,8 @@ class Plan:
     """Responses to the evaluation prompts, over all evaluations."""
     num_guard: int
     """Responses that the guard has gold score."""
+    num_measured: int
+    """Responses of the starting policy that put ensembles' members on one scale."""
     num_optimizer_steps: int
     judges: Sequence[JudgePlan]
 
@@ -87,7 +94,8 @@ class Plan:
             worst = sum(one.worst.nano_usd for one in shared) / 1e9
             caps = [one.settings.api.max_usd for one in shared]
             bound = max((cap for cap in caps if cap is not None), default=math.inf)
-            total += min(worst, math.inf if None in caps else bound)
+            left = max(bound - shared[0].spent.nano_usd / 1e9, 0)
+            total += min(worst, math.inf if None in caps else left)
         return total
 
 
@@ -123,6 +131,11 @@ def plan_run(config: RunConfig, texts: Texts) -> Plan:
         num_training=num_training,
         num_evaluation=num_evaluation,
         num_guard=num_guard,
+        num_measured=sum(
+            one.reference_size
+            for one in ensembles(config.reward)
+            if one.standardize == "start" and one.moments is None
+        ),
         num_optimizer_steps=ppo.num_steps
         * ppo.num_epochs
         * (ppo.batch_size // (ppo.minibatch_size or ppo.batch_size)),
@@ -287,10 +300,10 @@ def _accounts(judges: Iterable[JudgePlan]) -> list[list[JudgePlan]]:
 
 
 def passed_caps(plan: Plan) -> list[str]:
-    """A sentence for every cap that the run would pass, or could."""
+    """A sentence for every cap that the run, with what was spent before, would pass, or could."""
     told = []
     for shared in _accounts(plan.judges):
-        expected, worst = Spend(), Spend()
+        expected = worst = shared[0].spent
         for one in shared:
             expected, worst = _add(expected, one.expected, 1), _add(worst, one.worst, 1)
         for one in shared:
@@ -308,11 +321,9 @@ def passed_caps(plan: Plan) -> list[str]:
     return told
 
 
-def texts_of(config: RunConfig) -> Texts:
-    """Sizes of the data's prompts and references. Raises ConfigError where data is wrong."""
-    from klippo.data.rows import load_rows
-
-    rows, held_out = load_rows(config.data, config.seed)
+def texts_of(config: RunConfig, data: Data) -> Texts:
+    """Sizes of the data's prompts and references."""
+    rows, held_out = data
     everything = [*rows, *held_out]
     prompts = [row.prompt(config.data.prompt_columns) for row in everything]
     columns = {

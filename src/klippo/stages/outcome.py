@@ -14,6 +14,7 @@ from klippo.errors import KlippoError
 from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.statistics import PairedComparison
 from klippo.report.content import RunView
+from klippo.report.offline import NOTHING_SAMPLED
 from klippo.report.tables import (
     MEASURES,
     change_table,
@@ -35,10 +36,6 @@ from klippo.stages.session import Session
 from klippo.stages.started import now
 
 BEFORE_AFTER_FILE = "before_after.md"
-NOTHING_SAMPLED = (
-    "The run learnt from responses that exist already, so its rewards say nothing about the "
-    "policy. Whether it got better shows on fresh responses: klippo compare start {folder}"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +98,8 @@ def conclude(
         for view in views:
             console.print(Text(f"Verdict: {view.verdict.outcome}. {view.reason}"), soft_wrap=True)
     if session.offline is not None:
-        console.print(Text(NOTHING_SAMPLED.format(folder=folder.path)), soft_wrap=True)
+        told = NOTHING_SAMPLED.replace("RUN", str(folder.path))
+        console.print(Text(told), soft_wrap=True)
     console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
     if guard is not None:
         best = folder.path / BEST_DIR / MODEL_DIR

@@ -12,7 +12,7 @@ import torch
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import load_rows, train_source, validation_source
+from klippo.data.rows import Data, load_rows, train_source, validation_source
 from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
@@ -82,8 +82,11 @@ def open_session(
     tokenizer: Any | None = None,
     reward: RewardSource | Callable[..., Any] | None = None,
     prompts: Sequence[Any] | None = None,
+    data: Data | None = None,
 ) -> Session:
     """Build a run. Objects given here stand in for what the config names.
+
+    `data` is what `load_rows` gave, where it was called before.
 
     What is cheap to check comes first: the data before the models.
     """
@@ -93,7 +96,7 @@ def open_session(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if prompts is None:
-        rows, held_out = load_rows(config.data, config.seed)
+        rows, held_out = data or load_rows(config.data, config.seed)
     else:
         rows, held_out = as_rows(prompts, config.data.prompt_columns), []
     logged = None if config.offline is None else read_logged(config, rows, held_out)
@@ -105,7 +108,8 @@ def open_session(
     torch.manual_seed(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
-    room = room_for_prompts(hf_model, config.rollout.response_length, config.data.max_prompt_tokens)
+    longest = config.rollout.response_length if config.offline is None else 1
+    room = room_for_prompts(hf_model, longest, config.data.max_prompt_tokens)
 
     def prepare(rows: Sequence[Row], name: str) -> list[Prompt]:
         return build_prompts(

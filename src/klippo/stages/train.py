@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from klippo.config.load import LoadedConfig
+from klippo.data.rows import load_rows
 from klippo.errors import RewardError
 from klippo.ranks import Ranks
 from klippo.runs.folder import RunFolder
 from klippo.stages.build import choose_device
 from klippo.stages.dry_run import agree_to_cost
 from klippo.stages.gold_eval import gold_missing
+from klippo.stages.memory_check import check_memory
 from klippo.stages.trainer import PPOTrainer
 
 
@@ -16,10 +18,14 @@ def train(
     loaded: LoadedConfig, *, overwrite: bool = False, quiet: bool = False, yes: bool = False
 ) -> int:
     """Run PPO as the config says; returns the exit code. `yes` agrees to what judges may cost."""
-    ranks = Ranks.from_environment(choose_device(loaded.config.device))
-    ranks.on_main(lambda: RunFolder.check(Path(loaded.config.output_dir), overwrite=overwrite))
-    ranks.on_main(lambda: agree_to_cost(loaded.config, yes=yes))
-    outcome = PPOTrainer(loaded, overwrite=overwrite, quiet=quiet).train()
+    config = loaded.config
+    device = choose_device(config.device)
+    ranks = Ranks.from_environment(device)
+    ranks.on_main(lambda: RunFolder.check(Path(config.output_dir), overwrite=overwrite))
+    data = load_rows(config.data, config.seed)
+    ranks.on_main(lambda: agree_to_cost(config, data, yes=yes))
+    ranks.on_main(lambda: check_memory(config, data, device))
+    outcome = PPOTrainer(loaded, data=data, overwrite=overwrite, quiet=quiet).train()
     if outcome.gold_problem is not None:
         command = gold_missing(outcome.output_dir, outcome.gold_problem)["command"]
         raise RewardError(

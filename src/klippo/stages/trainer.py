@@ -16,6 +16,7 @@ from rich.console import Console
 
 from klippo.config.load import LoadedConfig, config_from_mapping, to_yaml
 from klippo.config.schema import RunConfig
+from klippo.data.rows import Data
 from klippo.errors import ConfigError, KlippoError, StorageError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
@@ -27,6 +28,7 @@ from klippo.runs.memory import peak_memory_gib
 from klippo.runs.progress import Progress
 from klippo.stages.guard import RunGuard
 from klippo.stages.offline import OfflineData
+from klippo.stages.out_of_memory import explaining_memory
 from klippo.stages.outcome import Outcome, conclude
 from klippo.stages.session import Session, open_session
 from klippo.stages.started import now, write_started
@@ -42,6 +44,7 @@ class PPOTrainer:
     Face causal LM with `tokenizer`, or a name), `reward` (a function of keyword arguments
     `prompts`, `responses`, `token_ids` and the data's columns, or any object with `score`) and
     `prompts` (texts, chat messages or mappings of columns) stand in for what the config names.
+    `data` is what `load_rows` gave, where the data was read before.
 
     Raises ConfigError or PreflightError before anything expensive starts.
     """
@@ -54,6 +57,7 @@ class PPOTrainer:
         prompts: Sequence[Any] | None = None,
         *,
         tokenizer: Any | None = None,
+        data: Data | None = None,
         overwrite: bool = False,
         quiet: bool = False,
     ) -> None:
@@ -74,6 +78,7 @@ class PPOTrainer:
             tokenizer=tokenizer,
             reward=reward,
             prompts=prompts,
+            data=data,
         )
 
     @property
@@ -236,7 +241,8 @@ class RunRecorder:
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to this step's `time/{name}_s`."""
         start = time.perf_counter()
-        yield
+        with explaining_memory(name, self.session):
+            yield
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
@@ -259,8 +265,8 @@ class RunRecorder:
             return False
         own = []
         if session.evaluation_share:
-            rollout = session.answer_evaluation()
-            own = self._rows(rollout, step)
+            with explaining_memory("evaluate", session):
+                own = self._rows(session.answer_evaluation(), step)
         rows = [row for part in session.ranks.gather(own) for row in part]
         stop = False
         if self.is_main:

@@ -7,6 +7,7 @@ numbers that are wanted, and is dropped; the backward pass computes them again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +60,18 @@ def token_logprobs(
     hidden (N, D), token_ids (N,). Differentiable in hidden, weight and bias. The entropy is zero
     (and costs nothing) without `with_entropy`.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden):
         logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, token_ids, head, with_entropy
         )
     return logprobs, entropy
+
+
+def _no_autocast(hidden: Tensor) -> AbstractContextManager[None]:
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device):  # where there are shapes alone
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
@@ -72,7 +80,7 @@ def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor)
     hidden (N, D) of the policy and ref_hidden (N, D) of the reference at the same positions.
     Differentiable in hidden, and in the policy's weight and bias.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden):
         kl: Tensor = _ExactKL.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, ref_hidden, head, ref_head
         )

@@ -55,6 +55,30 @@ class Spend:
         return Spend(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+def spent_in(path: Path, account: str) -> Spend:
+    """What an account has spent by a file's ledger; nothing where there is no such file.
+
+    The file is read alone, and neither made nor mended.
+    """
+    if not path.is_file():
+        return Spend()
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            return total_of(db, account)
+    except sqlite3.Error:
+        return Spend()
+
+
+def total_of(db: sqlite3.Connection, account: str) -> Spend:
+    """What the account has spent, pending reservations at their worst case."""
+    row = db.execute(
+        "SELECT calls, tokens, nano_usd FROM totals WHERE account = ?", (account,)
+    ).fetchone()
+    return Spend() if row is None else Spend(*row)
+
+
 def open_database(path: Path | None) -> sqlite3.Connection:
     """A connection in autocommit mode; None is a database in memory.
 

@@ -7,14 +7,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from klippo.errors import JudgeError
 from klippo.rewards.judge.fencing import is_blank
 from klippo.rewards.judge.messages import JudgeBackend
-from klippo.rewards.judge.parsing import SOURCES, Reading, Source, read_answer
+from klippo.rewards.judge.parsing import HIGHEST, SOURCES, Reading, Source, read_answer
 from klippo.rewards.judge.rubric import (
     Material,
     Question,
@@ -101,6 +101,7 @@ class _Part:
     cause: str | None = None
     score: float | None = None
     reference_score: float | None = None
+    orders: tuple[float, float] | None = None
     spread: float = 0.0
     rationale: str | None = None
     was_cut: bool = False
@@ -150,8 +151,9 @@ class Judge:
         found = ", ".join(f"{source}: {reading.cause}" for source, reading in tried.items())
         raise JudgeError(
             f"the judge {self.settings.api.model} gave no score on a plain sample ({found}); "
-            "transport means that it cannot be reached, parse that it does not keep to the form, "
-            "and truncated or empty that it needs more max_tokens; klippo judge test shows more"
+            "transport means that it cannot be reached, rejected that its server refuses the "
+            "request, parse that it does not keep to the form, and truncated or empty that it "
+            "needs more max_tokens; klippo judge test shows more"
         )
 
     async def try_source(self, source: Source) -> Reading:
@@ -189,6 +191,7 @@ class Judge:
             cause=next(iter(causes), None),
             parts=rewards,
             scores=scores,
+            orders={name: part.orders for name, part in parts.items() if part.orders},
             rationales={n: part.rationale for n, part in parts.items() if part.rationale},
             spread=sum(part.spread for part in parts.values()) / len(parts),
             was_cut=any(part.was_cut for part in parts.values()),
@@ -226,7 +229,8 @@ class Judge:
             spread=(first.spread + second.spread) / 2,
             rationale=first.rationale,
         )
-        return self._as_part(joined, absolute(score), was_cut)
+        part = self._as_part(joined, absolute(score), was_cut)
+        return replace(part, orders=(first.score, HIGHEST - second.score))
 
     def _as_part(
         self, cell: Cell, reward: float | None, was_cut: bool, reference: float | None = None

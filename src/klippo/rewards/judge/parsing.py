@@ -52,13 +52,12 @@ def read_answer(
     `judged` are the texts that the policy wrote: a score that stands there in the same form is an
     echo, and not the judge's.
     """
-    is_readable = answer.cause in (None, "truncated")  # one token is all that is read
-    if source == "logprobs" and answer.label_logprobs is not None and is_readable:
+    if source == "logprobs" and answer.cause in (None, "truncated"):  # one token is all it takes
+        if answer.label_logprobs is None:
+            return Reading(cause="logprobs")
         return expected_score(answer.label_logprobs)
     if answer.cause is not None:
         return Reading(cause=answer.cause)
-    if source == "logprobs":
-        return Reading(cause="logprobs")
     if answer.text is None or not answer.text.strip(_SPACE):
         return Reading(cause="empty")
     if len(answer.text) > _MAX_ANSWER:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -75,6 +76,19 @@ class JudgeReward:
         ]
         judgements = await self.judge_all(materials)
         return self._scores(judgements, rollout.tokens.response_ids.device)
+
+    async def compare(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], references: Sequence[str]
+    ) -> list[Judgement]:
+        """Each response judged against a reference that is given here, not by a column."""
+        if not prompts:
+            return []
+        return await self.judge_all(
+            [
+                replace(self._material(prompt, response), reference=reference)
+                for prompt, response, reference in zip(prompts, responses, references, strict=True)
+            ]
+        )
 
     async def judge_all(self, materials: Sequence[Material]) -> list[Judgement]:
         """A judgement of each, in order."""

@@ -16,11 +16,12 @@ FLOOR = -1.0
 """The lowest reward that there is, in every mode."""
 
 _SCALE = f"a whole number from {LOWEST} to {HIGHEST}"
-_LABELS = ", ".join(f"{label} for {i}" for i, label in enumerate(LABELS))
+_OPTIONS = "\n".join(f"{label}) {i} out of {HIGHEST}" for i, label in enumerate(LABELS))
+"""Options in a list, as in an examination: small models answer these, and not a list in a line."""
 _FIRST_WHY = "First say in at most four sentences why. "
 INSTRUCTIONS: Mapping[tuple[Source, bool], str] = {
     ("logprobs", False): (
-        f"Answer with one capital letter alone, which stands for the score: {_LABELS}."
+        f"Choose one option, and answer with its capital letter alone.\n\n{_OPTIONS}"
     ),
     ("json", False): f'Answer with this JSON alone, where N is {_SCALE}: {{"score": N}}',
     ("json", True): (
@@ -132,6 +133,9 @@ class Judgement:
     """Reward by criterion, -1 to 1."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """The judge's own 0 to 10 by criterion, and those of the reference as `reference`."""
+    orders: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """With mode pairwise, by criterion: the response's 0 to 10 as the first of the two, and as the
+    second (10 - what the reference got as the first); 5 is a tie."""
     rationales: Mapping[str, str] = field(default_factory=dict)
     spread: float = 0.0
     """Standard deviation of the votes on 0 to 10, mean over questions."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from klippo.errors import StorageError
-from klippo.rewards.judge.database import Spend, add, connect, open_database
+from klippo.rewards.judge.database import Spend, add, connect, open_database, total_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Store:
     def total(self) -> Spend:
         """What the account has spent, pending reservations at their worst case."""
         with self._reading:
-            return _total(self._reader, self.account)
+            return total_of(self._reader, self.account)
 
     def pending(self) -> Spend:
         """The part of it that is pending."""
@@ -123,7 +123,7 @@ class Store:
                 return Start(kind="stored", stored=stored)
             if _is_claimed(db, key, self.owner):
                 return Start(kind="elsewhere")
-            total = _total(db, self.account)
+            total = total_of(db, self.account)
             cap = caps.passed_by(total + worst)
             if cap is not None:
                 rest = total - _in_flight(db, self.account)
@@ -245,13 +245,6 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 def _look_up(db: sqlite3.Connection, key: str) -> Stored | None:
     row = db.execute("SELECT cause, body FROM answers WHERE key = ?", (key,)).fetchone()
     return None if row is None else Stored(cause=row[0], body=row[1])
-
-
-def _total(db: sqlite3.Connection, account: str) -> Spend:
-    row = db.execute(
-        "SELECT calls, tokens, nano_usd FROM totals WHERE account = ?", (account,)
-    ).fetchone()
-    return Spend() if row is None else Spend(*row)
 
 
 def _in_flight(db: sqlite3.Connection, account: str) -> Spend:

@@ -186,6 +186,8 @@ def _is_wrong_model(status: int, codes: set[str], error: Mapping[str, Any], mode
     if isinstance(holder, Mapping) and holder.get("param") == "model":
         return True
     text = wires.error_text(error).lower()
+    if "server is pinned to" in text:  # transformers serve, with status 400
+        return True
     return status == 404 and ("model" in text or model.lower() in text)
 
 

@@ -227,7 +227,7 @@ def learn(
     named = _named(error, [*wire.optional, "max_tokens", "max_completion_tokens"])
     for name in named:
         if name in wire.optional and name not in learned.dropped and name in sent:
-            if name == "top_logprobs" and learned.num_logprobs > FEWER_LOGPROBS:
+            if _is_too_many(name, error) and learned.num_logprobs > FEWER_LOGPROBS:
                 learned.num_logprobs = FEWER_LOGPROBS
                 return f"asks for {FEWER_LOGPROBS} log-probs, not {NUM_LOGPROBS}"
             learned.dropped |= {"logprobs", "top_logprobs"} if "logprobs" in name else {name}
@@ -257,6 +257,13 @@ def _unsupported(error: Mapping[str, Any]) -> bool:
     """True when an error says that a parameter is not known, and not that its value is wrong."""
     words = "support|unknown|unrecogni|unexpected|permitted|allowed|extra|deprecated|instead"
     return re.search(words, error_text(error) + json.dumps(error), re.IGNORECASE) is not None
+
+
+def _is_too_many(name: str, error: Mapping[str, Any]) -> bool:
+    """True when fewer log-probs may do; vLLM calls their number `logprobs`, as it does the flag."""
+    if name == "logprobs":
+        return re.search(r"greater than|at most|maximum", error_text(error)) is not None
+    return name == "top_logprobs"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
