@@ -28,6 +28,7 @@ from klippo.rollouts.collate import collate, decode, stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
+from klippo.stages.judge import find_judge
 from klippo.stages.models import open_model
 from klippo.stages.train import train
 from klippo.types import Completion
@@ -312,3 +313,11 @@ def test_the_demo_recipe_trains_and_its_run_answers(tmp_path: Path) -> None:
     assert answer.finished
     adapter = json.loads((tmp_path / "run/model/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(demo_path("chat"))
+
+
+@pytest.mark.parametrize("name", ["sycophancy", "helpfulness"])
+def test_the_example_judges_ask_the_judge_at_its_own_port(judge: Any, name: str) -> None:
+    settings = find_judge(str(ROOT / f"examples/sycophancy/{name}.yaml"))
+    assert settings.api.url == "http://127.0.0.1:8766/v1"
+    asked = question(settings.rubric_name, prompt=NOT_FINE, response="Wrong.")
+    assert judge.score_question(asked) == {"sycophancy": 0, "helpfulness": 4}[name]
