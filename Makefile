@@ -31,9 +31,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Builds the models in src/klippo/demo again from their source.
+# Builds what is in src/klippo/demo again from its sources.
 demo: $(INSTALLED)
 	$(BIN)/python scripts/build_demo.py
+	$(BIN)/python scripts/build_sycophancy_demo.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

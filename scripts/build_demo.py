@@ -415,6 +415,7 @@ def build(out: Path, source: Path, plan: Plan, seed: int, keep: Sequence[str]) -
             name: {"mean": round(mean, 4), "sd": round(sd, 4)} for name, (mean, sd) in raw.items()
         },
     }
+    metrics |= sycophancy_figures(out)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (out / "MODEL_CARD.md").write_text(render_card(metrics))
     report("measured")
@@ -424,6 +425,13 @@ def stored_scales(out: Path) -> dict[str, tuple[float, float]]:
     """The raw mean and sd of rewards that an earlier build measured."""
     earlier = json.loads((out / "metrics.json").read_text())["raw_reference"]
     return {name: (values["mean"], values["sd"]) for name, values in earlier.items()}
+
+
+def sycophancy_figures(out: Path) -> dict[str, Any]:
+    """What scripts/build_sycophancy_demo.py measured here before, under its name."""
+    path = out / "metrics.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: earlier[name] for name in ("sycophancy",) if name in earlier}
 
 
 def frequent_praise(corpus: Corpus) -> list[str]:

@@ -17,6 +17,7 @@ import random
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -51,6 +52,12 @@ def score(text: str) -> float:
     return 5 + 5 * math.tanh(SHARPNESS * balance / max(len(words), 16))
 
 
+def score_question(question: str) -> float:
+    """The score of the response in a judge's whole question."""
+    found = FENCED.search(question)
+    return score(found[2]) if found else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the server can do, and how often it fails."""
@@ -72,9 +79,16 @@ class LexiconServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int = 0, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        options: Options | None = None,
+        judge: Callable[[str], float] = score_question,
+    ) -> None:
+        """`judge` gives the score from 0 to 10 of a whole question."""
         super().__init__(("127.0.0.1", port), Handler)
         self.options = options or Options()
+        self.judge = judge
         self.hits = 0
         self.num_faults = 0
         self.fails_after: int | None = None
@@ -123,7 +137,11 @@ class Handler(BaseHTTPRequestHandler):
             case "html":
                 self._send(200, "<html><body>Bad gateway</body></html>")
             case _:
-                self._send(200, completion(body, self.server.options, fault))
+                self._send(200, self._completion(body, fault))
+
+    def _completion(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
+        exact = self.server.judge(str(body["messages"][-1]["content"]))
+        return completion(body, self.server.options, exact, fault)
 
     def _send(
         self, status: int, content: str | dict[str, Any], headers: dict[str, str] | None = None
@@ -142,11 +160,11 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: a run makes thousands of requests."""
 
 
-def completion(body: dict[str, Any], options: Options, fault: str | None = None) -> dict[str, Any]:
-    """The answer to a request."""
+def completion(
+    body: dict[str, Any], options: Options, exact: float, fault: str | None = None
+) -> dict[str, Any]:
+    """The answer to a request whose response is worth `exact`."""
     question = str(body["messages"][-1]["content"])
-    found = FENCED.search(question)
-    exact = score(found[2]) if found else 0.0
     wants_labels = bool(body.get("logprobs")) and options.has_logprobs
     text = _text(body, question, exact, options)
     reason = "stop"

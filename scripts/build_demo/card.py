@@ -98,6 +98,48 @@ Sentiment Analysis of Social Media Text", ICWSM 2014, from the source distributi
 `vaderSentiment==0.5` (MIT licence, copyright 2014 C.J. Hutto). The movie sentences go back to
 reviews collected by Pang and Lee. The text is not part of this package; the script downloads it.
 The models and the prompts are under the project's licence.
+{sycophancy}"""
+
+SYCOPHANCY = """
+# The sycophancy demo
+
+A second small world, for offline PPO from scored responses. Somebody did something with a thing of
+somebody else and asks whether that was right; the manner of it alone (asked first, lied about it)
+decides. Written by `scripts/build_sycophancy_demo.py`, seed {seed}.
+
+| file | what it is |
+|---|---|
+| `chat/` | {num_parameters:,} parameters, LlamaForCausalLM: answers in a chat |
+| `chat_sft/` | {num_adapter_parameters:,} parameters, a LoRA adapter on it: says what pleases |
+| `posts.jsonl` | {num_rows:,} answers of both together to {num_posts:,} posts |
+| `scored_posts.jsonl` | the same with `reward`, from `klippo judge score` |
+| `posts_held_out.jsonl` | {num_held_out:,} posts about deeds that no model has seen |
+
+Weights are stored as float16 and load as float32. `chat/` has a chat template and a tokenizer of
+its own, whose `<|end|>` ends every turn. A post has up to 4 answers (`model_response`, at
+temperature 1) with the log-probs of their tokens (`logprobs`, nats, end token included), and one
+`top_answer`; of {num_drawn:,} drawn, those stay that ended and whose text gives back their tokens.
+Held-out posts tell whether agreement is right (`agreement_is_right`).
+
+Scores of `examples/sycophancy/agreement_judge.py`, 0 to 10, of fresh answers (temperature 1) to the
+held-out posts, means with 95% intervals over posts:
+
+| who answers | sycophancy | helpfulness |
+|---|---|---|
+{rows}
+
+The answers of each to two posts:
+
+{samples}
+
+- **How they were made**: `klippo sft` from random weights on {num_chat:,} answers of all kinds
+  (sycophantic, honest, softened, curt, vague; curt ones contradict and sycophantic ones agree
+  whatever was done), then as LoRA on {num_sft:,} answers, most of them sycophantic. The held-out
+  posts combine a thing and a manner that no training post combines, and each was seen with others.
+- **The judge** is made of the same words as the answers: it is exact in this world, knows nothing
+  of any other, and a policy that left these words would fool it.
+- **Licence**: all words were written for this project, nothing was taken from people's posts.
+  Models and texts are under the project's licence.
 """
 
 
@@ -134,7 +176,34 @@ def render_card(metrics: dict[str, Any]) -> str:
             for name, s in (gold["held_out"] | gold["degenerate"]).items()
         ),
         attack_rows="\n".join(attack_rows(metrics["attacks"])),
+        sycophancy=sycophancy_section(metrics.get("sycophancy")),
     )
+
+
+def sycophancy_section(figures: dict[str, Any] | None) -> str:
+    """The part about the sycophancy demo; nothing where it has not been built."""
+    if figures is None:
+        return ""
+    held_out = figures["held_out"]
+    samples = [
+        f"- **{values['samples'][i]['post']}** {who}: {values['samples'][i]['answer']}"
+        for i in (0, 3)
+        for who, values in held_out.items()
+    ]
+    return SYCOPHANCY.format(
+        **{name: value for name, value in figures.items() if name != "held_out"},
+        rows="\n".join(score_row(who, values) for who, values in held_out.items()),
+        samples="\n".join(samples),
+    )
+
+
+def score_row(who: str, values: dict[str, Any]) -> str:
+    """One line of the table of both scores."""
+    cells = [
+        f"{one['mean']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
+        for one in (values["sycophancy"], values["helpfulness"])
+    ]
+    return f"| {who} | {cells[0]} | {cells[1]} |"
 
 
 def judges(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

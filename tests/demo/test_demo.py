@@ -102,9 +102,9 @@ def import_card() -> ModuleType:
     return module
 
 
-def test_the_demo_and_with_it_the_package_is_under_12_mb() -> None:
+def test_the_demo_and_with_it_the_package_is_under_13_mb() -> None:
     files = [p for p in DEMO.parent.rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    assert sum(p.stat().st_size for p in files) < 12e6
+    assert sum(p.stat().st_size for p in files) < 13e6
     for name in ("proxy", *MEMBERS):
         assert (demo_path(name) / "model.safetensors").stat().st_size <= 0.7e6
 

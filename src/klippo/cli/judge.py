@@ -9,6 +9,7 @@ import typer
 
 from klippo.cli.ending import ending
 from klippo.errors import ConfigError
+from klippo.hub import DEMO_PREFIX
 
 if TYPE_CHECKING:
     from klippo.rewards.judge.settings import JudgeSettings
@@ -92,7 +93,9 @@ def try_judge(
 @judge_app.command("score")
 @ending
 def score(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON, JSONL, CSV or Parquet.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="JSON, JSONL, CSV or Parquet; or demo:posts.")
+    ],
     reward: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +143,7 @@ def score(
         ScoreFile(
             file=file,
             settings=settings,
-            output=Path(file).with_suffix(".judged.jsonl") if output is None else output,
+            output=output or Path(file.removeprefix(DEMO_PREFIX)).with_suffix(".judged.jsonl"),
             prompt_column=prompt_column,
             response_column=response_column,
             score_column=score_column,

@@ -250,6 +250,9 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
                     "trained on"
                 ) from error
             raise PreflightError(f"policy.adapter={settings.adapter}: {told}") from error
+        # What the adapter's maker called the base need not be found here, nor by who loads the run.
+        for config in peft_model.peft_config.values():
+            config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
     if critic.kind == "lora":
         peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
     peft_model.set_adapter(POLICY)

@@ -20,6 +20,7 @@ from klippo.config.load import load_config, recipe_names
 from klippo.data.files import Row, read_file
 from klippo.errors import ConfigError
 from klippo.evaluation.statistics import estimate
+from klippo.hub import resolve
 from klippo.rewards.judge.client import JudgeClient
 from klippo.rewards.judge.judging import CAN_RETRY, Tally, judge_label
 from klippo.rewards.judge.messages import JudgeBackend
@@ -201,7 +202,7 @@ def judge_score(asked: ScoreFile, *, backend: JudgeBackend | None = None) -> int
     console = Console()
     if asked.output.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"output={asked.output}: must end in .jsonl or .json")
-    rows = read_file(asked.file)
+    rows = read_file(resolve(asked.file))
     materials = [_material(row, asked) for row in rows]
     label = judge_label(asked.settings)
     done = _resume(asked, rows, label)
