@@ -107,12 +107,12 @@ def test_unknown_key_names_the_nearest_key_or_its_home(tmp_path, text, expected)
         ),
         (
             "gold: {kind: lenth}",
-            "gold.kind=lenth: must be classifier, ensemble, function, judge, length, "
+            "gold.kind=lenth: must be classifier, column, ensemble, function, judge, length, "
             "repetition or sum; did you mean length?",
         ),
         (
             "gold: {model: m}",
-            "gold.kind: missing; it must be classifier, ensemble, function, judge, length, "
+            "gold.kind: missing; it must be classifier, column, ensemble, function, judge, length, "
             "repetition or sum",
         ),
         ("gold: length", "gold=length: must be a mapping"),

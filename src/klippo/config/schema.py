@@ -120,6 +120,8 @@ class RunConfig(WholeConfig):
 
     def _offline_conflicts(self) -> Iterator[str]:
         has_column = isinstance(self.reward, ColumnSettings)
+        if isinstance(self.gold, ColumnSettings):
+            yield "gold.kind=column: the data holds no scores of new responses; use another gold"
         if self.offline is None:
             if has_column:
                 yield (
