@@ -52,6 +52,9 @@ def test_every_klippo_command_of_the_readme_works(workplace: Path) -> None:
         if arguments[0] == "train":
             arguments = [a for a in arguments if not a.startswith("ppo.num_steps")] + SMALL
             arguments += ["--overwrite"] if "quickstart" in arguments else []
+        if "sycophancy-demo" in arguments:
+            whole = ["ppo.batch_size=128", "ppo.minibatch_size=128", "offline.num_passes=1"]
+            arguments = [a for a in arguments if a not in SMALL] + whole
         if arguments[0] in ("compare", "best-of-n"):
             arguments += ["--num-prompts", "4"]
         assert run(arguments) == 0, command
