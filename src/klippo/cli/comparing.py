@@ -1,4 +1,4 @@
-"""One model against others: `klippo compare`."""
+"""Models side by side, and a model and its adapter as one: `klippo compare`, `klippo merge`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from klippo.cli.ending import ending
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command("compare")(compare)
+    app.command("merge")(merge)
 
 
 @ending
@@ -84,3 +85,22 @@ def compare(
         dtype=dtype,
         seed=seed,
     )
+
+
+@ending
+def merge(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER", help="A run with LoRA, an adapter, or BASE+ADAPTER."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="A new folder for the whole model.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Storage of the weights.")
+    ] = "float32",
+) -> int:
+    """Write a base and its LoRA adapter as one plain model, for programs that know no adapters."""
+    from klippo.stages.merge import merge
+
+    return merge(source, output, dtype=dtype)

@@ -170,7 +170,7 @@ def open_place(
         data, data_seed, at_eos = config.data, config.seed, config.rollout.stop_at_eos
         stops = tuple(config.rollout.stop_tokens)
         max_tokens = longest(config.rollout.response_length)
-    tokenizer = _tokenizer(place)
+    tokenizer = tokenizer_of(place)
     settings = PolicySettings(model=place.base, revision=place.revision, dtype=dtype)
     model = load_causal_lm(settings, device)
     if place.adapter is not None:
@@ -192,7 +192,7 @@ def open_place(
     )
 
 
-def _tokenizer(place: Place) -> Any:
+def tokenizer_of(place: Place) -> Any:
     """The adapter's own tokenizer, where it was saved beside it, or the base's."""
     if place.adapter is not None and find_file(place.adapter, "tokenizer_config.json") is not None:
         return load_tokenizer(place.adapter)
