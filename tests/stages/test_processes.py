@@ -196,3 +196,34 @@ def test_a_signal_to_the_launcher_ends_the_run_and_keeps_the_policy(
     assert stderr.count("Interrupted.") == (number == signal.SIGINT)
     assert json.loads((tmp_path / "run/run_status.json").read_text())["state"] == "interrupted"
     assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_offline_runs_are_the_same_for_one_and_two_processes(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "the movie was", "response": "good " * (i % 5 + 1), "reward": i % 7}
+        for i in range(24)
+    ]
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(
+        device="cpu",
+        data={"train": str(scored), "validation_size": 0},
+        offline={"num_passes": 2, "behavior": "unknown", "duplicates": "keep"},
+        reward={"kind": "column"},
+        kl={"coef": 0.02, "placement": "exact"},
+        ppo={"batch_size": 8, "num_epochs": 2, "minibatch_size": 4},
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    for num, folder in ((1, one), (2, two)):
+        ended = finish(torchrun(num, config, f"output_dir={folder}"))
+        assert ended.returncode == 0, ended.stderr
+    ours, theirs = (read_rows(folder / "diagnostics.jsonl") for folder in (one, two))
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.pop("warnings") == b.pop("warnings")
+        assert a == pytest.approx(b, rel=1e-4, abs=METRICS_TOLERANCE, nan_ok=True)
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (one, two))
+    for name, weight in ours.items():
+        assert float((weight - theirs[name]).abs().max()) < WEIGHTS_TOLERANCE

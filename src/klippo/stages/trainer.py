@@ -291,10 +291,10 @@ class RunRecorder:
                 f"ratio {told['offline/ratio_p1']:.2f} to {told['offline/ratio_p99']:.2f} (98% of "
                 f"tokens)  effective share {told['offline/ess_tokens']:.0%} of tokens"
             )
-        self.stopped = found.stop
-        if self.is_main and found.stop is not None:
-            self.progress.say(f"The run ends: {found.stop}")
-        return found.stop is not None
+        self.stopped = self.session.ranks.gather(found.stop)[0]  # one decides for all
+        if self.stopped is not None:
+            self.progress.say(f"The run ends: {self.stopped}")
+        return self.stopped is not None
 
     def _report_evaluation(self, step: int, rows: list[SampleRow]) -> None:
         self.folder.write_rows(step, rows)
