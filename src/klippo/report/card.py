@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klippo.report.content import RunView, num_steps_done, reward_words
+from klippo.report.offline import is_offline
 from klippo.report.tables import escape_markdown as esc
 
 CARD_FILE = "MODEL_CARD.md"
@@ -32,10 +33,13 @@ def _head(view: RunView) -> Iterator[str]:
     yield ""
     yield "License: *to be filled in; that of the base model and of the data binds this model too*"
     yield ""
-    yield (
-        f"A causal language model: {esc(policy)}, trained with PPO "
-        f"({num_steps_done(run):,} steps) to score high under {esc(proxy)}."
-    )
+    aim = f"with PPO ({num_steps_done(run):,} steps) to score high under {esc(proxy)}"
+    if is_offline(run):
+        source = esc(str(run.config.get("data.train", "a file")))
+        aim = (
+            f"with offline PPO ({num_steps_done(run):,} steps) on the scored responses in {source}"
+        )
+    yield f"A causal language model: {esc(policy)}, trained {aim}."
     yield ""
     yield "## Use"
     yield ""

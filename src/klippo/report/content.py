@@ -168,6 +168,9 @@ def gold_words(run: RunData) -> str:
 def summary(run: RunData) -> str:
     """What ran, in a sentence."""
     policy = str(run.config.get("policy.model", "A policy"))
+    if is_offline(run):
+        source = run.config.get("data.train", "logged responses")
+        return f"{policy} after {num_steps_done(run):,} PPO steps on the responses in {source}."
     text = f"{policy} after {num_steps_done(run):,} PPO steps against {reward_words(run, 'reward')}"
     return text + (f"; second opinion: {gold_words(run)}." if run.has_gold else ".")
 
@@ -197,8 +200,13 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     policy = str(config.get("policy.model", "not recorded"))
     tuning = config.get("policy.tuning")
     yield "Policy", f"{policy} (tuning: {tuning})" if tuning else policy
-    yield "Proxy reward", reward_words(run, "reward")
-    yield "Gold reward", gold_words(run)
+    if is_offline(run):
+        yield "Rewards", f"column {run.config.get('reward.column')}"
+        yield "Who wrote the responses", str(run.config.get("offline.behavior"))
+        yield "Compared with", str(run.config.get("offline.baseline")).replace("_", " ")
+    else:
+        yield "Proxy reward", reward_words(run, "reward")
+        yield "Gold reward", gold_words(run)
     yield "Prompts", str(config.get("data.train", "not recorded"))
     if run.before:
         yield "Evaluated", f"{len(run.before):,} fixed prompts at {_steps(sorted(run.evaluations))}"
@@ -328,7 +336,7 @@ def _notes(run: RunData) -> Iterator[str]:
         yield "The run has not ended; the figures are those so far."
     if not run.evaluations and not is_offline(run):
         yield "There are no evaluated samples, so nothing is said about before and after."
-    elif not run.after:
+    elif run.evaluations and not run.after:
         yield "There is one evaluation only, so nothing is said about before and after."
     if run.evaluations and not run.has_gold:
         yield "There are no gold scores; klippo gold-eval adds them to the recorded samples."

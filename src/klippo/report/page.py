@@ -20,7 +20,7 @@ from klippo.report.content import (
     reward_words,
     summary,
 )
-from klippo.report.offline import HEADINGS
+from klippo.report.offline import HEADINGS, is_offline
 from klippo.report.reading import RunData
 from klippo.report.style import Picture
 from klippo.report.text import interval, number, visible
@@ -120,7 +120,13 @@ METRICS = {
 }
 
 
+OF_SAMPLES = ("kl/sequence_nats", "response/length_tokens", "value/explained_variance")
+"""Of offline runs the table of passes says these, or they are properties of the file."""
+
+
 def _metric(runs: Sequence[RunData], key: str) -> Picture | None:
+    if key in OF_SAMPLES and all(map(is_offline, runs)):
+        return None
     return figures.metric_over_steps(runs, key, *METRICS[key])
 
 
