@@ -21,6 +21,7 @@ from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
 from klippo.rollouts.settings import VLLMSettings
 from klippo.rollouts.vllm import open_vllm, vllm_version
+from tests.stages.conftest import word_tokenizer
 from tests.toys import CPU, EOS, NO_TOKENIZER, disturb, load, prompt, weights
 
 pytestmark = [
@@ -44,12 +45,11 @@ def gpt2():
 def llama(**config):
     """Rotary positions, grouped keys and values, an untied head."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            max_position_embeddings=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, **SIZES, **config,
-        )
-    )  # fmt: skip
+    sizes = {
+        "max_position_embeddings": 64, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | sizes | config)))
 
 
 def engine(policy, temperature=0.7, stops=(EOS,), max_tokens=40, **options):
@@ -193,21 +193,35 @@ def test_a_model_that_vllm_does_not_know_is_one_clear_error(policy):
         """An architecture of nobody else's."""
 
     policy = load(Homemade(llama().config)).policy
-    with pytest.raises(PreflightError, match=r"cannot load a Homemade .*use rollout.engine=hf"):
+    with pytest.raises(PreflightError, match=r"cannot run this Homemade .*use rollout.engine=hf"):
         engine(policy)
 
 
-def test_a_whole_run_logs_its_mismatch_and_ends(tmp_path: Path):
+def test_a_shape_that_vllm_does_not_compute_is_one_clear_error():
+    heads_of_40 = load(llama(head_dim=40)).policy
+    with pytest.raises(PreflightError, match=r"cannot run this Llama.*head_dim=40.*engine=hf"):
+        engine(heads_of_40)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_whole_run_logs_its_mismatch_and_ends(tuning: str, tmp_path: Path):
+    tokenizer = word_tokenizer(pad=False)
+    tokenizer.save_pretrained(tmp_path / "model")
+    llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    prompts = [json.dumps({"prompt": text}) + "\n" for text in ["the movie was", "I liked it"] * 8]
+    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
     config = {
-        "policy": {"model": "demo:policy"},
-        "data": {"train": "demo:prompts"},
+        "policy": {"model": str(tmp_path / "model"), "tuning": tuning},
+        "data": {"train": str(tmp_path / "prompts.jsonl")},
         "reward": {"kind": "length", "max_tokens": 4},
-        "rollout": {"engine": "vllm", "response_length": [4, 8], "vllm": {"kv_cache_gib": 0.1}},
-        "ppo": {"num_steps": 2, "batch_size": 8, "max_logprob_mismatch": 0.01},
-        "optimizer": {"learning_rate": 1e-3},
+        "rollout": {"engine": "vllm", "response_length": [4, 8], "vllm": {"kv_cache_gib": 0.05}},
+        "ppo": {
+            "num_steps": 2, "batch_size": 8, "importance_cap": 2.0, "max_logprob_mismatch": 0.01,
+        },
+        "optimizer": {"learning_rate": 1e-2},
         "evaluation": {"num_prompts": 4},
         "output_dir": str(tmp_path / "run"),
-    }
+    }  # fmt: skip
     file = tmp_path / "vllm.yaml"
     file.write_text(json.dumps(config))
     command = [sys.executable, "-m", "klippo", "train", str(file)]

@@ -201,12 +201,15 @@ def open_vllm(
                 disable_log_stats=True,
                 **options,
             )
+            engine = VLLMEngine(llm.llm_engine, weights, stop_ids=stop_ids, temperature=temperature)
+            engine.sync()
+            # Some kernels refuse a model's shapes only when they are used.
+            engine.generate([Prompt(id=0, text="", token_ids=[0])], [1], [0])
         except (ValueError, RuntimeError, NotImplementedError, KeyError, OSError) as error:
             raise PreflightError(
-                f"vLLM cannot load a {type(model).__name__} ({_gist(error)}); use rollout.engine=hf"
+                f"vLLM cannot run this {type(model).__name__} ({_gist(error)}); use "
+                "rollout.engine=hf"
             ) from error
-        engine = VLLMEngine(llm.llm_engine, weights, stop_ids=stop_ids, temperature=temperature)
-        engine.sync()
     return engine
 
 
