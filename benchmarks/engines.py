@@ -123,7 +123,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     result = measure(given.model, given.batches, given.pairs, given.threads)
-    result["command"] = f"python benchmarks/engines.py --threads {given.threads}"
+    options = f"--threads {given.threads} --pairs {given.pairs}"
+    result["command"] = f"python benchmarks/engines.py {options}"
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

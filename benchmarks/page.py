@@ -320,6 +320,7 @@ def engines_section(result: dict[str, Any]) -> str:
         )
     loads = [pair["load"] for case in result["cases"] for pair in case["pairs"]]
     low, high = result["prompt_tokens"]
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
     return "\n".join(
         [
             f"## {result['name']}",
@@ -327,8 +328,8 @@ def engines_section(result: dict[str, Any]) -> str:
             "`rollout.engine: vllm` against `hf`, sampling from SmolLM2-135M-Instruct in float32: "
             f"chat prompts of {low} to {high} tokens, responses of {result['response_length']} "
             "tokens each, log-probs kept, batches in turn in one process with "
-            f"{result['threads']} thread(s). vLLM takes over the policy's weights before every "
-            "batch; the last column counts that too.",
+            f"{threads}. vLLM takes over the policy's weights before every batch; the last column "
+            "counts that too.",
             "",
             "| batch | hf, tokens/s | vLLM, tokens/s | taking over weights, s | times as fast "
             "(pair by pair) | with weights taken over |",

@@ -4,6 +4,7 @@ B sequences, T response tokens.
 """
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -23,6 +24,8 @@ from klippo.rollouts.settings import VLLMSettings
 from klippo.rollouts.vllm import open_vllm, vllm_version
 from tests.stages.conftest import word_tokenizer
 from tests.toys import CPU, EOS, NO_TOKENIZER, disturb, load, prompt, weights
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,10 +55,10 @@ def llama(**config):
     return LlamaForCausalLM(LlamaConfig(**(SIZES | sizes | config)))
 
 
-def engine(policy, temperature=0.7, stops=(EOS,), max_tokens=40, **options):
+def engine(policy, temperature=0.7, stops=(EOS,), max_tokens=40, settings=SMALL_CACHE, **options):
     model = policy.lm.model
     return open_vllm(
-        model, partial(merged_weights, policy), SMALL_CACHE, dtype=model.dtype,
+        model, partial(merged_weights, policy), settings, dtype=model.dtype,
         stop_ids=frozenset(stops), temperature=temperature, max_tokens=max_tokens,
         **({"batch_size": None, "seed": 0} | options),
     )  # fmt: skip
@@ -99,6 +102,29 @@ def test_log_probs_are_the_policys_before_and_after_a_step(family, tuning):  # r
     assert mismatch(policy, fresh) < 1e-3
     assert fresh != completions
     assert all(torch.equal(w, before[name]) for name, w in weights(policy).items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_compiled_engine_takes_over_weights_too(family):
+    policy = load(FAMILIES[family]()).policy
+    settings = VLLMSettings(kv_cache_gib=0.05, enforce_eager=False)
+    sampler = engine(policy, settings=settings)
+    disturb(policy.trainable()[0], 0.1)
+    assert mismatch(policy, sampler.generate(PROMPTS, LIMITS, SEEDS)) > 0.1
+    sampler.sync()
+    assert mismatch(policy, sampler.generate(PROMPTS, LIMITS, SEEDS)) < 1e-3
+
+
+SMOLLM = Path(os.environ.get("KLIPPO_VLLM_MODEL", ROOT / "build/smollm2-135m-instruct"))
+
+
+@pytest.mark.skipif(not SMOLLM.is_dir(), reason="benchmarks/prepare_smollm.py makes the model")
+def test_log_probs_of_a_real_model_are_the_policys():
+    policy = load(LlamaForCausalLM.from_pretrained(SMOLLM), tuning="lora").policy
+    disturb(policy.trainable()[0], 0.01)
+    prompts = [prompt(1, 4093, 198, *range(500, 500 + 7 * n)) for n in range(1, 5)]
+    completions = engine(policy, max_tokens=60).generate(prompts, [24, 3, 9, 16], SEEDS)
+    assert mismatch(policy, completions, prompts=prompts) < 1e-3
 
 
 def test_greedy_responses_are_those_of_the_hugging_face_engine():

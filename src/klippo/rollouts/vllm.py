@@ -10,6 +10,7 @@ import copy
 import gc
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -173,8 +174,6 @@ def open_vllm(
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from vllm import LLM
-
     gc.collect()  # an engine takes vLLM's groups of this process along when it goes
     options: dict[str, Any] = {}
     if batch_size is not None:
@@ -185,9 +184,17 @@ def open_vllm(
         options["gpu_memory_utilization"] = settings.gpu_memory_utilization
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.random.fork_rng(),
+        warnings.catch_warnings(),
+    ):
+        # vLLM calls torch by names that are about to go: no news for users.
+        warnings.simplefilter("ignore", FutureWarning)
         config.save_pretrained(folder)
         try:
+            from vllm import LLM
+
             llm = LLM(
                 model=folder,
                 load_format="dummy",
