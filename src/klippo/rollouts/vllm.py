@@ -212,7 +212,7 @@ def open_vllm(
             engine.sync()
             # Some kernels refuse a model's shapes only when they are used.
             engine.generate([Prompt(id=0, text="", token_ids=[0])], [1], [0])
-        except (ValueError, RuntimeError, NotImplementedError, KeyError, OSError) as error:
+        except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise PreflightError(
                 f"vLLM cannot run this {type(model).__name__} ({_gist(error)}); use "
                 "rollout.engine=hf"
