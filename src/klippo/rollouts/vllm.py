@@ -63,6 +63,7 @@ def require_vllm(device: torch.device) -> None:
         raise PreflightError(
             f"rollout.engine=vllm: vLLM {found} is too old, {OLDEST} is needed; {install}"
         )
+    _set_environment()
     from vllm.platforms import current_platform
 
     if current_platform.device_type != device.type:
@@ -172,8 +173,7 @@ def open_vllm(
     `max_model_len`. vLLM reads the model's config and no checkpoint: every weight comes from
     `weights`. Raises PreflightError for a model that vLLM cannot load.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     gc.collect()  # an engine takes vLLM's groups of this process along when it goes
     options: dict[str, Any] = {}
     if batch_size is not None:
@@ -218,6 +218,12 @@ def open_vllm(
                 "rollout.engine=hf"
             ) from error
     return engine
+
+
+def _set_environment() -> None:
+    """Before vLLM is imported; what the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _completion(output: Any) -> Completion:
