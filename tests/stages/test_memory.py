@@ -232,3 +232,12 @@ def test_other_errors_stay_as_they_are(write_config: Callable[..., Path], monkey
     monkeypatch.setattr(trainer.session.source, "next", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.train()
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_vllm_counts_with_its_merged_weights_and_its_cache(tuning: str) -> None:
+    rollout = {"engine": "vllm", "response_length": 6, "vllm": {"kv_cache_gib": 0.5}}
+    found = estimate({"tuning": tuning}, rollout=rollout)
+    assert "generate" not in found.phases  # it needs no cache of ours
+    assert found.phases["update"]["vLLM's weights"] == 4 * NUMBERS
+    assert found.phases["update"]["vLLM's key-value cache"] == 2**29

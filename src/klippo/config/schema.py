@@ -147,6 +147,8 @@ class RunConfig(WholeConfig):
                 )
         if self.rollout.record_logprobs:
             yield "rollout.record_logprobs=true: an offline run samples nothing; remove it"
+        if self.rollout.engine != "hf":
+            yield f"rollout.engine={self.rollout.engine}: an offline run samples nothing; remove it"
 
     def _conflicts(self) -> Iterator[str]:
         policy, critic = self.policy, self.critic
@@ -173,7 +175,12 @@ class RunConfig(WholeConfig):
                     "gold.standardize=start: only the training reward is measured when a run "
                     "begins; use stored, or none"
                 )
-        if not self.rollout.record_logprobs:
+        if self.rollout.engine == "vllm" and policy.quantize_4bit:
+            yield (
+                "rollout.engine=vllm takes over whole weights, and policy.quantize_4bit has none; "
+                "use rollout.engine=hf"
+            )
+        if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):
                 value = getattr(self.ppo, name)
                 if value is not None:

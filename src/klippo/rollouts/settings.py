@@ -1,11 +1,31 @@
 """Settings of sampling."""
 
-from pydantic import Field, PositiveInt
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from klippo.settings import LengthRange, Settings
 
 
+class VLLMSettings(Settings):
+    """What vLLM may take beside training; its copy of the weights comes on top."""
+
+    gpu_memory_utilization: float = Field(default=0.3, gt=0, lt=1)
+    """On a GPU: share of its memory for vLLM's weights and key-value cache together."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """On the CPU: memory of the key-value cache."""
+    max_model_len: PositiveInt | None = None
+    """Most tokens of a prompt and its response; default: the longest prompt of the data and the
+    longest response."""
+    enforce_eager: bool = True
+    """Do not compile the model; compiling pays off in long runs on GPUs alone."""
+
+
 class RolloutSettings(Settings):
+    engine: Literal["hf", "vllm"] = "hf"
+    """Who samples: the policy itself, or vLLM on a copy of its weights (installed apart)."""
+    vllm: VLLMSettings = VLLMSettings()
+    """With `engine: vllm`."""
     response_length: PositiveInt | LengthRange = 64
     """Most tokens of a response; a pair [low, high] draws each response's limit uniformly."""
     temperature: float = Field(default=1.0, gt=0)
@@ -23,4 +43,9 @@ class RolloutSettings(Settings):
     generation_batch_size: PositiveInt | None = None
     """Prompts decoded at once; default: all of them."""
     record_logprobs: bool = False
-    """Keep the sampler's own log-probs and report how far they are from the training forward's."""
+    """Keep the sampler's own log-probs and report how far they are from the training forward's;
+    with `engine: vllm` they always are."""
+
+    @property
+    def keeps_logprobs(self) -> bool:
+        return self.record_logprobs or self.engine == "vllm"

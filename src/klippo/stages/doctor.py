@@ -6,9 +6,13 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from klippo.rollouts.vllm import vllm_version
 
 REQUIRED = (
     "torch",
@@ -20,7 +24,6 @@ REQUIRED = (
     "trl",
     "matplotlib",
 )
-OPTIONAL = ("vllm", "bitsandbytes")
 KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 GIB = 2**30
 
@@ -35,23 +38,29 @@ def doctor(*, as_json: bool = False) -> int:
     return 3 if broken else 0
 
 
-def collect() -> Facts:
-    """The facts by section; a package that is missing has the version None."""
-    return {
-        "system": {"platform": platform.platform(), "python": platform.python_version()},
-        "packages": {name: _version(name) for name in ("klippo", *REQUIRED)},
-        "optional packages": {name: _version(name) or "not installed" for name in OPTIONAL},
-        "devices": _processor() | _accelerators(),
-        "keys": {name: "set" if os.environ.get(name) else "not set" for name in KEYS},
-        "storage": _storage(),
-    }
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+OPTIONAL: dict[str, Callable[[], str | None]] = {
+    "vllm": vllm_version,  # one of two packages
+    "bitsandbytes": partial(_version, "bitsandbytes"),
+}
+
+
+def collect() -> Facts:
+    """The facts by section; a package that is missing has the version None."""
+    return {
+        "system": {"platform": platform.platform(), "python": platform.python_version()},
+        "packages": {name: _version(name) for name in ("klippo", *REQUIRED)},
+        "optional packages": {name: read() or "not installed" for name, read in OPTIONAL.items()},
+        "devices": _processor() | _accelerators(),
+        "keys": {name: "set" if os.environ.get(name) else "not set" for name in KEYS},
+        "storage": _storage(),
+    }
 
 
 def _processor() -> dict[str, Any]:

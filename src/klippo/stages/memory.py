@@ -92,6 +92,8 @@ def estimate_memory(
     """
     loaded = shape_policy(config.policy, config.critic, copy.deepcopy(model))
     weights = {FRAMEWORK: machine.framework} | policy_weights(config, loaded)
+    if config.rollout.engine == "vllm":
+        weights |= vllm_bytes(config, loaded, machine)
     rewards = [*scorers(config.reward)]
     for name, scorer, _ in rewards:
         weights[f"reward {name}"] = weights.get(f"reward {name}", 0) + _weights_of(scorer)
@@ -118,7 +120,7 @@ def estimate_memory(
             with_entropy=config.ppo.entropy_coef > 0,
         ),
     }
-    if config.offline is not None:
+    if config.offline is not None or config.rollout.engine == "vllm":
         del traced["generate"]
     if sizes.evaluate > 0:
         traced["evaluate"] = evaluation_bytes(policy, reference, sizes.evaluate, prompt, response)
@@ -145,6 +147,18 @@ def policy_weights(config: RunConfig, loaded: LoadedPolicy) -> Bytes:
         "critic": storage_bytes(critic, policy),
         "reference": storage_bytes(_tensors(loaded.reference.lm), policy),
     }
+
+
+def vllm_bytes(config: RunConfig, loaded: LoadedPolicy, machine: Machine) -> Bytes:
+    """vLLM's copy of the merged weights and, on the CPU, its key-value cache.
+
+    What else it takes of `gpu_memory_utilization` is what is free, and vLLM asks for it itself.
+    """
+    parameters = loaded.policy.lm.model.named_parameters()
+    numbers = sum(weight.numel() for name, weight in parameters if ".lora_" not in name)
+    size = 2 if config.policy.autocast or config.policy.dtype == "bfloat16" else 4
+    cache = round(config.rollout.vllm.kv_cache_gib * 2**30) if machine.device == "cpu" else 0
+    return {"vLLM's weights": size * numbers, "vLLM's key-value cache": cache}
 
 
 def scorers(

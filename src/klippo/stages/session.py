@@ -24,10 +24,9 @@ from klippo.rewards.function import FunctionReward
 from klippo.rewards.judge.reward import JudgeReward, judge_metrics, over_processes
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
 from klippo.rollouts.collate import stop_token_ids
-from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.online import OnlineSource
-from klippo.rollouts.sampling import Sampling
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
+from klippo.stages.engines import build_engine, check_engine_settings
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
@@ -93,6 +92,7 @@ def open_session(
     device = choose_device(config.device)
     ranks = Ranks.from_environment(device)
     require_equal_shares(config.ppo, ranks)
+    check_engine_settings(config.rollout, device, ranks)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if prompts is None:
@@ -170,14 +170,7 @@ def open_session(
         at_eos=config.rollout.stop_at_eos,
         extra=config.rollout.stop_tokens,
     )
-    engine = HFEngine(
-        hf_model,
-        stop_ids=stop_ids,
-        sampling=Sampling(temperature=config.rollout.temperature),
-        batch_size=config.rollout.generation_batch_size,
-        record_logprobs=config.rollout.record_logprobs,
-        autocast=config.policy.autocast,
-    )
+    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts])
     evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
     share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
     fixed = yardstick(source, evaluators.all_sum)
