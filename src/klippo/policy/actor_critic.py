@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from klippo.policy.frozen import FrozenBlocks
 from klippo.tensors.head import LMHead, exact_kl, token_logprobs
 from klippo.types import TokenBatch
 
@@ -31,13 +32,19 @@ class PolicyOutput:
 
 
 class CausalLM(nn.Module):
-    """A Hugging Face causal LM, taken apart into trunk and LM head."""
+    """A Hugging Face causal LM, taken apart into trunk and LM head.
 
-    def __init__(self, model: Any, *, autocast: bool = False) -> None:
+    `frozen`: blocks that never train, whose output may be worked out once and used again.
+    """
+
+    def __init__(
+        self, model: Any, *, autocast: bool = False, frozen: FrozenBlocks | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.trunk = model.base_model
         self.autocast = autocast
+        self.frozen = frozen
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
 
     @property
@@ -60,10 +67,36 @@ class CausalLM(nn.Module):
 
     def hidden(self, batch: TokenBatch, *, after_last: bool = False) -> Tensor:
         """Hidden states of the states that emit response tokens: (B, T, D), or (B, T+1, D)."""
-        hidden = trunk_hidden(
-            self.trunk, batch, self._takes_positions, after_last=after_last, autocast=self.autocast
-        )
+        with self._known(batch, after_last):
+            hidden = trunk_hidden(
+                self.trunk,
+                batch,
+                self._takes_positions,
+                after_last=after_last,
+                autocast=self.autocast,
+            )
         return hidden.bfloat16() if self.autocast else hidden
+
+    def _known(self, batch: TokenBatch, after_last: bool) -> AbstractContextManager[None]:
+        """Leaves the frozen blocks out where the batch has their output."""
+        if self.frozen is None or batch.frozen_states is None:
+            return nullcontext()
+        length = batch.frozen_states.shape[1]
+        return self.frozen.replaced_by(batch.frozen_states[:, : length if after_last else -1])
+
+    @torch.no_grad()
+    def with_frozen_states(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the output of the frozen blocks, which `hidden` then leaves out.
+
+        As it is where nothing is frozen. Any model with the same frozen blocks can use it.
+        """
+        if self.frozen is None:
+            return batch
+        with self.frozen.alone() as above:
+            trunk_hidden(
+                self.trunk, batch, self._takes_positions, after_last=True, autocast=self.autocast
+            )
+        return replace(batch, frozen_states=above.given)
 
     def logprobs(
         self, batch: TokenBatch, hidden: Tensor, temperature: float, *, with_entropy: bool

@@ -6,7 +6,7 @@ B sequences, T response tokens. Everything is (B, T) float32 unless said otherwi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from klippo.types import Metrics, Rollout, Scores, TokenBatch
 class Forward:
     """What the models say of a rollout batch; no score is needed for it."""
 
+    tokens: TokenBatch  # the rollout's, with the states of frozen blocks where there are any
     logprobs: Tensor
     entropy: Tensor
     values: Tensor  # (B, T), or (B, T+1) with the value after the last token
@@ -58,12 +59,14 @@ def run_forward(
     ppo: PPOSettings, policy: ActorCritic, reference: Reference, rollout: Rollout
 ) -> Forward:
     """Log-probs, entropy and values of a rollout batch, by the update's own forward pass."""
+    rollout = replace(rollout, tokens=_with_frozen_states(ppo, policy, rollout.tokens))
     logprobs, entropy, values = _evaluate(ppo, policy, rollout)
     temperature = rollout.temperature
     exact_kl = None
     if rollout.behavior != "policy":
         exact_kl = _by_parts(ppo, rollout, lambda t: reference.kl_from(policy.lm, t, temperature))
     return Forward(
+        tokens=rollout.tokens,
         logprobs=logprobs,
         entropy=entropy,
         values=values,
@@ -85,7 +88,7 @@ def build_experience(
     ranks: Ranks,
 ) -> Experience:
     """Token rewards, advantages and returns of a rollout batch."""
-    tokens = rollout.tokens
+    tokens = forward.tokens
     old_logprobs, ref_logprobs = behavior_logprobs(rollout, forward), forward.ref_logprobs
     reward = scores.reward.to(tokens.response_ids.device)
     mask = tokens.response_mask & ~reward.isnan()[:, None]
@@ -141,6 +144,27 @@ def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
     last = (lengths - 1).clamp(min=0)[:, None]
     landed = torch.where(lengths > 0, scores, torch.zeros_like(scores))
     return torch.zeros(mask.shape, device=scores.device).scatter(1, last, landed[:, None])
+
+
+def _with_frozen_states(ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatch) -> TokenBatch:
+    """The output of the policy's frozen blocks for every token, worked out in micro-batches.
+
+    It holds B * (P + T) * D numbers until the update is done.
+    """
+    if policy.lm.frozen is None:
+        return tokens
+    states: Tensor | None = None
+    num_prompt, num_response = tokens.prompt_ids.shape[1], tokens.response_ids.shape[1]
+    order = torch.arange(len(tokens), device=tokens.response_ids.device)
+    for rows in micro_batches(order, ppo.micro_batch_size):
+        part = policy.lm.with_frozen_states(tokens.rows(rows))
+        assert part.frozen_states is not None
+        if states is None:
+            width = part.frozen_states.shape[2]
+            states = part.frozen_states.new_zeros(len(tokens), num_prompt + num_response, width)
+        first = num_prompt - part.prompt_ids.shape[1]
+        states[rows, first : num_prompt + part.response_ids.shape[1]] = part.frozen_states
+    return replace(tokens, frozen_states=states)
 
 
 def _evaluate(
