@@ -20,6 +20,7 @@ from klippo.types import TokenBatch
 OF_PROMPTS = ("prompt_ids", "prompt_mask")  # (B, P)
 OF_RESPONSES = ("response_ids", "response_mask")  # (B, T)
 OF_TOKENS = (
+    "hidden",  # (B, T, D)
     "mask",
     "old_logprobs",
     "ref_logprobs",
