@@ -302,6 +302,33 @@ def lean_section(result: dict[str, Any]) -> str:
     )
 
 
+def passes_section(result: dict[str, Any]) -> str:
+    """What it saves to run models and LM head once."""
+    table = [
+        f"| {case['name']} | {_spread(case['ratios'])} | {case['largest_difference']:.0e} |"
+        for case in result["cases"]
+    ]
+    return "\n".join(
+        [
+            f"## {result['name']}",
+            "",
+            "W1, processor time of the work done twice over that of the work done once; "
+            f"{result['num_pairs']} interleaved pairs in one process with {result['num_threads']} "
+            "thread, median first. Evaluation ran both trunks and both LM heads for the log-probs "
+            "and again for the exact KL. The update computed logits for the log-probs, and again "
+            "for the gradients; now a chunk's gradients are formed while its logits are there. The "
+            "last column is the largest difference of a log-ratio or KL, and of a gradient.",
+            "",
+            "| | twice / once | differ by |",
+            "|---|--:|--:|",
+            *table,
+            "",
+            _measured(result),
+            "",
+        ]
+    )
+
+
 def floor_section(result: dict[str, Any]) -> str:
     """The update phase against the matrix products that it cannot do without."""
     table = [
@@ -319,8 +346,8 @@ def floor_section(result: dict[str, Any]) -> str:
         [
             f"## {result['name']}",
             "",
-            "The update phase (full fine-tuning, 4 epochs, 1 minibatch, critic on the trunk) over "
-            "its floor: the floating-point operations of the model's matrix products, forward and "
+            "One epoch of the update (full fine-tuning, 1 minibatch, critic on the trunk) over its "
+            "floor: the floating-point operations of the model's matrix products, forward and "
             "backward, at the rate of products of the model's own shapes, measured before each "
             f"update in the same process. {result['num_rounds']} rounds, {result['num_threads']} "
             "thread; processor seconds unless it says otherwise. Attention's own products "
@@ -388,6 +415,7 @@ SECTIONS = {
     "ppo": ppo_section,
     "update_floor": floor_section,
     "lean_update": lean_section,
+    "lean_passes": passes_section,
     "ensemble": ensemble_section,
     "judge": judge_section,
     "judge_overlap": overlap_section,

@@ -82,7 +82,7 @@ def two_passes(loss, rows):
     total = actor + settings.value_coef * critic - settings.entropy_coef * output.entropy
     if loss.reference is not None:
         total = total + loss.kl_coef * loss.reference.kl_from(
-            loss.policy.lm, tokens, experience.temperature
+            loss.policy.lm, tokens, experience.temperature, output.hidden
         )
     elif loss.kl_coef > 0:
         total = total + loss.kl_coef * k2(output.logprobs, of(experience.ref_logprobs))

@@ -54,7 +54,8 @@ class PPOLoss:
     """Makes the KL in the loss exact; without it it is k2 of the sampled tokens."""
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, TokenSums]:
-        settings, experience, temperature = self.settings, self.experience, self.temperature
+        settings, experience = self.settings, self.experience
+        temperature = experience.temperature
         tokens = experience.tokens.rows(rows)
         of = _columns(rows, tokens.response_mask.shape[1])
         mask = of(experience.mask)
@@ -71,10 +72,6 @@ class PPOLoss:
             loss = loss + self.kl_coef * masked_sum(kl, mask)
         return loss, actor.sums(logprobs, critic.detach())
 
-    @property
-    def temperature(self) -> float:
-        return self.experience.temperature
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorTerms:
@@ -84,8 +81,8 @@ class ActorTerms:
     mask: Tensor  # bool: tokens that count
     old_logprobs: Tensor
     advantages: Tensor
-    weights: Tensor | None
-    ref_logprobs: Tensor | None  # with the k2 penalty
+    weights: Tensor | None  # where an engine sampled from another policy
+    ref_logprobs: Tensor | None  # where the loss has the k2 penalty
     kl_coef: float
 
     def __call__(self, logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
@@ -96,7 +93,7 @@ class ActorTerms:
         return torch.where(self.mask[part], loss, torch.zeros_like(loss))
 
     def policy_loss(self, logprobs: Tensor, part: slice) -> Tensor:
-        """The clipped loss (n,), weighted where an engine sampled from another policy."""
+        """The clipped loss (n,) of a slice of the tokens."""
         loss = policy_loss(
             probability_ratio(logprobs, self.old_logprobs[part]),
             self.advantages[part],
