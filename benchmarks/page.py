@@ -348,7 +348,7 @@ def floor_section(result: dict[str, Any]) -> str:
             "",
             "One epoch of the update (full fine-tuning, 1 minibatch, critic on the trunk) over its "
             "floor: the floating-point operations of the model's matrix products, forward and "
-            "backward, at the rate of products of the model's own shapes, measured before each "
+            "backward, at the rate of products of the model's own shapes, measured around each "
             f"update in the same process. {result['num_rounds']} rounds, {result['num_threads']} "
             "thread; processor seconds unless it says otherwise. Attention's own products "
             "(queries with keys) are in the floor, everything that is no matrix product is not.",
