@@ -268,6 +268,115 @@ def memory_section(result: dict[str, Any]) -> str:
     )
 
 
+def lean_section(result: dict[str, Any]) -> str:
+    """What keeping the frozen blocks' output saves, and that nothing else changes."""
+    table = []
+    for case in result["cases"]:
+        of = {key: _spread(case["ratios"][key]) for key in case["ratios"]}
+        table.append(
+            f"| {case['name']} | {of['update_cpu_s']} | {of['update_s']} | {of['forward_s']} "
+            f"| {case['largest_gradient_difference']:.0e} | {case['largest_loss_difference']:.0e} "
+            f"| {case['kept_mb']:.1f} |"
+        )
+    return "\n".join(
+        [
+            f"## {result['name']}",
+            "",
+            "The same PPO step (4 epochs, response 32) with the last 2 layers trained, every block "
+            "in every pass over frozen blocks run once per rollout batch: ratios of "
+            f"{result['num_pairs']} interleaved pairs in one process with {result['num_threads']} "
+            "thread, median first. Differences are the largest of any gradient of the first "
+            "optimizer step, and of the losses.",
+            "",
+            "| | update, processor time | update, wall time | forward phase | gradients differ by "
+            "| losses differ by | kept, MB |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+            *table,
+            "",
+            "W1 has 4 layers of width 256 under a vocabulary of 49,152: nearly all its work is in "
+            "the LM head, which reuse does not touch.",
+            "",
+            _measured(result),
+            "",
+        ]
+    )
+
+
+def passes_section(result: dict[str, Any]) -> str:
+    """What it saves to run models and LM head once."""
+    table = [
+        f"| {case['name']} | {_spread(case['ratios'])} | {case['largest_difference']:.0e} |"
+        for case in result["cases"]
+    ]
+    return "\n".join(
+        [
+            f"## {result['name']}",
+            "",
+            "W1, processor time of the work done twice over that of the work done once; "
+            f"{result['num_pairs']} interleaved pairs in one process with {result['num_threads']} "
+            "thread, median first. Evaluation ran both trunks and both LM heads for the log-probs "
+            "and again for the exact KL. The update computed logits for the log-probs, and again "
+            "for the gradients; now a chunk's gradients are formed while its logits are there. The "
+            "last column is the largest difference of a log-ratio or KL, and of a gradient.",
+            "",
+            "| | twice / once | differ by |",
+            "|---|--:|--:|",
+            *table,
+            "",
+            _measured(result),
+            "",
+        ]
+    )
+
+
+def floor_section(result: dict[str, Any]) -> str:
+    """The update phase against the matrix products that it cannot do without."""
+    table = [
+        f"| {case['name']} | {case['gflop']:.0f} | {case['gflops_per_s']:.1f} "
+        f"| {case['floor_s']:.2f} | {case['update_cpu_s']:.2f} | {_spread(case['ratios'])} "
+        f"| {_spread(case['wall_ratios'])} |"
+        for case in result["cases"]
+    ]
+    parts = [
+        f"- {case['name']}: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in case["profile"].items())
+        for case in result["cases"]
+    ]
+    return "\n".join(
+        [
+            f"## {result['name']}",
+            "",
+            "One epoch of the update (full fine-tuning, 1 minibatch, critic on the trunk) over its "
+            "floor: the floating-point operations of the model's matrix products, forward and "
+            "backward, at the rate of products of the model's own shapes, measured around each "
+            f"update in the same process. {result['num_rounds']} rounds, {result['num_threads']} "
+            "thread; processor seconds unless it says otherwise. Attention's own products "
+            "(queries with keys) are in the floor, everything that is no matrix product is not.",
+            "",
+            "| | GFLOP | GFLOP/s | floor, s | update, s | update / floor | the same in wall time |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+            *table,
+            "",
+            "Where the processor time of an epoch goes (`torch.profiler`, time of the operation "
+            "itself):",
+            "",
+            *parts,
+            "",
+            _measured(result),
+            "",
+        ]
+    )
+
+
+def _measured(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    return (
+        f"Measured {result['date']} with `{result['command']}` on {machine['cores']} "
+        f"{machine['architecture']} cores (load average {result['load_average']:.1f}), PyTorch "
+        f"{versions['torch']}, transformers {versions['transformers']}."
+    )
+
+
 def overlap_section(result: dict[str, Any]) -> str:
     """What judging while sampling saves."""
     table = [
@@ -350,6 +459,9 @@ def engines_section(result: dict[str, Any]) -> str:
 
 SECTIONS = {
     "ppo": ppo_section,
+    "update_floor": floor_section,
+    "lean_update": lean_section,
+    "lean_passes": passes_section,
     "ensemble": ensemble_section,
     "judge": judge_section,
     "judge_overlap": overlap_section,

@@ -67,6 +67,8 @@ class TokenBatch:
     prompt_mask: Tensor  # (B, P) bool
     response_ids: Tensor  # (B, T) int64, right-padded
     response_mask: Tensor  # (B, T) bool, True on real tokens including the stop token
+    frozen_states: Tensor | None = None
+    """(B, P+T, D), what the policy's frozen blocks make of these tokens, where that is known."""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids.shape == self.prompt_mask.shape
@@ -81,11 +83,15 @@ class TokenBatch:
         prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
         first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
         last = max(int(response_mask.sum(1).max()), 1)
+        states = self.frozen_states
         return TokenBatch(
             prompt_ids=self.prompt_ids[index, first:],
             prompt_mask=prompt_mask[:, first:],
             response_ids=self.response_ids[index, :last],
             response_mask=response_mask[:, :last],
+            frozen_states=None
+            if states is None
+            else states[index, first : self.prompt_ids.shape[1] + last],
         )
 
     def to(self, device: torch.device | str) -> TokenBatch:
@@ -94,6 +100,7 @@ class TokenBatch:
             prompt_mask=self.prompt_mask.to(device),
             response_ids=self.response_ids.to(device),
             response_mask=self.response_mask.to(device),
+            frozen_states=None if self.frozen_states is None else self.frozen_states.to(device),
         )
 
 

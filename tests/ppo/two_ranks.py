@@ -48,6 +48,9 @@ CASES = {
         num_steps=2,
     ),
     "lora policy and critic": Case(tuning="lora", critic=LORA_CRITIC, num_steps=2),
+    "frozen blocks": Case(
+        tuning="last_layers", ppo={"minibatch_size": 2, "micro_batch_size": 1}, num_steps=2
+    ),
     "a process without scores": Case(reward=[1.0, -2.0, NAN, NAN], num_steps=2),
     "nobody has scores": Case(reward=[NAN] * 4),
     "guard by one process": Case(
@@ -61,7 +64,7 @@ CASES = {
 def learn(case: Case, ranks: Ranks) -> dict:
     """Weights, metrics and state after the case's steps in this process."""
     rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
-    loaded = load(llama(), tuning=case.tuning, critic=case.critic)
+    loaded = load(llama(), tuning=case.tuning, critic=case.critic, num_unfrozen_layers=1)
     disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
     learner = Learner(
         loaded.policy,

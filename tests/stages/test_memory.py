@@ -97,6 +97,15 @@ def test_bfloat16_halves_weights_and_states():
     assert parts["optimizer states"] == 2 * (2 * NUMBERS + 4 * HEAD)
 
 
+def test_outputs_of_frozen_blocks_stay_from_the_forward_phase_to_the_update():
+    phases = estimate({"tuning": "last_layers", "num_unfrozen_layers": 1}).phases
+    # 4 rows, 5 + 6 tokens, width 8, 4 bytes.
+    held = {name: parts.get("outputs of frozen blocks") for name, parts in phases.items()}
+    assert held.pop("forward") == held.pop("update") == 4 * 11 * 8 * 4
+    assert not any(held.values())
+    assert "outputs of frozen blocks" not in estimate().phases["update"]
+
+
 def test_frozen_blocks_in_4_bits_need_4_and_an_eighth_bits():
     policy = {"tuning": "lora", "lora": {"rank": 2}, "quantize_4bit": True}
     products = 2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import klippo.tensors.head as head_module
-from klippo.tensors.head import LMHead, chunks, exact_kl, token_logprobs
+from klippo.tensors.head import (
+    LMHead,
+    chunks,
+    compare_heads,
+    exact_kl,
+    token_logprobs,
+    token_loss,
+)
 from tests.toys import LargestTensor
 
 SHAPES = {
@@ -217,3 +224,59 @@ def test_exact_kl_and_its_gradients_are_those_of_the_dense_head(monkeypatch, sha
     torch.testing.assert_close(kl.detach().double(), true_kl.detach(), atol=2e-5, rtol=1e-4)
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own.grad.double(), other.grad, atol=5e-5, rtol=1e-3)
+
+
+def cubic(logprobs, entropy, part):
+    """A loss with a derivative of its own at every token."""
+    del part
+    return logprobs**3 - 2 * entropy**2
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 10**6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_loss_of_tokens_has_the_gradients_of_the_dense_head(monkeypatch, shape, chunk):
+    # rules 4, 10 and 22; the oracle is plain autograd in float64
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
+    options = dict(SHAPES[shape])
+    hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    head = LMHead(weight=ours[1], bias=ours[2] if bias is not None else None, **options)
+    loss, logprobs = token_loss(head, ours[0], token_ids, cubic)
+    (loss / 7).backward()
+
+    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logp = dense(theirs[0], theirs[1], theirs[2] if bias is not None else None, **options)
+    true_logprobs = logp.gather(1, token_ids[:, None]).squeeze(1)
+    true_loss = cubic(true_logprobs, -(logp.exp() * logp).sum(1), slice(None)).sum()
+    (true_loss / 7).backward()
+
+    assert not logprobs.requires_grad
+    torch.testing.assert_close(logprobs.double(), true_logprobs, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(loss.double(), true_loss, atol=1e-4, rtol=1e-5)
+    for mine, true in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("num_tokens", "vocabulary"), [(64, 50), (512, 400)])
+def test_a_loss_of_tokens_and_a_comparison_stay_within_the_chunk_budget(
+    monkeypatch, num_tokens, vocabulary
+):  # rule 10
+    budget, width = 1000, 4
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
+    hidden, weight, bias, token_ids = draw(num_tokens, vocabulary, width)
+    hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
+    head = LMHead(weight=weight, bias=bias, scale=0.9, softcap=5.0)
+    with LargestTensor() as seen:
+        token_loss(head, hidden, token_ids, cubic)[0].backward()
+        compare_heads(head, hidden, head, hidden, token_ids)
+    assert weight.grad is not None
+    assert seen.largest <= max(budget, num_tokens * width, vocabulary * width)
+
+
+def test_a_loss_goes_backward_once():
+    hidden, weight, _, token_ids = draw(4, 6)
+    head = LMHead(weight=weight.requires_grad_(), bias=None, scale=1.0)
+    loss, _ = token_loss(head, hidden, token_ids, cubic)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="once"):
+        loss.backward()

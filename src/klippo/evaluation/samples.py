@@ -39,13 +39,12 @@ def evaluate(
     ids = rollout.response_token_ids()
     for start in range(0, len(rollout), batch_size):
         index = torch.arange(start, min(start + batch_size, len(rollout)), device=policy.device)
-        tokens = rollout.tokens.rows(index)
+        tokens = policy.lm.with_frozen_states(rollout.tokens.rows(index))
         mask = tokens.response_mask
-        logprobs = policy(tokens, rollout.temperature, with_entropy=False).logprobs
-        log_ratio = logprobs - reference.logprobs(tokens, rollout.temperature)
-        exact = reference.kl_from(policy.lm, tokens, rollout.temperature)
-        kl_k1 = masked_sum(log_ratio, mask, 1).tolist()
-        kl_exact = masked_sum(exact, mask, 1).tolist()
+        hidden = policy.lm.hidden(tokens)
+        found = reference.compare(policy.lm, tokens, rollout.temperature, hidden)
+        kl_k1 = masked_sum(found.logprobs - found.ref_logprobs, mask, 1).tolist()
+        kl_exact = masked_sum(found.kl, mask, 1).tolist()
         for i, k1_nats, exact_nats in zip(index.tolist(), kl_k1, kl_exact, strict=True):
             row: SampleRow = {
                 "step": step,

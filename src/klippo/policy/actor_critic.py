@@ -10,13 +10,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from klippo.tensors.head import LMHead, exact_kl, token_logprobs
+from klippo.policy.frozen import FrozenBlocks
+from klippo.tensors.head import (
+    Comparison,
+    LMHead,
+    LossOfTokens,
+    compare_heads,
+    exact_kl,
+    token_logprobs,
+    token_loss,
+)
 from klippo.types import TokenBatch
 
 
@@ -31,13 +40,19 @@ class PolicyOutput:
 
 
 class CausalLM(nn.Module):
-    """A Hugging Face causal LM, taken apart into trunk and LM head."""
+    """A Hugging Face causal LM, taken apart into trunk and LM head.
 
-    def __init__(self, model: Any, *, autocast: bool = False) -> None:
+    `frozen`: blocks that never train, whose output may be worked out once and used again.
+    """
+
+    def __init__(
+        self, model: Any, *, autocast: bool = False, frozen: FrozenBlocks | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.trunk = model.base_model
         self.autocast = autocast
+        self.frozen = frozen
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
 
     @property
@@ -60,10 +75,36 @@ class CausalLM(nn.Module):
 
     def hidden(self, batch: TokenBatch, *, after_last: bool = False) -> Tensor:
         """Hidden states of the states that emit response tokens: (B, T, D), or (B, T+1, D)."""
-        hidden = trunk_hidden(
-            self.trunk, batch, self._takes_positions, after_last=after_last, autocast=self.autocast
-        )
+        with self._known(batch, after_last):
+            hidden = trunk_hidden(
+                self.trunk,
+                batch,
+                self._takes_positions,
+                after_last=after_last,
+                autocast=self.autocast,
+            )
         return hidden.bfloat16() if self.autocast else hidden
+
+    def _known(self, batch: TokenBatch, after_last: bool) -> AbstractContextManager[None]:
+        """Leaves the frozen blocks out where the batch has their output."""
+        if self.frozen is None or batch.frozen_states is None:
+            return nullcontext()
+        length = batch.frozen_states.shape[1]
+        return self.frozen.replaced_by(batch.frozen_states[:, : length if after_last else -1])
+
+    @torch.no_grad()
+    def with_frozen_states(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the output of the frozen blocks, which `hidden` then leaves out.
+
+        As it is where nothing is frozen. Any model with the same frozen blocks can use it.
+        """
+        if self.frozen is None:
+            return batch
+        with self.frozen.alone() as above:
+            trunk_hidden(
+                self.trunk, batch, self._takes_positions, after_last=True, autocast=self.autocast
+            )
+        return replace(batch, frozen_states=above.given)
 
     def logprobs(
         self, batch: TokenBatch, hidden: Tensor, temperature: float, *, with_entropy: bool
@@ -78,6 +119,28 @@ class CausalLM(nn.Module):
         )
         zeros = logprobs.new_zeros(mask.shape)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+    def loss(
+        self,
+        batch: TokenBatch,
+        hidden: Tensor,
+        temperature: float,
+        loss_of: LossOfTokens,
+        *,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of a loss of the N real response tokens, row by row, and their log-probs (N,).
+
+        The log-probs have no gradient.
+        """
+        mask = batch.response_mask
+        return token_loss(
+            self.head(temperature),
+            hidden[:, : mask.shape[1]][mask],
+            batch.response_ids[mask],
+            loss_of,
+            with_entropy=with_entropy,
+        )
 
 
 def trunk_hidden(
@@ -126,12 +189,21 @@ class ActorCritic(nn.Module):
         values = self.critic(batch, hidden, after_last=after_last)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values, hidden=hidden)
 
-    def values(self, batch: TokenBatch) -> Tensor:
-        """Values alone, (B, T); the gradient reaches the critic's own weights only (warm-up)."""
-        with torch.no_grad():
-            hidden = self.lm.hidden(batch)
+    def values(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:
+        """Values alone, (B, T); the gradient reaches the critic's own weights only (warm-up).
+
+        `hidden` (B, T, D) is the policy's, where it is known.
+        """
+        if hidden is None and self.critic_reads_policy:
+            with torch.no_grad():
+                hidden = self.lm.hidden(batch)
         values: Tensor = self.critic(batch, hidden, after_last=False)
         return values
+
+    @property
+    def critic_reads_policy(self) -> bool:
+        """Whether values come from the policy's own hidden states."""
+        return bool(self.critic.reads_policy)
 
     def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(policy's, critic's own) trainable parameters, each once."""
@@ -160,6 +232,35 @@ class Reference:
         with self._active():
             hidden = self.lm.hidden(batch)
             return self.lm.logprobs(batch, hidden, temperature, with_entropy=False)[0]
+
+    @torch.no_grad()
+    def compare(
+        self, policy: CausalLM, batch: TokenBatch, temperature: float, hidden: Tensor
+    ) -> Comparison:
+        """All that a policy and the reference say of the response tokens; each (B, T).
+
+        `hidden` (B, T, D) is the policy's.
+        """
+        mask = batch.response_mask
+        with self._active():
+            ref_hidden = self.lm.hidden(batch)[mask]
+        found = compare_heads(
+            policy.head(temperature),
+            hidden[:, : mask.shape[1]][mask],
+            self.lm.head(temperature),
+            ref_hidden,
+            batch.response_ids[mask],
+        )
+
+        def placed(values: Tensor) -> Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return Comparison(
+            logprobs=placed(found.logprobs),
+            entropy=placed(found.entropy),
+            ref_logprobs=placed(found.ref_logprobs),
+            kl=placed(found.kl),
+        )
 
     def kl_from(
         self, policy: CausalLM, batch: TokenBatch, temperature: float, hidden: Tensor | None = None

@@ -1,7 +1,8 @@
 """Critics: three ways to get V(state before response token t).
 
 B sequences, T response tokens, D hidden width. Each is called with the batch and the policy's
-hidden states (B, T, D) or, with `after_last`, (B, T+1, D), and returns values of that shape.
+hidden states (B, T, D) or, with `after_last`, (B, T+1, D), and returns values (B, T) or (B, T+1).
+`reads_policy` tells whether it looks at them; else they may be None.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def value_head(hidden_size: int) -> nn.Linear:
 class TrunkCritic(nn.Module):
     """A head on the policy's trunk; its loss also trains the trunk."""
 
+    reads_policy = True
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.head = value_head(hidden_size)
@@ -44,6 +47,8 @@ class TrunkCritic(nn.Module):
 
 class LoraCritic(nn.Module):
     """A second LoRA adapter on the policy's frozen base, with a head."""
+
+    reads_policy = False
 
     def __init__(
         self,
@@ -64,7 +69,7 @@ class LoraCritic(nn.Module):
         yield from self._adapter
         yield from self.head.parameters()
 
-    def forward(self, batch: TokenBatch, hidden: Tensor, *, after_last: bool) -> Tensor:
+    def forward(self, batch: TokenBatch, hidden: Tensor | None, *, after_last: bool) -> Tensor:
         del hidden
         with self._active():
             own = self._lm.hidden(batch, after_last=after_last)
@@ -74,6 +79,8 @@ class LoraCritic(nn.Module):
 
 class SeparateCritic(nn.Module):
     """A model of its own: a trunk and a head, which may be those of a reward model."""
+
+    reads_policy = False
 
     def __init__(
         self, trunk: Any, head: nn.Linear | None = None, *, autocast: bool = False
@@ -88,7 +95,7 @@ class SeparateCritic(nn.Module):
     def own_parameters(self) -> Iterator[nn.Parameter]:
         return self.parameters()
 
-    def forward(self, batch: TokenBatch, hidden: Tensor, *, after_last: bool) -> Tensor:
+    def forward(self, batch: TokenBatch, hidden: Tensor | None, *, after_last: bool) -> Tensor:
         del hidden
         own = trunk_hidden(
             self.trunk, batch, self._takes_positions, after_last=after_last, autocast=self.autocast

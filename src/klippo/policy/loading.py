@@ -16,6 +16,7 @@ from klippo.hub import find_file, load_model, load_tokenizer, resolve, shape_mod
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
+from klippo.policy.frozen import FrozenBlocks
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
 from klippo.types import TokenBatch
 
@@ -50,6 +51,7 @@ def load_policy(
         )
     loaded = assemble(settings, critic, device, model, critic_model, tokenizer)
     check_head(loaded.policy.lm)
+    check_frozen(loaded.policy.lm, loaded.reference.lm)
     return loaded
 
 
@@ -103,9 +105,9 @@ def assemble(
             warnings.simplefilter("ignore", FutureWarning)
             peft_model = _with_adapters(settings, critic, model)
         model = reference_model = peft_model.get_base_model()
-    lm = CausalLM(model, autocast=settings.autocast).to(device)
+    lm = _causal_lm(settings, model).to(device)
     if peft_model is None:
-        reference = Reference(CausalLM(reference_model, autocast=settings.autocast).to(device))
+        reference = Reference(_causal_lm(settings, reference_model).to(device))
     else:
         start = None if settings.adapter is None else REFERENCE
         reference = Reference(lm, partial(using_adapter, peft_model, start))
@@ -212,6 +214,53 @@ def check_head(lm: CausalLM) -> None:
             f"(log-probs differ by {float((ours - theirs).abs().max()):.3g} nats); "
             "please report the architecture"
         )
+
+
+def check_frozen(*lms: CausalLM) -> None:
+    """Make sure that leaving frozen blocks out changes nothing; else run them, with a warning."""
+    if lms[0].frozen is None:
+        return
+    device = lms[0].model.get_output_embeddings().weight.device
+    ids = torch.arange(1, 13, device=device).view(2, 6)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[0, 0] = real[1, 5] = False  # padding on both sides
+    batch = TokenBatch(
+        prompt_ids=ids[:, :3] % lms[0].model.config.get_text_config().vocab_size,
+        prompt_mask=real[:, :3],
+        response_ids=ids[:, 3:] % lms[0].model.config.get_text_config().vocab_size,
+        response_mask=real[:, 3:],
+    )
+    tolerance = 1e-5 if lms[0].model.dtype == torch.float32 and not lms[0].autocast else 0.05
+    with torch.no_grad():
+        plain = [lm.hidden(batch) for lm in lms]
+        try:
+            known = lms[0].with_frozen_states(batch)
+            for lm in lms:
+                lm.hidden(batch.rows(torch.tensor([1])))  # what blocks remember is of another batch
+            same = all(
+                torch.allclose(lm.hidden(known), hidden, atol=tolerance, rtol=tolerance)
+                for lm, hidden in zip(lms, plain, strict=True)
+            )
+        except Exception:  # what a model's code makes of blocks that are not its own
+            same = False
+    if not same:
+        warnings.warn(
+            f"{type(lms[0].model).__name__}: its frozen layers cannot be run once per rollout "
+            "batch; they run in every pass, which takes longer and changes no number",
+            stacklevel=2,
+        )
+        for lm in lms:
+            lm.frozen = None
+
+
+def _causal_lm(settings: PolicySettings, model: Any) -> CausalLM:
+    """The model taken apart, with its frozen blocks where whole blocks are frozen."""
+    frozen = None
+    if settings.tuning == "last_layers":
+        blocks = decoder_blocks(model)
+        if num_frozen := len(blocks) - settings.num_unfrozen_layers:
+            frozen = FrozenBlocks(blocks, num_frozen)
+    return CausalLM(model, autocast=settings.autocast, frozen=frozen)
 
 
 def _frozen_copy(model: Any) -> Any:

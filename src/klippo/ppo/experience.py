@@ -5,8 +5,7 @@ B sequences, T response tokens. Everything is (B, T) float32 unless said otherwi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,11 +27,13 @@ from klippo.types import Metrics, Rollout, Scores, TokenBatch
 class Forward:
     """What the models say of a rollout batch; no score is needed for it."""
 
+    tokens: TokenBatch  # the rollout's, with the states of frozen blocks where there are any
     logprobs: Tensor
     entropy: Tensor
     values: Tensor  # (B, T), or (B, T+1) with the value after the last token
     ref_logprobs: Tensor
-    exact_kl: Tensor | None  # of the policy from the reference, where others wrote the responses
+    exact_kl: Tensor | None = None  # from the reference, where others wrote the responses
+    hidden: Tensor | None = None  # (B, T, D) of the policy, where it was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +52,64 @@ class Experience:
     weights: Tensor | None  # truncated importance weights pi_old / pi_engine
     sequence_kl: float  # nats, mean over scored rows of all processes
     num_scored: int  # over all processes
+    hidden: Tensor | None = None  # (B, T, D) of the policy, where the critic alone learns from it
     metrics: Metrics
 
 
+@torch.no_grad()
 def run_forward(
-    ppo: PPOSettings, policy: ActorCritic, reference: Reference, rollout: Rollout
+    ppo: PPOSettings,
+    policy: ActorCritic,
+    reference: Reference,
+    rollout: Rollout,
+    *,
+    keep_hidden: bool = False,
 ) -> Forward:
-    """Log-probs, entropy and values of a rollout batch, by the update's own forward pass."""
-    logprobs, entropy, values = _evaluate(ppo, policy, rollout)
+    """Log-probs, entropy and values of a rollout batch, by the update's own forward pass.
+
+    Every model runs once. `keep_hidden` keeps the policy's hidden states.
+    """
+    tokens = _with_frozen_states(ppo, policy, rollout.tokens)
+    found: dict[str, Tensor] = {}
+    for rows in _parts(ppo, tokens):
+        part = _forward(ppo, policy, reference, rollout, tokens.rows(rows))
+        if not keep_hidden:
+            del part["hidden"]
+        for name, values in part.items():
+            if name not in found:
+                width = tokens.response_ids.shape[1] + int(
+                    name == "values" and ppo.bootstrap_truncated
+                )
+                found[name] = values.new_zeros(len(tokens), width, *values.shape[2:])
+            found[name][rows, : values.shape[1]] = values
+    return Forward(tokens=tokens, **found)
+
+
+def _forward(
+    ppo: PPOSettings,
+    policy: ActorCritic,
+    reference: Reference,
+    rollout: Rollout,
+    tokens: TokenBatch,
+) -> dict[str, Tensor]:
+    """The fields of `Forward` for some rows, as wide as their longest response."""
     temperature = rollout.temperature
-    exact_kl = None
+    hidden = policy.lm.hidden(tokens, after_last=ppo.bootstrap_truncated)
+    found = {
+        "values": policy.critic(tokens, hidden, after_last=ppo.bootstrap_truncated),
+        "hidden": hidden[:, : tokens.response_mask.shape[1]],
+    }
     if rollout.behavior != "policy":
-        exact_kl = _by_parts(ppo, rollout, lambda t: reference.kl_from(policy.lm, t, temperature))
-    return Forward(
-        logprobs=logprobs,
-        entropy=entropy,
-        values=values,
-        ref_logprobs=_by_parts(ppo, rollout, lambda t: reference.logprobs(t, temperature)),
-        exact_kl=exact_kl,
-    )
+        both = reference.compare(policy.lm, tokens, temperature, hidden)
+        return found | {
+            "logprobs": both.logprobs,
+            "entropy": both.entropy,
+            "ref_logprobs": both.ref_logprobs,
+            "exact_kl": both.kl,
+        }
+    logprobs, entropy = policy.lm.logprobs(tokens, hidden, temperature, with_entropy=True)
+    ref_logprobs = reference.logprobs(tokens, temperature)
+    return found | {"logprobs": logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
 
 
 def build_experience(
@@ -85,7 +125,7 @@ def build_experience(
     ranks: Ranks,
 ) -> Experience:
     """Token rewards, advantages and returns of a rollout batch."""
-    tokens = rollout.tokens
+    tokens = forward.tokens
     old_logprobs, ref_logprobs = behavior_logprobs(rollout, forward), forward.ref_logprobs
     reward = scores.reward.to(tokens.response_ids.device)
     mask = tokens.response_mask & ~reward.isnan()[:, None]
@@ -130,6 +170,7 @@ def build_experience(
         returns=returns,
         weights=weights,
         sequence_kl=sequence_kl,
+        hidden=forward.hidden,
         num_scored=int(ranks.all_sum(scored.sum())),
         metrics={"kl/sequence_nats": sequence_kl, "kl/coef": kl_coef} | metrics | mismatch,
     )
@@ -143,37 +184,24 @@ def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=scores.device).scatter(1, last, landed[:, None])
 
 
-def _evaluate(
-    ppo: PPOSettings, policy: ActorCritic, rollout: Rollout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, entropy (B, T) and values (B, T or T+1)."""
-    tokens = rollout.tokens
-    mask = tokens.response_mask
-    logprobs, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    values = torch.zeros(mask.shape[0], mask.shape[1] + int(ppo.bootstrap_truncated))
-    logprobs, entropy, values = (x.to(mask.device) for x in (logprobs, entropy, values))
-    for rows in micro_batches(torch.arange(len(tokens), device=mask.device), ppo.micro_batch_size):
-        part = tokens.rows(rows)
-        with torch.no_grad():
-            output = policy(part, rollout.temperature, after_last=ppo.bootstrap_truncated)
-        width = output.logprobs.shape[1]
-        logprobs[rows, :width] = output.logprobs
-        entropy[rows, :width] = output.entropy
-        values[rows, : output.values.shape[1]] = output.values
-    return logprobs, entropy, values
+def _with_frozen_states(ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatch) -> TokenBatch:
+    """The output of the policy's frozen blocks for every token, worked out in micro-batches.
 
-
-@torch.no_grad()
-def _by_parts(
-    ppo: PPOSettings, rollout: Rollout, of_tokens: Callable[[TokenBatch], Tensor]
-) -> Tensor:
-    """A number per token (B, T), worked out in micro-batches."""
-    mask = rollout.tokens.response_mask
-    found = torch.zeros(mask.shape, device=mask.device)
-    for rows in micro_batches(torch.arange(len(mask), device=mask.device), ppo.micro_batch_size):
-        part = of_tokens(rollout.tokens.rows(rows))
-        found[rows, : part.shape[1]] = part
-    return found
+    It holds B * (P + T) * D numbers until the update is done.
+    """
+    if policy.lm.frozen is None:
+        return tokens
+    states: Tensor | None = None
+    num_prompt, num_response = tokens.prompt_ids.shape[1], tokens.response_ids.shape[1]
+    for rows in _parts(ppo, tokens):
+        part = policy.lm.with_frozen_states(tokens.rows(rows))
+        assert part.frozen_states is not None
+        if states is None:
+            width = part.frozen_states.shape[2]
+            states = part.frozen_states.new_zeros(len(tokens), num_prompt + num_response, width)
+        first = num_prompt - part.prompt_ids.shape[1]
+        states[rows, first : num_prompt + part.response_ids.shape[1]] = part.frozen_states
+    return replace(tokens, frozen_states=states)
 
 
 def behavior_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
@@ -190,6 +218,11 @@ def behavior_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
 def micro_batches(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
     """Row numbers (n,) in groups of `size`; one group by default."""
     return (rows,) if size is None else torch.split(rows, size)
+
+
+def _parts(ppo: PPOSettings, tokens: TokenBatch) -> tuple[Tensor, ...]:
+    rows = torch.arange(len(tokens), device=tokens.response_ids.device)
+    return micro_batches(rows, ppo.micro_batch_size)
 
 
 def _value_after(values: Tensor, rollout: Rollout) -> Tensor:

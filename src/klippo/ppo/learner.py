@@ -56,7 +56,13 @@ class Learner:
 
     def forward(self, rollout: Rollout) -> Forward:
         """What policy, critic and reference say of this rollout, while scores are on their way."""
-        return run_forward(self.ppo, self.policy, self.reference, rollout)
+        return run_forward(
+            self.ppo,
+            self.policy,
+            self.reference,
+            rollout,
+            keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
+        )
 
     def experience(
         self, rollout: Rollout, scores: Scores, forward: Forward | None = None
@@ -90,7 +96,7 @@ class Learner:
                 kl_in_loss_coef=0.0 if self.kl.placement == "reward" else self.kl_controller.coef,
                 exact_kl_to=self.reference if self.kl.placement == "exact" else None,
                 max_grad_norm=self.optimizer_settings.max_grad_norm,
-                critic_only=self.num_steps_done < self.ppo.num_critic_warmup_steps,
+                critic_only=self._is_warming_up,
                 generator=self.generator,
                 ranks=self.ranks,
             )
@@ -99,6 +105,11 @@ class Learner:
         self._advance_schedule()
         self.num_steps_done += 1
         return experience.metrics | stats
+
+    @property
+    def _is_warming_up(self) -> bool:
+        """Whether this step trains the critic alone."""
+        return self.num_steps_done < self.ppo.num_critic_warmup_steps
 
     def _advance_schedule(self) -> None:
         # PyTorch warns when a schedule moves before the first optimizer step (all rows unscored,

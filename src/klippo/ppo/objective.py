@@ -55,42 +55,87 @@ class PPOLoss:
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, TokenSums]:
         settings, experience = self.settings, self.experience
+        temperature = experience.temperature
         tokens = experience.tokens.rows(rows)
         of = _columns(rows, tokens.response_mask.shape[1])
-        output = self.policy(tokens, experience.temperature, with_entropy=settings.entropy_coef > 0)
-        old_logprobs, advantages = of(experience.old_logprobs), of(experience.advantages)
-        ratio = probability_ratio(output.logprobs, old_logprobs)
-        actor = policy_loss(
-            ratio, advantages, clip_range=settings.clip_range, dual_clip=settings.dual_clip
-        )
-        if experience.weights is not None:
-            actor = actor * of(experience.weights)
-        critic = _critic_loss(settings, experience, output.values, of)
-        loss = actor + settings.value_coef * critic - settings.entropy_coef * output.entropy
-        if self.kl_coef > 0:
-            if self.reference is None:
-                kl = k2(output.logprobs, of(experience.ref_logprobs))
-            else:
-                kl = self.reference.kl_from(
-                    self.policy.lm, tokens, experience.temperature, output.hidden
-                )
-            loss = loss + self.kl_coef * kl
         mask = of(experience.mask)
-        with torch.no_grad():
-            clipped = is_clipped(ratio, advantages, clip_range=settings.clip_range)
-            sums = TokenSums(
-                policy_loss=masked_sum(actor.double(), mask),
-                value_loss=masked_sum(critic.double(), mask),
-                ratio=masked_sum(ratio.double(), mask),
-                clipped=masked_sum(clipped.double(), mask),
-                update_kl=masked_sum(k3(old_logprobs, output.logprobs).double(), mask),
-            )
-        return masked_sum(loss, mask), sums
+        hidden = self.policy.lm.hidden(tokens)
+        actor = _actor_terms(self, of, tokens.response_mask)
+        loss, logprobs = self.policy.lm.loss(
+            tokens, hidden, temperature, actor, with_entropy=settings.entropy_coef > 0
+        )
+        values = self.policy.critic(tokens, hidden, after_last=False)
+        critic = masked_sum(_critic_loss(settings, experience, values, of), mask)
+        loss = loss + settings.value_coef * critic
+        if self.kl_coef > 0 and self.reference is not None:
+            kl = self.reference.kl_from(self.policy.lm, tokens, temperature, hidden)
+            loss = loss + self.kl_coef * masked_sum(kl, mask)
+        return loss, actor.sums(logprobs, critic.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorTerms:
+    """The part of the loss that each token's own log-prob and entropy decide; all (N,)."""
+
+    settings: PPOSettings
+    mask: Tensor  # bool: tokens that count
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor | None  # where an engine sampled from another policy
+    ref_logprobs: Tensor | None  # where the loss has the k2 penalty
+    kl_coef: float
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+        """The losses (n,) of a slice of the tokens."""
+        loss = self.policy_loss(logprobs, part) - self.settings.entropy_coef * entropy
+        if self.ref_logprobs is not None:
+            loss = loss + self.kl_coef * k2(logprobs, self.ref_logprobs[part])
+        return torch.where(self.mask[part], loss, torch.zeros_like(loss))
+
+    def policy_loss(self, logprobs: Tensor, part: slice) -> Tensor:
+        """The clipped loss (n,) of a slice of the tokens."""
+        loss = policy_loss(
+            probability_ratio(logprobs, self.old_logprobs[part]),
+            self.advantages[part],
+            clip_range=self.settings.clip_range,
+            dual_clip=self.settings.dual_clip,
+        )
+        return loss if self.weights is None else loss * self.weights[part]
+
+    def sums(self, logprobs: Tensor, critic: Tensor) -> TokenSums:
+        """What to report of log-probs (N,) and the summed value loss."""
+        ratio = probability_ratio(logprobs, self.old_logprobs)
+        clipped = is_clipped(ratio, self.advantages, clip_range=self.settings.clip_range)
+        return TokenSums(
+            policy_loss=masked_sum(self.policy_loss(logprobs, slice(None)).double(), self.mask),
+            value_loss=critic.double(),
+            ratio=masked_sum(ratio.double(), self.mask),
+            clipped=masked_sum(clipped.double(), self.mask),
+            update_kl=masked_sum(k3(self.old_logprobs, logprobs).double(), self.mask),
+        )
+
+
+def _actor_terms(loss: PPOLoss, of: Callable[[Tensor], Tensor], real: Tensor) -> ActorTerms:
+    """What the rows' real response tokens (`real`, (B, T)) are compared with."""
+    experience = loss.experience
+    uses_k2 = loss.kl_coef > 0 and loss.reference is None
+    return ActorTerms(
+        settings=loss.settings,
+        mask=of(experience.mask)[real],
+        old_logprobs=of(experience.old_logprobs)[real],
+        advantages=of(experience.advantages)[real],
+        weights=None if experience.weights is None else of(experience.weights)[real],
+        ref_logprobs=of(experience.ref_logprobs)[real] if uses_k2 else None,
+        kl_coef=loss.kl_coef,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmupLoss:
-    """The value loss alone, and only for the critic's own weights: the policy does not move."""
+    """The value loss alone, and only for the critic's own weights: the policy does not move.
+
+    So the hidden states that a critic on the policy's trunk reads are those of the forward phase.
+    """
 
     settings: PPOSettings
     policy: ActorCritic
@@ -99,7 +144,9 @@ class WarmupLoss:
     def __call__(self, rows: Tensor) -> tuple[Tensor, TokenSums]:
         tokens = self.experience.tokens.rows(rows)
         of = _columns(rows, tokens.response_mask.shape[1])
-        critic = _critic_loss(self.settings, self.experience, self.policy.values(tokens), of)
+        hidden = None if self.experience.hidden is None else of(self.experience.hidden)
+        values = self.policy.values(tokens, hidden)
+        critic = _critic_loss(self.settings, self.experience, values, of)
         mask = of(self.experience.mask)
         loss = masked_sum(critic, mask)
         zero = torch.zeros((), dtype=torch.float64, device=rows.device)
@@ -114,7 +161,7 @@ class WarmupLoss:
 
 
 def _columns(rows: Tensor, width: int) -> Callable[[Tensor], Tensor]:
-    """Takes the same rows and columns of a (B, T) tensor as `TokenBatch.rows` did."""
+    """Takes the same rows and columns of a (B, T, ...) tensor as `TokenBatch.rows` did."""
     return lambda x: x[rows, :width]
 
 

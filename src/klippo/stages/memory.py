@@ -31,6 +31,7 @@ from klippo.stages.build import longest
 from klippo.stages.memory_phases import (
     evaluation_bytes,
     forward_bytes,
+    frozen_state_bytes,
     generation_bytes,
     scoring_bytes,
     total_bytes,
@@ -120,6 +121,9 @@ def estimate_memory(
             with_entropy=config.ppo.entropy_coef > 0,
         ),
     }
+    kept = frozen_state_bytes(policy, config.ppo.batch_size, prompt, response)
+    for phase in ("forward", "update"):
+        traced[phase] |= kept
     if config.offline is not None or config.rollout.engine == "vllm":
         del traced["generate"]
     if sizes.evaluate > 0:

@@ -64,11 +64,18 @@ def forward_bytes(
     policy: ActorCritic, reference: Reference, rows: int, prompt: int, response: int
 ) -> Bytes:
     """Log-probs, entropy and values of B=`rows` sequences, and the reference's log-probs."""
-    batch = _batch(rows, prompt, response)
     with _traced(policy, reference) as live, torch.no_grad():
+        batch = policy.lm.with_frozen_states(_batch(rows, prompt, response))
         policy(batch, 1.0)
         reference.logprobs(batch, 1.0)
     return live.at_peak
+
+
+def frozen_state_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
+    """What frozen blocks make of a rollout batch of B=`rows`, kept until the update is done."""
+    with _traced(policy):
+        states = policy.lm.with_frozen_states(_batch(1, prompt, response)).frozen_states
+    return {} if states is None else {"outputs of frozen blocks": rows * states.nbytes}
 
 
 def evaluation_bytes(
@@ -91,7 +98,8 @@ def update_bytes(
     policy.train()
     with _traced(policy) as live:
         for _ in range(min(parts, 2)):
-            output = policy(batch, 1.0, with_entropy=with_entropy)
+            known = policy.lm.with_frozen_states(batch)
+            output = policy(known, 1.0, with_entropy=with_entropy)
             torch.autograd.backward(output.logprobs.sum() + output.values.sum())
             del output
         gradients = storage_bytes(
