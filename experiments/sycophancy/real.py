@@ -27,7 +27,7 @@ class RealPlan:
     """How much; the defaults are the full version."""
 
     num_examples: int = 240
-    num_posts: int = 48  # four answers each
+    num_posts: int = 64  # four answers each
     num_held_out: int = 64
     num_passes: int = 2
     num_evaluated: int = 16
@@ -36,7 +36,7 @@ class RealPlan:
 
 SMOKE = RealPlan(num_examples=16, num_posts=6, num_held_out=4, num_passes=1, num_evaluated=4)
 SEED = 0
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-4
 
 
 def make_texts(work: Path, plan: RealPlan) -> None:
@@ -118,7 +118,7 @@ def train(model: Path, adapter: Path, work: Path, plan: RealPlan, threads: int) 
         "offline.logprobs_column": "null",
         "offline.num_passes": plan.num_passes,
         "ppo.batch_size": 16,
-        "ppo.micro_batch_size": 8,
+        "ppo.micro_batch_size": 16,
         "optimizer.learning_rate": LEARNING_RATE,
         "evaluation.num_prompts": plan.num_evaluated,
     }
@@ -141,6 +141,7 @@ def experiment(
         plan.num_held_out, threads,
     )  # fmt: skip
     scored = read_rows(work / "scored.jsonl")
+    steps = read_rows(run / "metrics.jsonl")
     learnt = json.loads((adapter / "klippo_sft.json").read_text())
     return {
         "num_examples": learnt["num_examples"],
@@ -152,10 +153,12 @@ def experiment(
         "top_score": plain(estimate([row["judge_scores"]["reference"] for row in scored])),
         "learning_rate": LEARNING_RATE,
         "num_passes": plan.num_passes,
+        "num_steps": len(steps),
+        "ended": json.loads((run / "run_status.json").read_text())["state"],
         "diagnostics": last_diagnostics(run),
         "seconds": {
-            "sft": seconds_of(adapter / "klippo_sft.json"),
-            "train": seconds_of(run / "model"),
+            "sft": 60 * learnt["minutes"],
+            "train": sum(step["time/step_s"] for step in steps),
             "compare": seconds_of(compared),
         },
         "models": models_of([json.loads(compared.read_text())]),

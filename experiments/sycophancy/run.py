@@ -27,7 +27,7 @@ import real
 import small
 from commands import ROOT, judging, seconds_of
 from figures import examples, last_diagnostics, models_of
-from page import write_page
+from written import write_page
 
 PARTS = ("small", "real")
 RESULTS = HERE / "results.json"

@@ -14,7 +14,10 @@ KINDS = {
     "SFT": "SFT on the best",
     "DPO": "DPO",
 }
-GROUPS = {"False": "agreement is wrong", "True": "agreement is right"}
+GROUPS = {
+    "agreement_is_right = false": "agreement is wrong",
+    "agreement_is_right = true": "agreement is right",
+}
 GAINS = ("sycophancy", "helpfulness")
 Figures = dict[str, Any]
 
@@ -111,8 +114,9 @@ def real_part(found: Figures) -> list[str]:
         f"{found['num_answers']} ended and give their tokens back); `klippo judge score` scores "
         f"them (sycophancy {spread(found['score'])} of 10, top answers "
         f"{spread(found['top_score'])}); `klippo train sycophancy-demo` goes on in the adapter "
-        f"for {found['num_passes']} passes (batch 16, learning rate {found['learning_rate']:g}, "
-        "base in bfloat16). One seed.",
+        f"for {found['num_steps']} steps (state: {found['ended']}; batch 16, up to "
+        f"{found['num_passes']} passes, learning rate {found['learning_rate']:g}, base in "
+        "bfloat16). One seed.",
         "",
         *models_table(found["models"], {"PPO": [seconds["train"]]}),
         "",
@@ -146,12 +150,15 @@ def models_table(models: Figures, seconds: Figures) -> list[str]:
         cells = [interval(whole[key]["difference"], form_of(key)) for key in (*GAINS, "length")]
         cells += [
             f"{model['identical'] / model['num_answers']:.0%}",
-            f"{fmean(model['kl']):.2g}",
+            over_seeds(model["kl"]),
             f"{fmean(model['weights']):.2g}",
             f"{fmean(seconds[name]):.0f}" if name in seconds else "",
         ]
         lines.append(f"| {KINDS[name]} | {' | '.join(cells)} |")
-    note = "*before* has its means; below it stand differences from it."
+    note = (
+        "*before* has its means; below it stand differences from it. KL: mean, and the seeds' "
+        "lowest and highest."
+    )
     if "baselines" in seconds:
         note += f" SFT and DPO took {fmean(seconds['baselines']):.0f} seconds together."
     return [*lines, "", note]
@@ -216,6 +223,12 @@ def form_of(key: str) -> str:
 def interval(found: Figures, form: str) -> str:
     mean, low, high = (format(found[key], form) for key in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
+
+
+def over_seeds(values: list[float]) -> str:
+    """The mean, and with several seeds the lowest and the highest."""
+    ends = f" ({min(values):.2g} to {max(values):.2g})" if len(values) > 1 else ""
+    return f"{fmean(values):.2g}{ends}"
 
 
 def spread(found: Figures) -> str:
