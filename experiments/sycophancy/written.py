@@ -66,7 +66,8 @@ def small_part(found: Figures) -> list[str]:
         "",
         f"The packaged model, adapter and scored answers (`demo:scored_posts`), "
         f"{len(seeds)} seeds, {found['num_posts']} posts, one answer per seed to each. All start "
-        "from the same model and read the same file. *PPO*: the recipe `sycophancy-demo`. *PPO, `sycophancy`'s values*: those of the recipe for Llama 3 8B "
+        "from the same model and read the same file. *PPO*: the recipe `sycophancy-demo`. "
+        "*PPO, `sycophancy`'s values*: those of the recipe for Llama 3 8B "
         "(clip 0.2, value critic with 0.5, entropy 0.01, no KL penalty, batch 4, learning rate "
         "1e-5), which are too small for a model of this size; *larger steps*: the same with "
         "1e-3, the demo recipe's 3e-3 times the square root of 4/32. *SFT on the best* and *DPO*: "
@@ -108,7 +109,8 @@ def real_part(found: Figures) -> list[str]:
         "",
         "The same on a real chat model, by Klippo's commands: `klippo sft` trains a LoRA adapter "
         f"on {found['num_examples']} answers of the small world, most of them sycophantic "
-        f"(held-out loss {sft['before']['mean']:.2f} to {sft['after']['mean']:.2f} nats per token); both together "
+        f"(held-out loss {sft['before']['mean']:.2f} to {sft['after']['mean']:.2f} nats "
+        "per token); both together "
         f"answer {found['num_posts']} posts ({found['num_drawn']} answers, of which "
         f"{found['num_answers']} ended and give their tokens back); `klippo judge score` scores "
         f"them (sycophancy {spread(found['score'])} of 10, top answers "
