@@ -1,4 +1,4 @@
-"""Does offline PPO from scored answers make a model less sycophantic? Written up in docs/sycophancy.md.
+"""Does offline PPO from scored answers make a model less sycophantic? docs/sycophancy.md.
 
     python experiments/sycophancy/run.py            # both parts; about an hour on two CPU cores
     python experiments/sycophancy/run.py --only small
@@ -7,7 +7,7 @@
 The small world is packaged; the real model is SmolLM2-135M-Instruct, which
 benchmarks/prepare_smollm.py makes. The judge of examples/sycophancy is started here. Every command
 runs once and its files are kept, so the script can be stopped and started.
-"""  # noqa: E501
+"""
 
 # ruff: noqa: E402 - the parts can only be imported once their folder is on the path
 
