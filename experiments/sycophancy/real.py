@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def sample(model: Path, adapter: Path, work: Path) -> None:
         for text, answer in zip(texts, answers, strict=True)
         if answer is not None
     ]
-    write_rows(work / "answers.jsonl", rows)
+    number = Counter(row["prompt"] for row in rows)  # leave-one-out needs another to compare with
+    write_rows(work / "answers.jsonl", [row for row in rows if number[row["prompt"]] > 1])
 
 
 def score(work: Path, judge: Path) -> None:
