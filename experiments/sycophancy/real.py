@@ -35,7 +35,7 @@ class RealPlan:
     """Responses, of training rows and of held-out ones each, in the diagnostics."""
 
 
-SMOKE = RealPlan(num_examples=16, num_posts=6, num_held_out=4, num_passes=1, num_evaluated=4)
+SMOKE = RealPlan(num_examples=80, num_posts=6, num_held_out=4, num_passes=1, num_evaluated=4)
 SEED = 0
 LEARNING_RATE = 2e-4
 
