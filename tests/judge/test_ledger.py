@@ -205,7 +205,7 @@ def random_fault(rng: random.Random) -> Step:
             error(400, "odd"),
             Step(resets=True),
             Step(body=ok().body, cut=15),
-            Step(delay_s=0.4),
+            Step(delay_s=1.2),
             ok(delay_s=0.02),
         ]
     )
@@ -217,7 +217,7 @@ def test_attempts_add_up_to_the_servers_hits_under_random_faults(seed: int, tmp_
     cache = tmp_path / "judge.sqlite"
     with FaultServer(otherwise=lambda hit: random_fault(rng)) as server:
         requests = [question(i) for i in range(80)]
-        answers = ask_all(server, requests, cache=cache, timeout_s=0.2, concurrency=24)
+        answers = ask_all(server, requests, cache=cache, timeout_s=0.8, concurrency=24)
         num_hits = len(server.hits)
     assert sum(answer.num_attempts for answer in answers) == num_hits == totals(cache)[0]
     assert max(answer.num_attempts for answer in answers) <= 6
