@@ -8,25 +8,17 @@ import torch
 from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic
-from klippo.policy.adapters import POLICY
+from klippo.policy.weights import effective_weights
 
 
 @torch.no_grad()
 def merged_weights(policy: ActorCritic) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the causal LM, one after the other; the policy's own stay as they are.
 
-    Under a LoRA adapter a weight is W + alpha / rank * B A, in W's precision. A head that is tied
-    to the embedding is not repeated.
+    Those of `effective_weights` (float32), and the buffers that a checkpoint holds. A head that is
+    tied to the embedding is not repeated.
     """
     model = policy.lm.model
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        module, inside, own = name.partition(".base_layer.")
-        weight = parameter.detach()
-        if inside and own == "weight":
-            delta = model.get_submodule(module).get_delta_weight(POLICY)
-            weight = (weight + delta).to(weight.dtype)
-        yield f"{module}.{own}" if inside else name, weight
+    yield from effective_weights(model)
     stored = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
