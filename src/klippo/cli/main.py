@@ -71,6 +71,14 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing run folder.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an unfinished run, with safe changes of its config (without changes "
+            "it goes on by itself).",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     dry_run: Annotated[
         bool,
@@ -90,7 +98,7 @@ def train(
 
     from klippo.stages.train import train
 
-    return train(loaded, overwrite=overwrite, quiet=quiet, yes=yes)
+    return train(loaded, overwrite=overwrite, resume=resume, quiet=quiet, yes=yes)
 
 
 register_supervised(app)
