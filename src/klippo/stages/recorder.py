@@ -85,8 +85,8 @@ class RunRecorder:
             self._lock = RunLock(path, warn)
         self.start = find_start(path, config, overwrite=overwrite, resume=resume)
         if self.start.checkpoint is None:
-            RunFolder.create(path, overwrite=overwrite or self.start.is_resumed)
             self.close()
+            RunFolder.create(path, overwrite=overwrite or self.start.is_resumed)
             self._lock = RunLock(path, warn)
 
     def _go_on(self) -> None:
