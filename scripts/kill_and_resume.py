@@ -204,8 +204,8 @@ def fingerprint(folder: Path) -> dict[str, Any]:
         ],
         "state": json.loads((folder / "run_status.json").read_text())["state"],
     }
-    for pattern in ("model/*", "critic/*", "eval/*", "config.yaml", "before_after.md"):
-        for file in folder.glob(pattern):
+    for pattern in ("model/**/*", "critic/**/*", "eval/*", "config.yaml", "before_after.md"):
+        for file in filter(Path.is_file, folder.glob(pattern)):
             content = file.read_bytes()
             found[str(file.relative_to(folder))] = content.replace(str(folder).encode(), b"RUN")
     return found

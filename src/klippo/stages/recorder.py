@@ -73,9 +73,13 @@ class RunRecorder:
         self.folder = RunFolder(Path(config.output_dir))
         self._lock: RunLock | None = None
         self.start = Start()
-        session.ranks.on_main(lambda: self._open_folder(config, overwrite, resume))
-        self.start = session.ranks.gather(self.start)[0]
-        self._go_on()
+        try:
+            session.ranks.on_main(lambda: self._open_folder(config, overwrite, resume))
+            self.start = session.ranks.gather(self.start)[0]
+            self._go_on()
+        except BaseException:
+            self.close()
+            raise
         self.interruptions = Interruptions(self.progress.say, together=session.ranks.world_size > 1)
         self.keeper = Keeper(session, self.folder.path, self.interruptions, self._state)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from klippo.config.schema import RunConfig
@@ -119,7 +120,7 @@ def open_session(
         source.check_columns(rows[0].columns)
     if config.gold is not None:
         check_reward(config.gold, rows[0].columns)
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
     longest = config.rollout.response_length if config.offline is None else 1
@@ -242,6 +243,13 @@ def open_session(
         ),
         **common,
     )
+
+
+def seed_everything(seed: int) -> None:
+    """The generators that rewards and libraries draw from; the run's own have their own seeds."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _remembers(part: object) -> bool:
