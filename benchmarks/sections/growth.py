@@ -41,7 +41,7 @@ def section(result: dict[str, Any]) -> str:
             "| | s/update | times the first row | generate | forward | score | update "
             "| peak memory, GB | times the first row |",
             "|---|--:|---|--:|--:|--:|--:|--:|--:|",
-            *_rows(result),
+            *rows_of(result),
             "",
             *ensemble_lines(result["ensemble_steps"]),
             "",
@@ -92,7 +92,8 @@ def ensemble_lines(cases: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _rows(result: dict[str, Any]) -> list[str]:
+def rows_of(result: dict[str, Any]) -> list[str]:
+    """The table's rows, the base first."""
     lines = []
     for key, name in cases(result):
         of = medians(result, key)
