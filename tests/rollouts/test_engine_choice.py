@@ -86,7 +86,7 @@ def test_several_processes_are_refused(versions):
 def test_the_policy_itself_samples_by_default():
     assert not RolloutSettings().keeps_logprobs
     check_engine_settings(RolloutSettings(), CPU, Ranks(0, 2))
-    engine = build_engine(run_config(), load(), frozenset(), PROMPTS)
+    engine = build_engine(run_config(), load(), frozenset(), PROMPTS, Ranks())
     assert isinstance(engine, HFEngine)
 
 
@@ -116,7 +116,7 @@ def test_what_vllm_has_no_part_in_is_refused(sections, said):
 
 def test_an_engine_with_other_weights_is_found_before_the_run():
     loaded, config = load(), run_config(rollout={"record_logprobs": True})
-    engine = build_engine(config, loaded, frozenset(), PROMPTS)
+    engine = build_engine(config, loaded, frozenset(), PROMPTS, Ranks())
     check_engine(engine, config, loaded, PROMPTS[0], 6)
 
     class Stale:
