@@ -1,6 +1,7 @@
 """Rollout servers for tests: the real HTTP around engines that are quick to start.
 
-`python -m tests.rollouts.serving PORT` is one in a process of its own, to be killed.
+`python -m tests.rollouts.serving dice PORT` is one in a process of its own, to be killed; with
+`copy` it samples from the policy's weights.
 """
 
 import os
@@ -138,7 +139,7 @@ class Process:
 
 @contextmanager
 def server_process(*command: str, **environment: str):
-    process = Process(*(command or ("tests.rollouts.serving",)), **environment)
+    process = Process(*(command or ("tests.rollouts.serving", "dice")), **environment)
     try:
         yield process
     finally:
@@ -158,4 +159,5 @@ def later(work: Callable[[], None], seconds: float = 0.0) -> threading.Thread:
 
 
 if __name__ == "__main__":
-    serve(DiceEngine, "test", host=HOST, port=int(sys.argv[1]))
+    chosen = {"dice": DiceEngine, "copy": CopyEngine}[sys.argv[1]]
+    serve(chosen, "test", host=HOST, port=int(sys.argv[2]))

@@ -19,7 +19,7 @@ from klippo.rollouts import remote as remote_side
 from klippo.rollouts import servers
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.opening import Opening, pack, unpack
-from klippo.rollouts.protocol import DIGEST, RUN, TOKEN_VARIABLE, VERSION, Asked, klippo_version
+from klippo.rollouts.protocol import DIGEST, PROTOCOL, RUN, TOKEN_VARIABLE, VERSION, Asked
 from klippo.rollouts.remote import Timing, greet
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
@@ -318,8 +318,10 @@ def test_who_is_no_fit_server_is_named_before_the_run(monkeypatch):
         greet([one.url])
         with pytest.raises(PreflightError, match=rf"{other.url} has vLLM 0\.33\.0 on cuda"):
             greet([one.url, other.url])
-        monkeypatch.setattr(remote_side, "klippo_version", lambda: "9.9")
-        with pytest.raises(PreflightError, match=r"it has Klippo .*, and who asks has 9\.9"):
+        monkeypatch.setattr(remote_side, "PROTOCOL", "9")
+        with pytest.raises(
+            PreflightError, match="it speaks protocol 1, and who asks 9; install the same"
+        ):
             greet([one.url])
 
 
@@ -332,7 +334,7 @@ def test_another_web_server_is_no_rollout_server():
 
 
 def test_damaged_weights_and_other_weights_are_refused(policy):
-    headers = {VERSION: klippo_version(), RUN: "process/run"}
+    headers = {VERSION: PROTOCOL, RUN: "process/run"}
     packed = pack(merged_weights(policy), torch.float32)
     body = b"".join(packed.parts)
     asked = Asked(weights="other", prompts=[[3]], max_lengths=[4], seeds=[5]).model_dump_json()

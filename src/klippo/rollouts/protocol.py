@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.metadata import version
 from typing import Any
 
 from pydantic import Field
@@ -17,8 +16,10 @@ from klippo.errors import ConfigError, KlippoError, PreflightError
 from klippo.settings import Settings
 from klippo.types import Completion
 
-VERSION, RUN, DIGEST = "Klippo-Version", "Klippo-Run", "Klippo-Weights"
-"""Headers: who asks, for which run, and the digest of the weights in the body."""
+PROTOCOL = "1"
+"""Both sides must have the same: raised with every change of what is sent."""
+VERSION, RUN, DIGEST = "Klippo-Protocol", "Klippo-Run", "Klippo-Weights"
+"""Headers: which protocol, for which run, and the digest of the weights in the body."""
 TOKEN_VARIABLE = "KLIPPO_ROLLOUT_TOKEN"
 """The environment variable that holds the same token where a server and where a run starts."""
 HEARTBEAT_S = 5.0
@@ -36,11 +37,6 @@ class Asked(Settings):
     """Token ids."""
     max_lengths: list[int] = Field(min_length=1)
     seeds: list[int]
-
-
-def klippo_version() -> str:
-    """Both sides must have the same."""
-    return version("klippo")
 
 
 def read_token() -> str | None:

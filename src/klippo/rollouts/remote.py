@@ -15,11 +15,11 @@ from klippo.rollouts.opening import Opening, PackedWeights
 from klippo.rollouts.protocol import (
     DIGEST,
     KINDS,
+    PROTOCOL,
     RUN,
     VERSION,
     Asked,
     bearer,
-    klippo_version,
     read_completion,
     read_token,
 )
@@ -196,7 +196,7 @@ def _lines(url: str, response: httpx2.Response) -> Lines:
 def _client(url: str, timing: Timing) -> httpx2.Client:
     import httpx2
 
-    headers = {VERSION: klippo_version()}
+    headers = {VERSION: PROTOCOL}
     if token := read_token():
         headers["Authorization"] = bearer(token)
     silence = httpx2.Timeout(timing.silence_s, connect=timing.connect_s)

@@ -17,12 +17,12 @@ from klippo.rollouts.opening import Opening
 from klippo.rollouts.protocol import (
     DIGEST,
     HEARTBEAT_S,
+    PROTOCOL,
     RUN,
     TOKEN_VARIABLE,
     VERSION,
     Asked,
     bearer,
-    klippo_version,
 )
 from klippo.rollouts.service import Answer, RolloutService
 
@@ -124,9 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         if token is not None and not hmac.compare_digest(given.encode(), bearer(token).encode()):
             self._refuse(401, f"it needs the token that its {TOKEN_VARIABLE} has")
             return False
-        own, theirs = klippo_version(), self.headers.get(VERSION)
-        if theirs != own:
-            self._refuse(409, f"it has Klippo {own}, and who asks has {theirs}; install the same")
+        if (theirs := self.headers.get(VERSION)) != PROTOCOL:
+            said = f"it speaks protocol {PROTOCOL}, and who asks {theirs}"
+            self._refuse(409, f"{said}; install the same Klippo in both places")
             return False
         return True
 
