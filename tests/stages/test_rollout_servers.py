@@ -86,6 +86,7 @@ def test_a_run_without_any_server_left_ends_and_keeps_its_policy(
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_have_a_server_each(config: Path, tmp_path: Path) -> None:
     with server_here() as (one, _), server_here() as (other, _):
         ours = [*on(one.url, other.url), f"output_dir={tmp_path / 'servers'}"]
