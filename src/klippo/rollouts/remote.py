@@ -42,6 +42,7 @@ class Timing:
     """Patience with one server, in seconds."""
 
     connect_s: float = 5.0
+    """Longest that a server may take to say that it is there."""
     silence_s: float = 60.0
     """Longest pause between two signs of life."""
     backoff_s: float = 0.5
@@ -56,6 +57,7 @@ class RemoteServer:
     def __init__(self, url: str, opening: Opening, run: str, timing: Timing) -> None:
         self.url = url
         self._opening = opening
+        self._timing = timing
         self._http = _client(url, timing)
         self._http.headers[RUN] = run
         self._hold: tuple[httpx2.Response, Lines] | None = None
@@ -108,6 +110,8 @@ class RemoteServer:
             raise
 
     def _open(self) -> None:
+        with _as_unavailable():  # one that hangs is found out here, and soon
+            self._http.get("/health", timeout=self._timing.connect_s)
         response = self._post("/open", self._opening.model_dump_json().encode())
         lines = _lines(self.url, response)
         self._hold = response, lines  # reading on, without an end, is what keeps the connection
