@@ -183,6 +183,11 @@ class RunConfig(WholeConfig):
                 "rollout.engine=vllm takes over whole weights, and policy.quantize_4bit has none; "
                 "use rollout.engine=hf"
             )
+        if self.rollout.engine != "vllm" and self.rollout.vllm.servers:
+            yield (
+                f"rollout.vllm.servers: rollout.engine={self.rollout.engine} asks no server; use "
+                "rollout.engine=vllm, or remove them"
+            )
         if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):
                 value = getattr(self.ppo, name)

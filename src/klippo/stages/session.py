@@ -192,7 +192,7 @@ def open_session(
         at_eos=config.rollout.stop_at_eos,
         extra=config.rollout.stop_tokens,
     )
-    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts])
+    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts], ranks)
     evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
     share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
     fixed = yardstick(source, evaluators.all_sum)
