@@ -96,7 +96,7 @@ def test_exact_kl_is_the_full_vocabulary_sum_against_a_frozen_copy(kind, tmp_pat
     kl = loaded.reference.kl_from(loaded.policy.lm, rollout.tokens, 0.8)
     rows = evaluate(
         loaded.policy, loaded.reference, rollout, Scores(reward=torch.zeros(len(RAGGED))),
-        step=0, episodes=0, batch_size=3,
+        step=0, episodes=0, parts=[torch.tensor([2, 0, 3]), torch.tensor([1])],
     )  # fmt: skip
     with torch.no_grad():
         for i, (prompt_ids, ids) in enumerate(RAGGED):

@@ -100,13 +100,17 @@ def test_half_precision_policies_learn_on_policy_with_float32_heads_and_adapters
     assert metrics["policy/clipped_share"] == 0
 
 
-@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize(
+    "micro",
+    [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_tokens": 18}],
+    ids=str,
+)
 def test_old_log_probs_do_not_depend_on_the_micro_batch(micro):  # rules 2 and 7
     loaded = load(llama())
     rollout, scores = make_rollout(RAGGED, temperature=0.7), Scores(reward=REWARD)
     options = {"bootstrap_truncated": True}
     whole = learner(loaded, ppo=options).experience(rollout, scores)
-    split = learner(loaded, ppo=options | {"micro_batch_size": micro}, moved=False)
+    split = learner(loaded, ppo=options | micro, moved=False)
     parts = split.experience(rollout, scores)
     for name in ("old_logprobs", "ref_logprobs", "old_values", "token_rewards", "advantages"):
         ours, expected = getattr(parts, name)[whole.mask], getattr(whole, name)[whole.mask]

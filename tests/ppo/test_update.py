@@ -35,13 +35,17 @@ def run(one, experience=None, **changes):
     return one.learn(dataclasses.replace(experience, **changes))
 
 
-@pytest.mark.parametrize("micro", [1, 2])
+MICRO_BATCHES = [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_tokens": 18}]
+"""18 tokens: the rows of 3 + 4 and 1 + 6 tokens, and those of 5 + 1 and 2 + 3."""
+
+
+@pytest.mark.parametrize("micro", MICRO_BATCHES, ids=str)
 def test_gradients_do_not_depend_on_the_micro_batch(micro):  # rule 23
     options = {"optimizer": UNCLIPPED, "kl": {"placement": "loss", "coef": 0.2}}
     whole, metrics = learnt_gradients(
         learner(ppo={"entropy_coef": 0.1}, **options), ROLLOUT, REWARD
     )
-    one = learner(ppo={"entropy_coef": 0.1, "micro_batch_size": micro}, **options)
+    one = learner(ppo={"entropy_coef": 0.1} | micro, **options)
     split, split_metrics = learnt_gradients(one, ROLLOUT, REWARD)
     assert_same_tensors(split, whole, atol=1e-6, rtol=1e-5)
     for name in metrics:

@@ -42,6 +42,8 @@ CASES = {
     "plain": Case(ppo={"num_epochs": 2, "entropy_coef": 0.05}),
     "minibatches": Case(ppo={"minibatch_size": 2, "num_epochs": 3}, num_steps=2),
     "micro-batches": Case(ppo={"micro_batch_size": 1}, kl={"placement": "loss", "coef": 0.3}),
+    # The first process's rows would be 2 * (3 + 6) tokens and pass apart, the other's are 2 * 8.
+    "unlike numbers of micro-batches": Case(ppo={"micro_batch_tokens": 16, "num_epochs": 2}),
     "score statistics": Case(
         score={"normalize": True, "whiten": True, "missing_eos": "subtract"},
         kl={"controller": "adaptive", "target": 0.01, "horizon": 50.0},

@@ -39,6 +39,10 @@ def test_every_config_problem_is_listed_at_once_with_its_line(cli, tmp_path: Pat
             {"ppo": {"batch_size": 16, "minibatch_size": 8, "micro_batch_size": 3}},
             "micro_batch_size=3 must divide minibatch_size=8; try 2 or 4",
         ),
+        (
+            {"ppo": {"micro_batch_size": 2, "micro_batch_tokens": 99}},
+            "micro_batch_size=2 and micro_batch_tokens=99 cannot both hold; set one to null",
+        ),
         ({"rollout": {"response_length": 8, "top_k": 50}}, "untruncated policy"),
         ({"rollout": {"response_length": 64}}, "leaves no room for a prompt"),
         ({"rollout": {"response_length": [9, 3]}}, "[9, 3]"),

@@ -17,7 +17,12 @@ from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.policy.tracing import LiveBytes
 from klippo.runs.folder import STATUS_FILE
 from klippo.stages.memory import KEPT, Machine, MemoryEstimate, estimate_memory
-from klippo.stages.memory_phases import generation_bytes, total_bytes, update_bytes
+from klippo.stages.memory_phases import (
+    generation_bytes,
+    total_bytes,
+    update_bytes,
+    update_loss,
+)
 from klippo.stages.trainer import PPOTrainer
 from tests.toys import NO_TOKENIZER
 
@@ -148,8 +153,7 @@ def test_shapes_alone_hold_what_a_real_update_holds(tuning: Any, checkpointing: 
     real.train()
     live = LiveBytes(50, [*real.parameters(), *real.buffers()])
     with live:
-        output = real(batch, 1.0, with_entropy=False)
-        torch.autograd.backward(output.logprobs.sum() + output.values.sum())
+        torch.autograd.backward(update_loss(real, batch, with_entropy=False))
     assert traced == pytest.approx(total_bytes(live.at_peak), rel=0.1)
 
 
@@ -159,6 +163,17 @@ def test_smaller_micro_batches_and_checkpointing_hold_less():
     again = estimate({"gradient_checkpointing": True}).phases["update"]
     assert small["activations"] < whole["activations"] / 2
     assert again["activations"] < whole["activations"]
+
+
+def test_a_budget_of_tokens_counts_as_the_rows_that_fill_it():
+    def update(**ppo: Any) -> Any:
+        return estimate(ppo={"batch_size": 4} | ppo).phases["update"]
+
+    # Prompts of 5 and responses of 6: 22 tokens are 2 rows, and 23 may be more than 2.
+    assert update(micro_batch_tokens=22) == update(micro_batch_size=2)
+    assert update(micro_batch_tokens=23)["activations"] > update(micro_batch_size=2)["activations"]
+    assert update(micro_batch_tokens=1) == update(micro_batch_size=1)
+    assert update(micro_batch_tokens=999) == update()
 
 
 def test_what_the_allocator_keeps_is_a_share_of_what_passes():

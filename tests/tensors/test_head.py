@@ -108,35 +108,58 @@ def test_chunks_cover_every_token_once_within_the_budget(num_tokens, vocabulary,
     assert all((part.stop - part.start) * vocabulary <= max(budget, vocabulary) for part in parts)
 
 
-def watched(num_tokens, vocabulary, *, width=4):
+def two_passes(head, hidden, token_ids):
+    logprobs, entropy = token_logprobs(head, hidden, token_ids)
+    (logprobs + 0.1 * entropy).sum().backward()
+
+
+def one_pass(head, hidden, token_ids):
+    token_loss(head, hidden, token_ids, cubic)[0].backward()
+
+
+PASSES = pytest.mark.parametrize("passes", [one_pass, two_passes])
+
+
+def watched(passes, num_tokens, vocabulary, *, width=4):
     hidden, weight, bias, token_ids = draw(num_tokens, vocabulary, width)
     hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
     head = LMHead(weight=weight, bias=bias, scale=0.9, softcap=5.0)
     with LargestTensor() as seen:
-        logprobs, entropy = token_logprobs(head, hidden, token_ids)
-        (logprobs + 0.1 * entropy).sum().backward()
+        passes(head, hidden, token_ids)
     assert weight.grad is not None
     return seen
 
 
+@PASSES
 @pytest.mark.parametrize(("num_tokens", "vocabulary"), [(64, 50), (512, 50), (512, 400)])
 def test_no_tensor_outgrows_the_chunk_budget_forward_or_backward(
-    monkeypatch, num_tokens, vocabulary
+    monkeypatch, num_tokens, vocabulary, passes
 ):  # rule 10: nothing of the size tokens * vocabulary, ever
     budget, width = 1000, 4
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
-    seen = watched(num_tokens, vocabulary, width=width)
+    seen = watched(passes, num_tokens, vocabulary, width=width)
     model_size = vocabulary * width
     assert seen.largest <= max(budget, model_size, num_tokens * width)
     assert seen.largest < num_tokens * vocabulary
 
 
-def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):  # rule 10
+@PASSES
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, passes):  # rule 10
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 1000)
-    few, many = watched(50, 100), watched(800, 100)
+    few, many = watched(passes, 50, 100), watched(passes, 800, 100)
     extra_tokens = 750
     # Per token: hidden state, its gradient, and a handful of scalars; never V = 100 numbers.
     assert many.peak - few.peak <= extra_tokens * (2 * 4 + 16)
+
+
+def test_without_entropy_one_chunk_of_logits_is_held(monkeypatch):
+    tokens, vocabulary, width, budget = 90, 4000, 2, 40_000
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
+    hidden, weight, _, token_ids = draw(tokens, vocabulary, width, bias=False)
+    head = LMHead(weight=weight, bias=None, scale=1.0)  # 9 chunks, and a head that is frozen
+    with LargestTensor() as seen:
+        token_loss(head, hidden.requires_grad_(), token_ids, lambda x, *_: x**3, with_entropy=False)
+    assert budget <= seen.peak < 1.5 * budget
 
 
 def test_entropy_that_nobody_wants_is_zero_and_changes_nothing():  # rule 22

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.tensors.masked import masked_sum
@@ -32,13 +33,15 @@ def evaluate(
     *,
     step: int,
     episodes: int,
-    batch_size: int,
+    parts: Sequence[Tensor],
 ) -> list[SampleRow]:
-    """Rows for a rollout of the evaluation prompts; KL in nats per sequence."""
-    rows: list[SampleRow] = []
+    """Rows for a rollout of the evaluation prompts, in its order; KL in nats per sequence.
+
+    `parts`: the rollout's row numbers, each once, in groups that pass together.
+    """
+    rows: dict[int, SampleRow] = {}
     ids = rollout.response_token_ids()
-    for start in range(0, len(rollout), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(rollout)), device=policy.device)
+    for index in parts:
         tokens = policy.lm.with_frozen_states(rollout.tokens.rows(index))
         mask = tokens.response_mask
         hidden = policy.lm.hidden(tokens)
@@ -63,8 +66,8 @@ def evaluate(
                 row["members"] = [_number(member) for member in scores.members[:, i]]
             if scores.parts:
                 row["parts"] = {name: _number(part[i]) for name, part in scores.parts.items()}
-            rows.append(row | rest_of_prompt(rollout.prompts[i]))
-    return rows
+            rows[i] = row | rest_of_prompt(rollout.prompts[i])
+    return [rows[i] for i in range(len(rollout))]
 
 
 def rest_of_prompt(prompt: Prompt, max_column: int | None = MAX_COLUMN) -> dict[str, Any]:

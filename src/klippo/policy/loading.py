@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.hub import find_file, load_model, load_tokenizer, resolve, shape_model
+from klippo.hub import (
+    find_file,
+    load_model,
+    load_tokenizer,
+    resolve,
+    shape_model,
+    with_fused_activations,
+)
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
@@ -88,7 +95,7 @@ def assemble(
     tokenizer: Any,
 ) -> LoadedPolicy:
     """Policy, critic and reference of a causal LM, and of the classifier behind `critic.model`."""
-    turn_dropout_off(model)
+    turn_dropout_off(with_fused_activations(model))
     separate = None
     if critic.kind == "separate":
         separate = _separate_critic(settings, critic, model, critic_model)

@@ -20,6 +20,7 @@ from klippo.tensors.ensembles import lowest_shares
 from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_mean, masked_sum, whiten
 from klippo.tensors.moments import RunningMoments
+from klippo.tensors.packing import micro_batches
 from klippo.types import Metrics, Rollout, Scores, TokenBatch
 
 
@@ -71,7 +72,7 @@ def run_forward(
     """
     tokens = _with_frozen_states(ppo, policy, rollout.tokens)
     found: dict[str, Tensor] = {}
-    for rows in _parts(ppo, tokens):
+    for rows in parts_of(ppo, tokens):
         part = _forward(ppo, policy, reference, rollout, tokens.rows(rows))
         if not keep_hidden:
             del part["hidden"]
@@ -193,7 +194,7 @@ def _with_frozen_states(ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatc
         return tokens
     states: Tensor | None = None
     num_prompt, num_response = tokens.prompt_ids.shape[1], tokens.response_ids.shape[1]
-    for rows in _parts(ppo, tokens):
+    for rows in parts_of(ppo, tokens):
         part = policy.lm.with_frozen_states(tokens.rows(rows))
         assert part.frozen_states is not None
         if states is None:
@@ -215,14 +216,17 @@ def behavior_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
     return rollout.behavior_logprobs
 
 
-def micro_batches(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
-    """Row numbers (n,) in groups of `size`; one group by default."""
-    return (rows,) if size is None else torch.split(rows, size)
-
-
-def _parts(ppo: PPOSettings, tokens: TokenBatch) -> tuple[Tensor, ...]:
-    rows = torch.arange(len(tokens), device=tokens.response_ids.device)
-    return micro_batches(rows, ppo.micro_batch_size)
+def parts_of(ppo: PPOSettings, tokens: TokenBatch, rows: Tensor | None = None) -> list[Tensor]:
+    """Rows of a batch, all by default, in micro-batches as the settings want them."""
+    if rows is None:
+        rows = torch.arange(len(tokens), device=tokens.response_ids.device)
+    return micro_batches(
+        rows,
+        tokens.prompt_mask,
+        tokens.response_mask,
+        size=ppo.micro_batch_size,
+        budget=ppo.micro_batch_tokens,
+    )
 
 
 def _value_after(values: Tensor, rollout: Rollout) -> Tensor:

@@ -74,6 +74,9 @@ class PPOSettings(Settings):
     """Responses per optimizer step; default: the whole batch."""
     micro_batch_size: PositiveInt | None = None
     """Responses per forward and backward pass of one process: changes memory, not numbers."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Instead: at most so many tokens per pass, padding included, with rows of like length
+    together; a longer row passes alone. Changes memory and time, not numbers."""
     gamma: UnitInterval = 1.0
     """Discount per token."""
     gae_lambda: UnitInterval = 0.95
@@ -102,6 +105,15 @@ class PPOSettings(Settings):
     """Truncated importance sampling: weight tokens by min(pi_old / pi_engine, cap)."""
     max_logprob_mismatch: PositiveFloat | None = None
     """Stop when |log pi_old - log pi_engine| exceeds this on average, nats per token."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_micro_batch(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_tokens is not None:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} and "
+                f"micro_batch_tokens={self.micro_batch_tokens} cannot both hold; set one to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.ppo.experience import Experience, micro_batches
+from klippo.ppo.experience import Experience, parts_of
 from klippo.ppo.gather import gather_experience
 from klippo.ppo.objective import NAMES, Loss, PPOLoss, WarmupLoss
 from klippo.ppo.settings import PPOSettings
@@ -68,10 +68,10 @@ def ppo_update(
     optimizer.zero_grad(set_to_none=True)
     for _ in range(settings.num_epochs):
         order = torch.randperm(num_rows, generator=generator).to(experience.mask.device)
-        for rows in micro_batches(order, size):
+        for rows in torch.split(order, size):
             num_tokens = float(experience.mask[rows].sum())
             share = ranks.share(len(rows))
-            own = micro_batches(rows[share.start : share.stop], settings.micro_batch_size)
+            own = parts_of(settings, experience.tokens, rows[share.start : share.stop])
             means = _gradients(loss, own, num_tokens, ranks)
             _step(optimizer, means, settings.ratio_threshold, max_grad_norm, tally, ranks)
             stopped_early = settings.target_kl is not None and (
@@ -88,7 +88,7 @@ def ppo_update(
 
 
 def _gradients(
-    loss: Loss, parts: tuple[Tensor, ...], num_tokens: float, ranks: Ranks
+    loss: Loss, parts: list[Tensor], num_tokens: float, ranks: Ranks
 ) -> dict[str, float]:
     """Add this process's gradients up over the micro-batches; returns means over all tokens.
 

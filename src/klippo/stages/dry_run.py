@@ -65,7 +65,7 @@ def time_run(config: RunConfig, plan: Plan, data: Data) -> Timing:
         "num_steps": 2,
         "batch_size": size,
         "minibatch_size": size,
-        "micro_batch_size": size,
+        "micro_batch_size": None if ppo.micro_batch_tokens else size,
         "num_epochs": 1,
         "num_critic_warmup_steps": 0,
     }

@@ -106,7 +106,7 @@ def estimate_memory(
     of_policy, of_critic = loaded.policy.trainable()
     trained = sum(p.numel() * _stored_size(p, config) for p in (*of_policy, *of_critic))
     weights["optimizer states"] = ADAM_STATES * trained
-    sizes = _Sizes.of(config, machine.num_processes)
+    sizes = _Sizes.of(config, machine.num_processes, prompt)
     policy, reference, response = loaded.policy, loaded.reference, sizes.response
     traced = {
         "generate": generation_bytes(policy, sizes.generate, prompt, response),
@@ -232,24 +232,27 @@ class _Sizes:
     evaluate: int
 
     @classmethod
-    def of(cls, config: RunConfig, num_processes: int) -> _Sizes:
-        ppo = config.ppo
+    def of(cls, config: RunConfig, num_processes: int, prompt: int) -> _Sizes:
+        ppo, response = config.ppo, longest(config.rollout.response_length)
         batch = ppo.batch_size // num_processes
         minibatch = (ppo.minibatch_size or ppo.batch_size) // num_processes
-        update = min(ppo.micro_batch_size or minibatch, minibatch)
+        micro = ppo.micro_batch_size
+        if ppo.micro_batch_tokens is not None:  # rounded up: shorter rows leave less of it unused
+            micro = -(-ppo.micro_batch_tokens // (prompt + response))
+        update = min(micro or minibatch, minibatch)
         evaluated = -(-config.evaluation.num_prompts // num_processes)
         if config.offline is not None:
             evaluated = max(config.evaluation.num_prompts, batch)  # diagnostics, in every process
         measured = [e.reference_size for e in ensembles(config.reward) if e.standardize == "start"]
         most = max(batch, evaluated, config.guard.gold_prompts, *measured)
         return cls(
-            response=longest(config.rollout.response_length),
+            response=response,
             generate=min(config.rollout.generation_batch_size or most, most),
             score=most,
-            forward=min(ppo.micro_batch_size or batch, batch),
+            forward=min(micro or batch, batch),
             update=update,
             parts=-(-minibatch // update),
-            evaluate=min(ppo.micro_batch_size or ppo.batch_size, evaluated),
+            evaluate=min(micro or ppo.batch_size, evaluated),
         )
 
 

@@ -90,7 +90,9 @@ def _of_phase(config: RunConfig, phase: str) -> Iterator[str]:
         yield from _of_reward("gold", config.gold)
     if phase not in ("generate", "score", "gold", "load"):
         size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
-        if size > 1:
+        if ppo.micro_batch_tokens is not None:
+            yield f"ppo.micro_batch_tokens (below {ppo.micro_batch_tokens})"
+        elif size > 1:
             yield f"ppo.micro_batch_size (below {size})"
     if phase == "update" and not config.policy.gradient_checkpointing:
         yield "policy.gradient_checkpointing=true"

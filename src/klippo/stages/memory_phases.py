@@ -83,7 +83,8 @@ def evaluation_bytes(
 ) -> Bytes:
     """The exact KL of B=`rows` sequences, over whole chunks of logits of both models."""
     with _traced(policy, reference) as live, torch.no_grad():
-        reference.kl_from(policy.lm, _batch(rows, prompt, response), 1.0)
+        batch = policy.lm.with_frozen_states(_batch(rows, prompt, response))
+        reference.compare(policy.lm, batch, 1.0, policy.lm.hidden(batch))
     return live.at_peak
 
 
@@ -99,9 +100,7 @@ def update_bytes(
     with _traced(policy) as live:
         for _ in range(min(parts, 2)):
             known = policy.lm.with_frozen_states(batch)
-            output = policy(known, 1.0, with_entropy=with_entropy)
-            torch.autograd.backward(output.logprobs.sum() + output.values.sum())
-            del output
+            torch.autograd.backward(update_loss(policy, known, with_entropy=with_entropy))
         gradients = storage_bytes(
             p.grad for p in policy.parameters() if p.grad is not None and live.had(p.grad)
         )
@@ -110,6 +109,17 @@ def update_bytes(
     found = dict(live.at_peak)
     found["activations"] = found.get("activations", 0) - gradients
     return found | {"gradients": gradients}
+
+
+def update_loss(policy: ActorCritic, batch: TokenBatch, *, with_entropy: bool) -> torch.Tensor:
+    """A loss that runs what PPO's loss runs: trunk, LM head in one pass, critic."""
+    hidden = policy.lm.hidden(batch)
+    loss, _ = policy.lm.loss(
+        batch, hidden, 1.0, lambda logprobs, entropy, _: logprobs + entropy,
+        with_entropy=with_entropy,
+    )  # fmt: skip
+    values: torch.Tensor = policy.critic(batch, hidden, after_last=False)
+    return loss + values.sum()
 
 
 def scoring_bytes(scorer: nn.Module, rows: int, length: int) -> Bytes:

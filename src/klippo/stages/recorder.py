@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from klippo.config.load import to_yaml
 from klippo.config.schema import RunConfig
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
+from klippo.ppo.experience import parts_of
 from klippo.ranks import Ranks
 from klippo.runs.folder import (
     CONFIG_FILE,
@@ -221,8 +223,15 @@ class RunRecorder:
             session.measure(rollout),
             step=step,
             episodes=step * session.config.ppo.batch_size,
-            batch_size=session.config.ppo.micro_batch_size or session.config.ppo.batch_size,
+            parts=self._parts(rollout),
         )
+
+    def _parts(self, rollout: Rollout) -> list[Tensor]:
+        """Evaluation has as many prompts as it wants: a batch at most passes together."""
+        ppo = self.session.config.ppo
+        if ppo.micro_batch_size is None and ppo.micro_batch_tokens is None:
+            ppo = ppo.model_copy(update={"micro_batch_size": ppo.batch_size})
+        return parts_of(ppo, rollout.tokens)
 
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None:
         """One line of metrics.jsonl and of the screen."""

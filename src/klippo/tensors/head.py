@@ -30,14 +30,29 @@ class LMHead:
     softcap: float | None = None
     """c in c * tanh(logits / c), before the scale."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V) float32."""
-        logits = (hidden @ self.weight.to(hidden.dtype).T).float()
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """(n, D) -> `out`, (n, V) float32."""
+        weight = self.weight.to(hidden.dtype)
+        if hidden.dtype == out.dtype:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            out.copy_(hidden @ weight.T)
         if self.bias is not None:
-            logits += self.bias.float()
+            out += self.bias.float()
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if self.scale == 1 else logits.mul_(self.scale)
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out if self.scale == 1 else out.mul_(self.scale)
+
+    def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the tokens of hidden (N, D), and their logits (n, V) float32.
+
+        All lie in one place: a chunk is overwritten by the next, and may be overwritten before.
+        """
+        place = None
+        for part in chunks(len(hidden), len(self.weight)):
+            if place is None:  # the first is the largest
+                place = hidden.new_empty(part.stop, len(self.weight), dtype=torch.float32)
+            yield part, self.logits(hidden[part], place[: part.stop - part.start])
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """d logits / d (hidden @ weight.T + bias), given the logits (n, V)."""
@@ -115,23 +130,23 @@ def compare_heads(
     """
     found = torch.empty(4, len(hidden), device=hidden.device)
     with _no_autocast(hidden):
-        for part in chunks(len(hidden), len(head.weight)):
+        both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
+        for (part, logits), (_, ref_logits) in both:
             ids = token_ids[part, None]
-            logp = _normalized(head.logits(hidden[part]))
-            ref_logp = _normalized(ref_head.logits(ref_hidden[part]))
+            logp, ref_logp = _normalized(logits), _normalized(ref_logits)
             found[0, part] = logp.gather(1, ids).squeeze(1)
             found[2, part] = ref_logp.gather(1, ids).squeeze(1)
             log_ratio = ref_logp.neg_().add_(logp)
             probabilities = logp.exp()
-            found[1, part] = -torch.einsum("nv,nv->n", probabilities, logp)
-            found[3, part] = torch.einsum("nv,nv->n", probabilities, log_ratio)
+            found[3, part] = log_ratio.mul_(probabilities).sum(-1)
+            found[1, part] = -probabilities.mul_(logp).sum(-1)
     logprobs, entropy, ref_logprobs, kl = found
     return Comparison(logprobs=logprobs, entropy=entropy, ref_logprobs=ref_logprobs, kl=kl)
 
 
 def _normalized(logits: Tensor) -> Tensor:
     """Logits (n, V) as log-probs, in place."""
-    return logits.sub_(torch.logsumexp(logits, -1, keepdim=True))
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def _no_autocast(hidden: Tensor) -> AbstractContextManager[None]:
@@ -171,10 +186,11 @@ class _ExactKL(torch.autograd.Function):
         ref_head: LMHead,
     ) -> Tensor:
         kl = torch.empty(len(hidden), device=hidden.device)
-        for part in chunks(len(hidden), len(weight)):
-            logp = torch.log_softmax(head.logits(hidden[part]), -1)
-            ref_logp = torch.log_softmax(ref_head.logits(ref_hidden[part]), -1)
-            kl[part] = (logp.exp() * (logp - ref_logp)).sum(-1)
+        both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
+        for (part, logits), (_, ref_logits) in both:
+            logp = _normalized(logits)
+            log_ratio = _normalized(ref_logits).neg_().add_(logp)
+            kl[part] = log_ratio.mul_(logp.exp_()).sum(-1)
         ctx.save_for_backward(hidden, weight, ref_hidden, kl)
         ctx.head, ctx.ref_head, ctx.has_bias = head, ref_head, bias is not None
         return kl
@@ -184,11 +200,11 @@ class _ExactKL(torch.autograd.Function):
         hidden, weight, ref_hidden, kl = ctx.saved_tensors
         head: LMHead = ctx.head
         sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=ctx.has_bias)
-        for part in chunks(len(hidden), len(weight)):
-            logits = head.logits(hidden[part])
+        both = zip(head.chunks(hidden), ctx.ref_head.chunks(ref_hidden), strict=True)
+        for (part, logits), (_, ref_logits) in both:
             slope = head.slope(logits)
-            logp = torch.log_softmax(logits, -1)
-            log_ratio = logp - torch.log_softmax(ctx.ref_head.logits(ref_hidden[part]), -1)
+            logp = _normalized(logits)
+            log_ratio = _normalized(ref_logits).neg_().add_(logp)
             grad = logp.exp_().mul_(log_ratio.sub_(kl[part, None])).mul_(grads[0][part, None])
             sink.add(part, grad, slope)
         return *sink.all, None, None, None
@@ -211,34 +227,27 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), device=hidden.device)
-        log_normalizer = torch.empty_like(logprobs)
         entropy = torch.zeros_like(logprobs)
-        for part in chunks(len(hidden), len(weight)):
-            logits = head.logits(hidden[part])
-            picked = logits.gather(1, token_ids[part, None]).squeeze(1)
-            log_normalizer[part] = torch.logsumexp(logits, -1)
-            logprobs[part] = picked - log_normalizer[part]
+        for part, logits in head.chunks(hidden):
+            logp = _normalized(logits)
+            logprobs[part] = logp.gather(1, token_ids[part, None]).squeeze(1)
             if with_entropy:
-                expected = torch.einsum(
-                    "nv,nv->n", (logits - log_normalizer[part, None]).exp(), logits
-                )
-                entropy[part] = log_normalizer[part] - expected
-        ctx.save_for_backward(hidden, weight, token_ids, log_normalizer, entropy)
+                entropy[part] = -logp.exp().mul_(logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, token_ids, entropy)
         ctx.head, ctx.with_entropy, ctx.has_bias = head, with_entropy, bias is not None
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
-        hidden, weight, token_ids, log_normalizer, entropy = ctx.saved_tensors
+        hidden, weight, token_ids, entropy = ctx.saved_tensors
         head: LMHead = ctx.head
         use_entropy = ctx.with_entropy and bool(grad_entropy.any())
         sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=ctx.has_bias)
-        for part in chunks(len(hidden), len(weight)):
-            logits = head.logits(hidden[part])
+        for part, logits in head.chunks(hidden):
             slope = head.slope(logits)
             # In place from here on: a chunk of logits is the largest thing in memory.
-            logp = logits.sub_(log_normalizer[part, None])
+            logp = _normalized(logits)
             pull = grad_logprobs[part, None]
             if use_entropy:
                 pull = pull + grad_entropy[part, None] * (logp + entropy[part, None])
@@ -265,8 +274,7 @@ class _TokenLoss(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), device=hidden.device)
         total = torch.zeros((), device=hidden.device)
         sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=bias is not None)
-        for part in chunks(len(hidden), len(weight)):
-            logits = head.logits(hidden[part])
+        for part, logits in head.chunks(hidden):
             slope = head.slope(logits)
             # In place from here on: a chunk of logits is the largest thing in memory.
             logp = _normalized(logits)
@@ -274,7 +282,7 @@ class _TokenLoss(torch.autograd.Function):
             logprobs[part] = logp.gather(1, ids).squeeze(1)
             entropy = torch.zeros_like(logprobs[part])
             if with_entropy:
-                entropy = -torch.einsum("nv,nv->n", logp.exp(), logp)
+                entropy = -logp.exp().mul_(logp).sum(-1)
             loss, of_logprobs, of_entropy = _derivatives(loss_of, logprobs[part], entropy, part)
             total += loss
             pull = of_logprobs[:, None]
