@@ -41,8 +41,8 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
     from klippo.policy.merged import merged_weights
     from klippo.policy.settings import CriticSettings, PolicySettings
     from klippo.rollouts.hf import HFEngine
-    from klippo.rollouts.sampling import Sampling
     from klippo.rollouts.opening import Opening
+    from klippo.rollouts.sampling import Sampling
     from klippo.rollouts.settings import VLLMSettings
     from klippo.rollouts.vllm import open_vllm, vllm_version
     from klippo.types import Prompt
