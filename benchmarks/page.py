@@ -24,6 +24,7 @@ from sections import (
     lean_update,
     memory,
     ppo,
+    token_budget,
     update_floor,
 )
 
@@ -51,6 +52,7 @@ SECTIONS: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "update_floor": update_floor.section,
     "lean_update": lean_update.section,
     "lean_passes": lean_passes.section,
+    "token_budget": token_budget.section,
     "ensemble": ensemble.section,
     "judge": judge.section,
     "judge_overlap": judge_overlap.section,
