@@ -39,8 +39,9 @@ def section(result: Mapping[str, Any]) -> str:
             *lines,
             "",
             f"Fixed / budget: forward phase **{forward:.2f}**, update **{update:.2f}** ({spread}). "
-            f"Losses differ by at most {result['largest_loss_difference']:.0e}. The LM head, most of "
-            "W1's work, runs on real tokens alone in either arm, so that padding costs the trunk only.",
+            f"Losses differ by at most {result['largest_loss_difference']:.0e}. The LM head, "
+            "most of W1's work, runs on real tokens alone in either arm, so that padding costs the "
+            "trunk only.",
             "",
             f"Measured {result['date']} with `{result['command']}` on {result['machine']['cores']} "
             f"{result['machine']['architecture']} cores (load average {result['load_average']}), "
