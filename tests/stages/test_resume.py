@@ -123,16 +123,14 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_goes_on(
 
 
 def test_a_second_process_is_kept_off_a_run_that_is_on(slow_config: Path, tmp_path: Path) -> None:
-    process = begin(slow_config)
+    process = begin(slow_config, "ppo.num_steps=400")
     wait_for(tmp_path / "run/metrics.jsonl", process)
     for option in ([], ["--resume"], ["--overwrite"]):
         ended = train(slow_config, *option)
         assert ended.returncode == 2, ended.stderr
         assert f"another process (process {process.pid}) trains there now" in ended.stderr
-        if process.poll() is not None:
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    process.kill()
+    process.communicate()
 
 
 def lengths(responses: list[str]) -> list[float]:

@@ -46,9 +46,12 @@ class Keeper:
     def at_step(self, step: int) -> None:
         """Take the moment; write it where that is due; end here where a signal came."""
         session = self._session
-        own = (self._is_due(step), self._interruptions.pending, random_state(session.device))
-        told = session.ranks.gather(own)
-        self._moment = take(session, self._extra(), [randoms for _, _, randoms in told])
+        with self._interruptions.waiting():
+            randoms = random_state(session.device)
+            told = session.ranks.gather((self._is_due(step), self._interruptions.pending, randoms))
+            self._moment = take(session, self._extra(), [randoms for _, _, randoms in told])
+            if session.ranks.world_size == 1:  # what came meanwhile is no other process's business
+                told = [(told[0][0], self._interruptions.pending, randoms)]
         signals = [number for _, number, _ in told if number is not None]
         if told[0][0] or signals:
             session.ranks.on_main(self.write)
