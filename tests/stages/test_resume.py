@@ -126,7 +126,7 @@ def test_a_second_process_is_kept_off_a_run_that_is_on(slow_config: Path, tmp_pa
     process = begin(slow_config, "ppo.num_steps=400")
     wait_for(tmp_path / "run/metrics.jsonl", process)
     for option in ([], ["--resume"], ["--overwrite"]):
-        ended = train(slow_config, *option)
+        ended = train(slow_config, "ppo.num_steps=400", *option)
         assert ended.returncode == 2, ended.stderr
         assert f"another process (process {process.pid}) trains there now" in ended.stderr
     process.kill()
