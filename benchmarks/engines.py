@@ -41,6 +41,7 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
     from klippo.policy.merged import merged_weights
     from klippo.policy.settings import CriticSettings, PolicySettings
     from klippo.rollouts.hf import HFEngine
+    from klippo.rollouts.opening import Opening
     from klippo.rollouts.sampling import Sampling
     from klippo.rollouts.settings import VLLMSettings
     from klippo.rollouts.vllm import open_vllm, vllm_version
@@ -63,15 +64,18 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
             record_logprobs=True,
         ),
         "vllm": open_vllm(
-            policy.lm.model,
+            Opening.of(
+                policy.lm.model,
+                VLLMSettings(),
+                dtype=torch.float32,
+                stop_ids=frozenset(),
+                temperature=1.0,
+                max_tokens=max(map(len, rows)) + RESPONSE_LENGTH,
+                batch_size=None,
+                seed=0,
+            ),
             partial(merged_weights, policy),
-            VLLMSettings(),
-            dtype=torch.float32,
-            stop_ids=frozenset(),
-            temperature=1.0,
-            max_tokens=max(map(len, rows)) + RESPONSE_LENGTH,
-            batch_size=None,
-            seed=0,
+            torch.device("cpu"),
         ),
     }
     cases = []

@@ -23,6 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import measuring
 import workload as shared
 from page import RESULTS, write_page
 from prepare_smollm import SMOLLM
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     chosen = parser.parse_args(arguments)
     if chosen.case is not None:
-        shared.print_result(run_case(chosen.case, chosen.folder))
+        measuring.print_result(run_case(chosen.case, chosen.folder))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -161,7 +162,7 @@ def _in_process(name: str, folder: Path) -> dict[str, Any]:
     if done.returncode != 0:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    shared.print_result(result)
+    measuring.print_result(result)
     return result
 
 

@@ -1,92 +1,118 @@
-"""Klippo against TRL 1.12 on workload W1, in interleaved processes: only their ratios count.
+"""Klippo against TRL 1.12 on one workload, in interleaved processes: only their ratios count.
 
-    python benchmarks/ppo_vs_trl.py --rounds 3 --updates 4
+    python benchmarks/ppo_vs_trl.py --workload w1
+    python benchmarks/ppo_vs_trl.py --workload w2 --vllm-python build/vllm/bin/python
+    python benchmarks/ppo_vs_trl.py --workload w2_lora
 
-A round runs TRL, Klippo with its default critic (on the policy's trunk) and Klippo with a separate
-critic (what TRL has), each in a process of its own. Prints a table, writes
-benchmarks/results/w1.json and docs/benchmarks.md.
+A round runs each arm in a process of its own: TRL, Klippo with its default critic (on the policy's
+trunk), Klippo with a separate critic (what TRL has), and Klippo's default that samples with vLLM,
+where a Python with vLLM and Klippo is given (`make build/vllm/.installed`). Prints a table, writes
+benchmarks/results/{w1,w2,w2_lora}.json and docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-import time
+from collections.abc import Mapping, Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from page import PAGE, RESULTS, comparison_table, write_page
+import measuring
+from page import PAGE, RESULTS, write_page
 from prepare_smollm import prepare
+from sections import ppo
 from trl_ppo import TRL_FOLDER, TRL_VERSION
-from workload import W1
+from workload import WORKLOADS
 
-HERE = Path(__file__).resolve().parent
-ARMS = {
+ARMS: Mapping[str, Sequence[str]] = {
     "trl": ["trl_ppo.py"],
     "trunk": ["klippo_ppo.py", "--critic", "trunk"],
     "separate": ["klippo_ppo.py", "--critic", "separate"],
+    "vllm": ["klippo_ppo.py", "--critic", "trunk", "--engine", "vllm"],
 }
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-"""Threads sleep instead of spinning while they wait: other people's work disturbs less."""
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Its cache in GiB, and no threads bound to cores that training uses as well."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workload", choices=("w1", "w2", "w2_lora"), default="w1")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", help="default: all that can run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=4, help="the first is left out of medians")
+    parser.add_argument("--updates", type=int, default=2, help="the first is left out of medians")
+    parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vLLM")
     arguments = parser.parse_args()
-    if arguments.rounds < 3 or arguments.updates < 2:
-        parser.error("at least 3 rounds of at least 2 updates")
+    arms = arguments.arms or [arm for arm in ARMS if arm != "vllm" or arguments.vllm_python]
+    if arguments.updates < 2:
+        parser.error(f"--updates {arguments.updates}: at least 2, the first does not count")
+    if "trl" not in arms:
+        parser.error("--arms needs trl, against which the others are measured")
+    if "vllm" in arms and not arguments.vllm_python:
+        parser.error("--arms vllm needs --vllm-python")
     prepare()
-    install_trl()
-    rounds = []
-    for number in range(arguments.rounds):
-        done: dict[str, Any] = {}
-        for arm in ARMS:
-            done[arm] = run_arm(arm, arguments.updates)
-            print(f"round {number + 1}  {json.dumps(done[arm])}", flush=True)
-        rounds.append(done)
+    rounds = run_rounds(
+        arguments.workload, arms, arguments.rounds, arguments.updates, arguments.vllm_python
+    )
     result = {
-        "name": "W1",
+        "kind": "ppo",
+        "name": WORKLOADS[arguments.workload].name,
         "date": date.today().isoformat(),
-        "command": f"python benchmarks/ppo_vs_trl.py --rounds {arguments.rounds} "
-        f"--updates {arguments.updates}",
-        "workload": W1.as_dict(),
-        "machine": machine(),
-        "versions": versions(),
+        "command": f"python benchmarks/ppo_vs_trl.py --workload {arguments.workload} --rounds "
+        f"{arguments.rounds} --updates {arguments.updates}"
+        + (" --vllm-python PYTHON" if "vllm" in arms else ""),
+        "workload": WORKLOADS[arguments.workload].as_dict(),
+        "machine": measuring.machine(),
+        "versions": measuring.versions("accelerate") | {"trl": TRL_VERSION},
         "rounds": rounds,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "w1.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(comparison_table(result))
+    file = RESULTS / f"{arguments.workload}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(ppo.comparison_table(result))
     write_page()
-    print(f"wrote {RESULTS / 'w1.json'} and {PAGE}")
+    print(f"wrote {file} and {PAGE}")
 
 
-def run_arm(arm: str, updates: int) -> dict[str, Any]:
-    """One process; its result with the load of the machine before and after."""
+def run_rounds(
+    workload: str,
+    arms: Sequence[str],
+    rounds: int,
+    updates: int,
+    vllm_python: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Every arm's result in every round, the arms in turn."""
+    install_trl()
+    found = []
+    for number in range(rounds):
+        done: dict[str, Any] = {}
+        for arm in arms:
+            done[arm] = run_arm(arm, workload, updates, vllm_python)
+            print(f"round {number + 1}  {arm}  {json.dumps(done[arm])}", flush=True)
+        found.append(done)
+    return found
+
+
+def run_arm(
+    arm: str, workload: str, updates: int, vllm_python: Path | None = None
+) -> dict[str, Any]:
+    """One arm in a process of its own."""
     script, *options = ARMS[arm]
-    load_before = os.getloadavg()[0]
-    finished = subprocess.run(
-        [sys.executable, str(HERE / script), *options, "--updates", str(updates)],
-        env=os.environ | PASSIVE,
-        capture_output=True,
-        text=True,
-        check=False,
+    python: str | Path = sys.executable
+    environment: dict[str, str] = {}
+    if arm == "vllm":
+        assert vllm_python is not None
+        python = vllm_python
+        environment = VLLM_ENVIRONMENT | {"OMP_NUM_THREADS": str(WORKLOADS[workload].num_threads)}
+    command = [str(python), str(measuring.HERE / script), *options]
+    return measuring.run_process(
+        [*command, "--workload", workload, "--updates", str(updates)], environment
     )
-    if finished.returncode != 0:
-        sys.exit(f"{arm} failed:\n{finished.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
-    return result | {
-        "load_before": round(load_before, 2),
-        "load_after": round(os.getloadavg()[0], 2),
-    }
 
 
 def install_trl() -> None:
@@ -95,44 +121,6 @@ def install_trl() -> None:
         return
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--target", str(TRL_FOLDER), f"trl=={TRL_VERSION}"], check=True)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "architecture": platform.machine(),
-        "float32_matmul_gflops": round(matmul_gflops(), 1),
-    }
-
-
-def matmul_gflops(size: int = 2048, repeats: int = 10) -> float:
-    """The best float32 rate of a square matrix product with the workload's threads."""
-    import torch
-
-    torch.set_num_threads(W1.num_threads)
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out = torch.empty(size, size)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
-
-
-def versions() -> dict[str, str]:
-    found = {name: version(name) for name in ("klippo", "torch", "transformers", "accelerate")}
-    return found | {"trl": TRL_VERSION, "python": platform.python_version(), "commit": commit()}
-
-
-def commit() -> str:
-    """The commit that was checked out, marked where Klippo's source differed from it."""
-    git = ["git", "-C", str(HERE)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ":/src"], capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def width_of(tokens: TokenBatch) -> int:
 
 def loss_difference(pair: Mapping[str, Mapping[str, Any]]) -> float:
     one, other = pair["fixed"]["metrics"], pair["budget"]["metrics"]
-    return max(abs(one[name] - other[name]) for name in one if name.startswith("loss/"))
+    names = [name for name in one if name.startswith("loss/")]
+    return max(abs(float(one[name]) - float(other[name])) for name in names)
 
 
 def section(result: Mapping[str, Any]) -> list[str]:

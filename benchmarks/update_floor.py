@@ -13,15 +13,15 @@ import argparse
 import json
 import os
 import platform
-import time
-from collections import Counter
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import flops
 import torch
 import workload as shared
+from flops import Sequences
 from lean_update import W2_BATCH, copied, make_rollout, smollm, timed
 from page import RESULTS, write_page
 from prepare_smollm import SMOLLM
@@ -32,10 +32,8 @@ from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.ppo.experience import Experience
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
+from klippo.tensors.head import CHUNK_ELEMENTS
 from klippo.types import Rollout, Scores
-
-PASSES = 3
-"""Forward, gradient of the input, gradient of the weight: a product of the same size each."""
 
 
 def main() -> None:
@@ -77,7 +75,11 @@ def measure(name: str, model: Any, tokenizer: Any, work: Workload, rounds: int) 
         model=model,
         tokenizer=tokenizer,
     )
-    gflop = work.num_epochs * floating_point_operations(model, rollout) / 1e9
+    sequences = sequences_of(rollout)
+    products = sequences.policy_products(model)
+    operations = flops.operations(products) + sequences.attention(model.config)
+    gflop = work.num_epochs * operations / 1e9
+    measured_rates = partial(flops.rates, products, most_elements=CHUNK_ELEMENTS)
     loaded = copied(start)
     learner = Learner(
         loaded.policy,
@@ -88,9 +90,9 @@ def measure(name: str, model: Any, tokenizer: Any, work: Workload, rounds: int) 
     done = []
     for _ in range(rounds):
         experience = learner.experience(rollout, reward)
-        before = rates(model, rollout)
+        before = measured_rates()
         _, wall, cpu = timed(partial(learner.learn, experience))
-        after = rates(model, rollout)
+        after = measured_rates()
         cpu_floor, wall_floor = (
             gflop * (1 / one + 1 / other) / 2 for one, other in zip(before, after, strict=True)
         )
@@ -110,55 +112,14 @@ def measure(name: str, model: Any, tokenizer: Any, work: Workload, rounds: int) 
     }
 
 
-def products(model: Any, rollout: Rollout) -> list[tuple[int, int, int, int]]:
-    """(rows, inputs, outputs, how many) of the forward pass's products with weights.
-
-    Blocks see every token but the last column's; the LM head the positions that emit a response.
-    """
+def sequences_of(rollout: Rollout) -> Sequences:
+    """Every position of the batch, padding too; all responses have the same length here."""
     tokens = rollout.tokens
-    rows = len(tokens) * (tokens.prompt_ids.shape[1] + tokens.response_ids.shape[1] - 1)
-    head = model.get_output_embeddings().weight
-    inputs = model.get_input_embeddings().weight
-    found: Counter[tuple[int, int]] = Counter()
-    for name, weight in model.base_model.named_parameters():
-        if weight.dim() == 2 and weight is not inputs and "wpe" not in name:
-            found[min(weight.shape), max(weight.shape)] += 1
-    shapes = [(rows, small, large, number) for (small, large), number in found.items()]
-    return [*shapes, (int(tokens.response_mask.sum()), head.shape[1], head.shape[0], 1)]
-
-
-def floating_point_operations(model: Any, rollout: Rollout) -> float:
-    """Of one forward and backward pass: products with weights, and queries with keys and values."""
-    of_weights = sum(2 * n * i * o * number for n, i, o, number in products(model, rollout))
-    tokens, config = rollout.tokens, model.config
-    length = tokens.prompt_ids.shape[1] + tokens.response_ids.shape[1] - 1
-    attention = 2 * 2 * len(tokens) * length**2 * config.hidden_size * config.num_hidden_layers
-    return float(PASSES * (of_weights + attention))
-
-
-def rates(model: Any, rollout: Rollout, seconds: float = 0.5) -> tuple[float, float]:
-    """GFLOP/s (processor time, wall time) of products of the model's own shapes.
-
-    Each shape counts by its share of the work; the LM head's in chunks, as the loss runs it.
-    """
-    from klippo.tensors.head import CHUNK_ELEMENTS
-
-    work = cpu_total = wall_total = 0.0
-    for rows, inputs, outputs, number in products(model, rollout):
-        rows_at_once = min(rows, max(CHUNK_ELEMENTS // outputs, 1))
-        left, right = torch.randn(rows_at_once, inputs), torch.randn(outputs, inputs)
-        out = left @ right.T
-        operations, repeats = 2.0 * rows_at_once * inputs * outputs, 0
-        start, cpu = time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < seconds:
-            torch.mm(left, right.T, out=out)
-            repeats += 1
-        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-        share = 2.0 * rows * inputs * outputs * number
-        work += share
-        cpu_total += share * cpu / (repeats * operations)
-        wall_total += share * wall / (repeats * operations)
-    return work / cpu_total / 1e9, work / wall_total / 1e9
+    return Sequences(
+        number=len(tokens),
+        prompt_length=tokens.prompt_ids.shape[1],
+        response_length=tokens.response_ids.shape[1],
+    )
 
 
 GROUPS = {

@@ -40,7 +40,7 @@ def experiment() -> dict[str, Any]:
     # Threads that spin while they wait are slow beside other people's work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
-    from ppo_vs_trl import commit
+    from measuring import commit
     from prepare_smollm import prepare
 
     from klippo import PPOTrainer, load_config

@@ -8,22 +8,6 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def scripts_are_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in (
-        "ensemble_scoring",
-        "judge_overlap",
-        "judge_transport",
-        "klippo_ppo",
-        "page",
-        "prepare_smollm",
-        "workload",
-    ):
-        sys.modules.pop(name, None)
-
-
 @pytest.fixture
 def tokenizer_folder(tmp_path):
     """A byte-level tokenizer without merges: every byte is a token."""
@@ -51,13 +35,10 @@ def tokenizer_folder(tmp_path):
 @pytest.mark.parametrize("critic", ["trunk", "separate"])
 def test_klippo_arm_runs_the_whole_workload_in_miniature(critic, tokenizer_folder):
     import klippo_ppo
-    from workload import Workload
+    from workload import Shape, Workload
 
     tiny = Workload(
-        num_layers=1,
-        width=16,
-        num_heads=2,
-        context=128,
+        shape=Shape(num_layers=1, width=16, num_heads=2, context=128),
         batch_size=8,
         response_length=6,
         num_epochs=2,
@@ -83,12 +64,17 @@ def test_benchmark_page_says_what_the_results_files_say():
 def test_every_round_compares_like_with_like():
     import page
 
-    for result in page.load_results():
-        for done in result.get("rounds", []):
-            assert done["trl"]["response_length"] == [32]
-            assert done["trunk"]["response_length"] == done["separate"]["response_length"] == [32.0]
-            steps = {tuple(arm["optimizer_steps_per_update"]) for arm in done.values()}
-            assert steps == {(4.0,)}
+    comparisons = [one for one in page.load_results() if one["kind"] in ("ppo", "large_model")]
+
+    assert comparisons
+    for result in comparisons:
+        length = result["workload"]["response_length"]
+        for done in result["rounds"]:
+            for arm in done.values():
+                assert arm["response_length"] == [length]
+                assert arm["optimizer_steps_per_update"] == [4.0]
+                assert arm["num_threads"] == 2
+                assert set(arm["phase_medians_s"]) == {"generate", "forward", "score", "update"}
 
 
 def test_ensembles_score_as_their_members_do_alone(tmp_path, monkeypatch, capsys):

@@ -170,7 +170,9 @@ def test_wrong_usage_exits_with_2(arguments):
 def test_train_gets_the_config_and_its_flags(config):
     body = "print(args[0].config.seed, args[0].name, kwargs)"
     done = run("train", config, "seed=4", "--quiet", code=stage(body, "train"))
-    assert done.stdout == "4 run {'overwrite': False, 'quiet': True, 'yes': False}\n"
+    assert (
+        done.stdout == "4 run {'overwrite': False, 'resume': False, 'quiet': True, 'yes': False}\n"
+    )
 
 
 def test_generate_gets_every_prompt(config):

@@ -12,7 +12,8 @@ from klippo.policy.merged import merged_weights
 from klippo.ranks import Ranks
 from klippo.rollouts import vllm
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.settings import RolloutSettings
+from klippo.rollouts.opening import Opening
+from klippo.rollouts.settings import RolloutSettings, VLLMSettings
 from klippo.stages.engines import build_engine, check_engine, check_engine_settings
 from klippo.types import Completion
 from tests.toys import CPU, FAMILIES, disturb, gpt2, load, prompt
@@ -86,7 +87,7 @@ def test_several_processes_are_refused(versions):
 def test_the_policy_itself_samples_by_default():
     assert not RolloutSettings().keeps_logprobs
     check_engine_settings(RolloutSettings(), CPU, Ranks(0, 2))
-    engine = build_engine(run_config(), load(), frozenset(), PROMPTS)
+    engine = build_engine(run_config(), load(), frozenset(), PROMPTS, Ranks())
     assert isinstance(engine, HFEngine)
 
 
@@ -116,7 +117,7 @@ def test_what_vllm_has_no_part_in_is_refused(sections, said):
 
 def test_an_engine_with_other_weights_is_found_before_the_run():
     loaded, config = load(), run_config(rollout={"record_logprobs": True})
-    engine = build_engine(config, loaded, frozenset(), PROMPTS)
+    engine = build_engine(config, loaded, frozenset(), PROMPTS, Ranks())
     check_engine(engine, config, loaded, PROMPTS[0], 6)
 
     class Stale:
@@ -159,3 +160,35 @@ def test_merging_an_adapter_leaves_the_policy_as_it_is():
     merged = dict(merged_weights(policy))
     assert not any(weight.requires_grad for weight in merged.values())
     assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+
+
+class CalledEngine:
+    """Writes down what a VLLMEngine asks of vLLM, which samples nothing here."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append((name, options["level"]) if name == "sleep" else name)
+            return True
+
+        return call
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_a_sleeping_engine_is_awake_for_weights_and_prompts_alone(sleep):
+    opening = Opening.of(
+        gpt2(), VLLMSettings(sleep=sleep), dtype=torch.float32, stop_ids=frozenset(),
+        temperature=1.0, max_tokens=20, batch_size=None, seed=0,
+    )  # fmt: skip
+    inner = CalledEngine()
+    engine = vllm.VLLMEngine(inner, lambda: [], opening)
+    renewing = ["collective_rpc", "apply_model", "reset_prefix_cache"]
+    engine.sync()
+    engine.generate([], [], [])
+    engine.generate([], [], [])
+    engine.sync()
+    engine.generate([], [], [])
+    down, up = ([("sleep", 1)], ["wake_up"]) if sleep else ([], [])
+    assert inner.calls == [*renewing, *down, *up, *down, *up, *renewing, *down]

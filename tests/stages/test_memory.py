@@ -265,3 +265,10 @@ def test_vllm_counts_with_its_merged_weights_and_its_cache(tuning: str) -> None:
     assert "generate" not in found.phases  # it needs no cache of ours
     assert found.phases["update"]["vLLM's weights"] == 4 * NUMBERS
     assert found.phases["update"]["vLLM's key-value cache"] == 2**29
+
+
+def test_with_servers_a_copy_of_the_weights_waits_to_be_sent() -> None:
+    vllm = {"servers": ["http://10.0.0.1:1"]}
+    found = estimate({}, rollout={"engine": "vllm", "response_length": 6, "vllm": vllm})
+    assert found.phases["update"]["weights for the servers"] == 4 * NUMBERS
+    assert "vLLM's weights" not in found.phases["update"]

@@ -14,6 +14,7 @@ from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
 from klippo.cli.judge import register as register_judge
 from klippo.cli.laboratory import register as register_laboratory
+from klippo.cli.serving import register as register_serving
 from klippo.cli.source import (
     ConfigDir,
     Configs,
@@ -71,6 +72,14 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing run folder.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an unfinished run, with safe changes of its config (without changes "
+            "it goes on by itself).",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     dry_run: Annotated[
         bool,
@@ -90,7 +99,7 @@ def train(
 
     from klippo.stages.train import train
 
-    return train(loaded, overwrite=overwrite, quiet=quiet, yes=yes)
+    return train(loaded, overwrite=overwrite, resume=resume, quiet=quiet, yes=yes)
 
 
 register_supervised(app)
@@ -144,6 +153,7 @@ def generate(
 
 
 register_comparing(app)
+register_serving(app)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.rewards.settings import ColumnSettings, RewardSettings, ensembles
 from klippo.rollouts.settings import RolloutSettings
+from klippo.runs.settings import CheckpointSettings
 from klippo.settings import Settings
 from klippo.supervised.settings import (
     ExampleSettings,
@@ -82,6 +83,8 @@ class RunConfig(WholeConfig):
     """Samples of a fixed prompt set, before, during and after."""
     guard: GuardSettings = GuardSettings()
     """Ends the run while the policy is still good."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """What an interrupted run goes on from."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -179,6 +182,11 @@ class RunConfig(WholeConfig):
             yield (
                 "rollout.engine=vllm takes over whole weights, and policy.quantize_4bit has none; "
                 "use rollout.engine=hf"
+            )
+        if self.rollout.engine != "vllm" and self.rollout.vllm.servers:
+            yield (
+                f"rollout.vllm.servers: rollout.engine={self.rollout.engine} asks no server; use "
+                "rollout.engine=vllm, or remove them"
             )
         if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):

@@ -5,8 +5,9 @@ S evaluations so far, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,22 @@ class Guard:
                 stop=f"KL {kl:.2f} nats at step {step} exceeds guard.max_kl={limit:g}",
             )
         return Decision(is_best=is_best, stop=alarm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen so far, as JSON holds it."""
+        return {
+            "gold_rows": [[step, list(rows)] for step, rows in self._gold_rows.items()],
+            "num_alarms": self._num_alarms,
+            "best_step": self.best_step,
+            "best_gold": float(self._best_gold),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._gold_rows = {int(step): rows for step, rows in state["gold_rows"]}
+        self._num_alarms = int(state["num_alarms"])
+        self.best_step = state["best_step"]
+        self._best_gold = float(state["best_gold"])
 
     def _gold_alarm(self) -> str | None:
         run = history(self._gold_rows)

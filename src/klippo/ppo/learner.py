@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -106,6 +109,53 @@ class Learner:
         self.num_steps_done += 1
         return experience.metrics | stats
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What training has changed, by name: the trainable weights, and AdamW's state of each.
+
+        They are the learner's own, not copies.
+        """
+        named = self._trainable()
+        states = {
+            f"{key}/{name}": value
+            for name, parameter in named.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        return {"weights": dict(named), "optimizer": states}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what `tensors` gave. Raises ConfigError where they are another model's."""
+        named, weights = self._trainable(), tensors["weights"]
+        require_same_shapes(named, weights)
+        for name, parameter in named.items():
+            parameter.copy_(weights[name])
+        self.optimizer.state.clear()
+        for key, value in tensors["optimizer"].items():
+            field, _, name = key.partition("/")
+            self.optimizer.state[named[name]][field] = value.to(named[name].device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All other state, as JSON holds it."""
+        return {
+            "num_steps_done": self.num_steps_done,
+            "kl_coef": self.kl_controller.coef,
+            "score_moments": self.score_moments.state_dict(),
+            "shuffling": self.generator.get_state().tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.num_steps_done = int(state["num_steps_done"])
+        self.kl_controller.coef = float(state["kl_coef"])
+        self.score_moments.load_state_dict(state["score_moments"])
+        self.generator.set_state(torch.tensor(state["shuffling"], dtype=torch.uint8))
+        self.scheduler = build_schedule(
+            self.optimizer, self.optimizer_settings, self.ppo.num_steps, self.num_steps_done
+        )
+
+    def _trainable(self) -> dict[str, Parameter]:
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
     @property
     def _is_warming_up(self) -> bool:
         """Whether this step trains the critic alone."""
@@ -136,7 +186,10 @@ def build_optimizer(policy: ActorCritic, settings: OptimizerSettings) -> AdamW:
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, settings: OptimizerSettings, num_steps: int
+    optimizer: torch.optim.Optimizer,
+    settings: OptimizerSettings,
+    num_steps: int,
+    num_steps_done: int = 0,
 ) -> LambdaLR:
     """Linear warm-up, then constant, linear or cosine decay, counted in PPO steps."""
     warmup = settings.num_warmup_steps
@@ -153,7 +206,24 @@ def build_schedule(
             remaining = 0.5 * (1 + math.cos(math.pi * progress))
         return settings.final_fraction + (1 - settings.final_fraction) * remaining
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor, last_epoch=num_steps_done - 1)
+
+
+def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError where tensors of a checkpoint are not those of this policy and critic."""
+    here = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if here == there:
+        return
+    name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+
+    def told(shapes: Mapping[str, tuple[int, ...]]) -> str:
+        return f"shape {shapes[name]}" if name in shapes else "no such weight"
+
+    raise ConfigError(
+        f"the checkpoint is of another model: {name} has {told(there)} there and {told(here)} in "
+        "this policy and critic; resume with the model that the run began with"
+    )
 
 
 def require_equal_shares(ppo: PPOSettings, ranks: Ranks) -> None:

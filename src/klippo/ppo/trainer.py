@@ -16,6 +16,12 @@ from klippo.types import Metrics, Rollout, RolloutSource, Scores
 class Recorder(Protocol):
     """What the loop tells the outside world."""
 
+    def at_step(self, step: int) -> None:
+        """Nothing of this step is done yet: the place for a checkpoint, and for ending early."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Weights and metrics change inside, and belong together."""
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Times a part of the step."""
 
@@ -38,6 +44,7 @@ def train(
     The policy is evaluated before, on the way and after.
     """
     for step in range(learner.num_steps_done, learner.ppo.num_steps):
+        recorder.at_step(step)
         if recorder.is_eval_step(step) and recorder.evaluate(step):
             return
         with recorder.phase("generate"):
@@ -46,7 +53,9 @@ def train(
             forward = learner.forward(rollout)
         with recorder.phase("score"):
             experience = learner.experience(rollout, score(rollout), forward)
-        with recorder.phase("update"):
-            metrics = learner.learn(experience)
-        recorder.log(step, rollout, metrics)
+        with recorder.whole():
+            with recorder.phase("update"):
+                metrics = learner.learn(experience)
+            recorder.log(step, rollout, metrics)
+    recorder.at_step(learner.num_steps_done)
     recorder.evaluate(learner.num_steps_done)

@@ -6,25 +6,22 @@ text and has no tokenizer.
 
 from __future__ import annotations
 
-import copy
 import gc
+import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.rollouts.settings import VLLMSettings
+from klippo.rollouts.opening import Opening, Weights
 from klippo.types import Completion, OnDone, Prompt
-
-Weights = Callable[[], Iterable[tuple[str, Tensor]]]
-"""The weights as they are now, by the names that they have in a checkpoint."""
 
 OLDEST = "0.32"
 """Older releases do not take over new weights in place in the way that `sync` uses."""
@@ -76,21 +73,22 @@ def require_vllm(device: torch.device) -> None:
 class VLLMEngine:
     """Samples from a copy of the policy, with the log-probs that vLLM itself computed."""
 
-    def __init__(
-        self, engine: Any, weights: Weights, *, stop_ids: frozenset[int], temperature: float
-    ) -> None:
+    def __init__(self, engine: Any, weights: Weights, opening: Opening) -> None:
         """`engine` is a `vllm.LLMEngine` in this process; see `open_vllm`."""
         self._engine = engine
         self._weights = weights
-        self._stop_ids = sorted(stop_ids)
-        self._temperature = temperature
-        self._max_model_len: int = engine.model_config.max_model_len
+        self._stop_ids = sorted(opening.stop_ids)
+        self._temperature = opening.temperature
+        self._max_model_len = opening.max_model_len
+        self._sleeps = opening.sleep
+        self._is_asleep = False
 
     def sync(self) -> None:
         """Copy the policy's weights over the engine's, and forget keys and values of old ones.
 
         Raises PreflightError for weights that vLLM cannot place.
         """
+        self._wake()
         try:
             self._engine.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": self._weights()}
@@ -115,6 +113,7 @@ class VLLMEngine:
         `seeds[i]` alone decides the random numbers of completion i. `on_done(i, completion)` is
         called for each when it is finished. Raises ConfigError for a prompt that is too long.
         """
+        self._wake()
         done: dict[int, Completion] = {}
         try:
             for i, prompt in enumerate(prompts):
@@ -128,7 +127,19 @@ class VLLMEngine:
         finally:
             if unfinished := [str(i) for i in range(len(prompts)) if i not in done]:
                 self._engine.abort_request(unfinished)
+            self._sleep()
         return [done[i] for i in range(len(prompts))]
+
+    def _sleep(self) -> None:
+        """Level 1 keeps the weights, in the host's memory: not every batch has new ones."""
+        if self._sleeps:
+            self._engine.sleep(level=1)
+            self._is_asleep = True
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._engine.wake_up()
+            self._is_asleep = False
 
     def _add(self, i: int, token_ids: list[int], max_length: int, seed: int) -> None:
         from vllm import SamplingParams
@@ -155,35 +166,21 @@ class VLLMEngine:
         self._engine.add_request(str(i), {"prompt_token_ids": token_ids}, sampling)
 
 
-def open_vllm(
-    model: Any,
-    weights: Weights,
-    settings: VLLMSettings,
-    *,
-    dtype: torch.dtype,
-    stop_ids: frozenset[int],
-    temperature: float,
-    max_tokens: int,
-    batch_size: int | None,
-    seed: int,
-) -> VLLMEngine:
-    """An engine for a Hugging Face causal LM that has the policy's weights already.
+def open_vllm(opening: Opening, weights: Weights, device: torch.device) -> VLLMEngine:
+    """An engine that has the policy's weights already.
 
-    `max_tokens` is the longest prompt and response together, where the settings have no
-    `max_model_len`. vLLM reads the model's config and no checkpoint: every weight comes from
-    `weights`. Raises PreflightError for a model that vLLM cannot load.
+    vLLM reads the model's config and no checkpoint: every weight comes from `weights`. Raises
+    PreflightError for a model that vLLM cannot load.
     """
     _set_environment()
     gc.collect()  # an engine takes vLLM's groups of this process along when it goes
     options: dict[str, Any] = {}
-    if batch_size is not None:
-        options["max_num_seqs"] = batch_size
-    if model.device.type == "cpu":
-        options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    if opening.max_num_seqs is not None:
+        options["max_num_seqs"] = opening.max_num_seqs
+    if device.type == "cpu":
+        options["kv_cache_memory_bytes"] = int(opening.kv_cache_gib * 2**30)
     else:
-        options["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+        options["gpu_memory_utilization"] = opening.gpu_memory_utilization
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),
@@ -191,7 +188,7 @@ def open_vllm(
     ):
         # vLLM calls torch by names that are about to go: no news for users.
         warnings.simplefilter("ignore", FutureWarning)
-        config.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps(opening.config), encoding="utf-8")
         try:
             from vllm import LLM
 
@@ -200,22 +197,22 @@ def open_vllm(
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # its neutral defaults, not a file beside the model
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=settings.max_model_len or max_tokens,
-                enforce_eager=settings.enforce_eager,
+                dtype=opening.dtype,
+                max_model_len=opening.max_model_len,
+                enforce_eager=opening.enforce_eager,
+                enable_sleep_mode=opening.sleep,
                 logprobs_mode="processed_logprobs",  # after the temperature, as PPO takes them
-                seed=seed,
+                seed=opening.seed,
                 disable_log_stats=True,
                 **options,
             )
-            engine = VLLMEngine(llm.llm_engine, weights, stop_ids=stop_ids, temperature=temperature)
+            engine = VLLMEngine(llm.llm_engine, weights, opening)
             engine.sync()
             # Some kernels refuse a model's shapes only when they are used.
             engine.generate([Prompt(id=0, text="", token_ids=[0])], [1], [0])
         except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise PreflightError(
-                f"vLLM cannot run this {type(model).__name__} ({_gist(error)}); use "
-                "rollout.engine=hf"
+                f"vLLM cannot run this {opening.model_name} ({_gist(error)}); use rollout.engine=hf"
             ) from error
     return engine
 

@@ -3,6 +3,7 @@
 config.yaml       the resolved config
 metrics.jsonl     one line per PPO step
 eval/step-N.jsonl one line per evaluated sample
+checkpoints/      what an unfinished run goes on from
 model/, critic/   the trained policy in Hugging Face format, its value head beside it
 run_status.json   why the run ended
 """
@@ -108,6 +109,15 @@ class RunFolder:
                 building.replace(final)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """A file, or a folder's list of names, survives the loss of power from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

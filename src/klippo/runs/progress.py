@@ -46,7 +46,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self._quiet:
-            self._console.print(Text(text))
+            self._console.print(Text(text), soft_wrap=True)
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Show step (counted from 0) with its metrics."""

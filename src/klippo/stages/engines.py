@@ -14,10 +14,13 @@ from klippo.policy.merged import merged_weights
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
+from klippo.rollouts.opening import Opening
+from klippo.rollouts.remote import greet
 from klippo.rollouts.sampling import Sampling
+from klippo.rollouts.servers import ServersEngine
 from klippo.rollouts.settings import RolloutSettings
 from klippo.rollouts.vllm import open_vllm, require_vllm
-from klippo.stages.build import longest
+from klippo.stages.build import longest, warn
 from klippo.types import Engine, Prompt
 
 CHECKED_TOKENS = 8
@@ -28,16 +31,34 @@ def check_engine_settings(rollout: RolloutSettings, device: torch.device, ranks:
     """Raise PreflightError for an engine that this machine, or this launch, cannot run."""
     if rollout.engine != "vllm":
         return
+    num_servers = len(rollout.vllm.servers)
+    if 0 < num_servers < ranks.world_size:
+        raise PreflightError(
+            f"rollout.vllm.servers: {num_servers} for the {ranks.world_size} processes of this "
+            "run, each of which needs one of its own; start more, or fewer processes"
+        )
+    if num_servers > 0:
+        greet(own_servers(rollout, ranks))
+        return
     if ranks.world_size > 1:
         raise PreflightError(
             f"rollout.engine=vllm samples in one process, and this run has {ranks.world_size}; "
-            "start one, or use rollout.engine=hf"
+            "start one, use rollout.vllm.servers, or rollout.engine=hf"
         )
     require_vllm(device)
 
 
+def own_servers(rollout: RolloutSettings, ranks: Ranks) -> tuple[str, ...]:
+    """The addresses that this process asks; every other process asks others."""
+    return rollout.vllm.servers[ranks.rank :: ranks.world_size]
+
+
 def build_engine(
-    config: RunConfig, loaded: LoadedPolicy, stop_ids: frozenset[int], prompts: Sequence[Prompt]
+    config: RunConfig,
+    loaded: LoadedPolicy,
+    stop_ids: frozenset[int],
+    prompts: Sequence[Prompt],
+    ranks: Ranks,
 ) -> Engine:
     """The engine of the settings; `prompts` are those that it will be asked.
 
@@ -54,9 +75,8 @@ def build_engine(
             autocast=config.policy.autocast,
         )
     length = longest(rollout.response_length)
-    engine = open_vllm(
+    opening = Opening.of(
         policy.lm.model,
-        partial(merged_weights, policy),
         rollout.vllm,
         dtype=torch.bfloat16 if config.policy.autocast else policy.lm.model.dtype,
         stop_ids=stop_ids,
@@ -65,20 +85,34 @@ def build_engine(
         batch_size=rollout.generation_batch_size,
         seed=config.seed,
     )
-    check_engine(engine, config, loaded, prompts[0], min(length, CHECKED_TOKENS))
+    weights = partial(merged_weights, policy)
+    urls = own_servers(rollout, ranks)
+    engine: Engine
+    if urls:
+        patience_s = rollout.vllm.patience_s
+        engine = ServersEngine(urls, weights, opening, patience_s=patience_s, say=warn)
+    else:
+        engine = open_vllm(opening, weights, policy.device)
+    check_engine(engine, config, loaded, prompts[0], min(length, CHECKED_TOKENS), urls)
     return engine
 
 
 def check_engine(
-    engine: Engine, config: RunConfig, loaded: LoadedPolicy, prompt: Prompt, length: int
+    engine: Engine,
+    config: RunConfig,
+    loaded: LoadedPolicy,
+    prompt: Prompt,
+    length: int,
+    urls: Sequence[str] = (),
 ) -> None:
-    """Make sure that the engine samples from the policy's distribution.
+    """Make sure that the engine, and each of its servers, samples from the policy's distribution.
 
     Raises PreflightError where its log-probs of one response are not the policy's.
     """
+    number = max(len(urls), 1)  # one prompt for each server
     rollout = collate(
-        [prompt],
-        engine.generate([prompt], [length], [config.seed]),
+        [prompt] * number,
+        engine.generate([prompt] * number, [length] * number, [config.seed] * number),
         loaded.tokenizer,
         temperature=config.rollout.temperature,
         device=loaded.policy.device,
@@ -86,13 +120,16 @@ def check_engine(
     with torch.no_grad():
         own = loaded.policy(rollout.tokens, rollout.temperature, with_entropy=False).logprobs
     assert rollout.behavior_logprobs is not None
-    mismatch = float((own - rollout.behavior_logprobs).abs().mean())
+    mask = rollout.tokens.response_mask
+    difference = (own - rollout.behavior_logprobs).abs().where(mask, 0.0).sum(1) / mask.sum(1)
     is_exact = config.policy.dtype == "float32" and not config.policy.autocast
     tolerance = 0.01 if is_exact else 0.2
-    if not mismatch <= tolerance:
-        name = type(loaded.policy.lm.model).__name__
-        raise PreflightError(
-            f"rollout.engine={config.rollout.engine} samples from another distribution than this "
-            f"{name}: log-probs of one response differ by {mismatch:.3g} nats per token, and "
-            f"{tolerance} is the most; use rollout.engine=hf"
-        )
+    for mismatch, where in zip(difference.tolist(), urls or [""], strict=True):
+        if not mismatch <= tolerance:
+            name = type(loaded.policy.lm.model).__name__
+            raise PreflightError(
+                f"rollout.engine={config.rollout.engine} samples {where and f'at {where} '}from "
+                f"another distribution than this {name}: log-probs of one response differ by "
+                f"{mismatch:.3g} nats per token, and {tolerance} is the most; use "
+                "rollout.engine=hf"
+            )

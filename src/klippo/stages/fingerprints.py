@@ -6,14 +6,19 @@ import hashlib
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from klippo import hub
 from klippo.rewards.loading import load_function
 from klippo.rewards.settings import RewardSettings
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
 from klippo.stages.reward_names import classifiers_in, digest_of, functions_in
+from klippo.types import Prompt
 
 _LENGTH = 12  # hex digits
+_NUM_WEIGHTS = 64  # of each tensor
 _CONTENT = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
@@ -47,6 +52,26 @@ def of_reward(settings: RewardSettings) -> str:
             source = None
         parts.append(name if source is None else of_files([Path(source)]))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:_LENGTH]
+
+
+def of_weights(model: Any) -> str:
+    """Of a model's frozen weights: their names, shapes, and a few numbers of each."""
+    whole = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if not weight.requires_grad:
+            flat = weight.detach().flatten()
+            few = flat[:: max(len(flat) // _NUM_WEIGHTS, 1)].to(torch.float32).cpu()
+            whole.update(f"{name} {tuple(weight.shape)}".encode())
+            whole.update(few.numpy().tobytes())
+    return whole.hexdigest()[:_LENGTH]
+
+
+def of_prompts(prompts: Iterable[Prompt]) -> str:
+    """Of prompts in their order, as token ids, with their other columns."""
+    whole = hashlib.sha256()
+    for prompt in prompts:
+        whole.update(repr((prompt.token_ids, sorted(prompt.meta.items()))).encode())
+    return whole.hexdigest()[:_LENGTH]
 
 
 def _files(folder: Path) -> list[Path]:

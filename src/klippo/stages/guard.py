@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from klippo.errors import ConfigError
 from klippo.evaluation.guard import Guard
@@ -53,6 +54,14 @@ class RunGuard:
             self._save(best)
         self.stopped = decision.stop
         return decision.stop is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen so far."""
+        return self._guard.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._guard.load_state_dict(state)
 
     def _gold_rows(self, step: int) -> list[SampleRow]:
         """The guard's own prompts, answered by the policy as it is, with gold scores."""

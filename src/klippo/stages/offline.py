@@ -119,17 +119,16 @@ class OfflineData:
     def behavior(self) -> Behavior:
         return "recorded" if self.offline.behavior == "recorded" else "start"
 
-    def source(self, ranks: Ranks | None = None) -> LoggedSource:
+    def sampler(self, ranks: Ranks | None = None) -> PromptSampler[LoggedResponse]:
         """All responses, in shuffled passes; of each batch this process's share."""
         ranks = ranks or Ranks()
-        sampler = PromptSampler(
+        return PromptSampler(
             self.train,
             self.config.ppo.batch_size,
             self.config.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        return self._source(sampler.next)
 
     def look(self, learner: Learner, step: int) -> Diagnosis:
         """What is to be known at the start and after each pass; the same on every process."""
@@ -158,7 +157,7 @@ class OfflineData:
     def _run(
         self, learner: Learner, responses: Sequence[LoggedResponse]
     ) -> tuple[Forward, Experience]:
-        rollout = self._source(list).rollout(responses)
+        rollout = self.source(list).rollout(responses)
         forward = learner.forward(rollout)
         experience = build_experience(
             learner.ppo,
@@ -197,7 +196,8 @@ class OfflineData:
             return f"the KL from the start is {kl:.2f} nats, above {self.offline.max_kl:g}"
         return None
 
-    def _source(self, next_responses: Callable[[], list[LoggedResponse]]) -> LoggedSource:
+    def source(self, next_responses: Callable[[], list[LoggedResponse]]) -> LoggedSource:
+        """Responses as rollouts."""
         return LoggedSource(
             next_responses,
             self._loaded.tokenizer,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from klippo.config.schema import RunConfig
@@ -27,6 +28,7 @@ from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.online import OnlineSource
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.engines import build_engine, check_engine_settings
+from klippo.stages.fingerprints import of_prompts, of_weights
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
@@ -34,6 +36,15 @@ from klippo.types import Metrics, Prompt, RewardSource, Rollout, RolloutSource, 
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that evaluation draws the same random numbers at every step."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose state, as JSON holds it, a checkpoint keeps."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +68,10 @@ class Session:
     measure: Callable[[Rollout], Scores]
     """The same for evaluation, on a scale that stays."""
     stop_ids: frozenset[int]
+    stateful: Mapping[str, Stateful]
+    """What beside the learner remembers something from step to step."""
+    fingerprints: Mapping[str, str]
+    """Of the model and of the data that the run began with."""
     answer_evaluation: Callable[[], Rollout]
     """Answers to this process's share, each with the same random numbers at every step."""
     answer: Callable[[list[Prompt]], Rollout]
@@ -105,7 +120,7 @@ def open_session(
         source.check_columns(rows[0].columns)
     if config.gold is not None:
         check_reward(config.gold, rows[0].columns)
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
     longest = config.rollout.response_length if config.offline is None else 1
@@ -141,10 +156,17 @@ def open_session(
         "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
         "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     }
+    model_digest = of_weights(loaded.reference.lm.model)
     if offline is not None:
+        responses = offline.sampler(ranks)
         return Session(
             config=config,
-            source=offline.source(ranks),
+            source=offline.source(responses.next),
+            stateful={"sampler": responses},
+            fingerprints={
+                "data": of_prompts(p.prompt for p in offline.train),
+                "model": model_digest,
+            },
             stop_ids=offline.stop_ids,
             offline=offline,
             measure=_samples_nothing,
@@ -170,7 +192,7 @@ def open_session(
         at_eos=config.rollout.stop_at_eos,
         extra=config.rollout.stop_tokens,
     )
-    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts])
+    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts], ranks)
     evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
     share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
     fixed = yardstick(source, evaluators.all_sum)
@@ -196,9 +218,17 @@ def open_session(
     config = config.model_copy(update={"reward": measured})
     training_source = source_with(sampler.next, config.seed)
     evaluation_source = source_with(list, config.seed + EVALUATION_SEED)
+    parts: dict[str, Any] = {
+        "sampler": sampler,
+        "responses": training_source,
+        "reward": source,
+        "yardstick": fixed,
+    }
     return Session(
         config=config,
         source=training_source,
+        stateful={name: part for name, part in parts.items() if _remembers(part)},
+        fingerprints={"data": of_prompts(train_prompts), "model": model_digest},
         answer=training_source.answer,
         measure=lambda rollout: resolve_scores(fixed, rollout),
         stop_ids=stop_ids,
@@ -213,6 +243,18 @@ def open_session(
         ),
         **common,
     )
+
+
+def seed_everything(seed: int) -> None:
+    """The generators that rewards and libraries draw from; the run's own have their own seeds."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _remembers(part: object) -> bool:
+    """Whether a part has a state that JSON holds; models keep theirs to themselves."""
+    return isinstance(part, Stateful) and not isinstance(part, torch.nn.Module)
 
 
 def _samples_nothing(*_: Any) -> Any:

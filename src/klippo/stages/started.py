@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from klippo.config.schema import RunConfig
 from klippo.report.reading import STARTED_FILE
 from klippo.runs.folder import write_text
+from klippo.stages.resume import Start
 from klippo.stages.session import Session
 
 PACKAGES = ("klippo", "torch", "transformers", "peft")
@@ -23,18 +25,38 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def write_started(folder: Path, session: Session, name: str, origins: Mapping[str, str]) -> None:
-    """The config's name and who set what in it; time, versions and device."""
+def write_started(
+    folder: Path,
+    session: Session,
+    config: RunConfig,
+    name: str,
+    origins: Mapping[str, str],
+    start: Start,
+) -> None:
+    """The config as it was given, its name and who set what in it; time, versions and device.
+
+    A run that goes on keeps when it began and is told of each time that it went on.
+    """
+    file = folder / STARTED_FILE
+    before = json.loads(file.read_bytes()) if start.is_resumed and file.is_file() else {}
     is_gpu = session.device.type == "cuda"
     facts = {
         "name": name,
-        "started": now(),
+        "started": before.get("started", now()),
         "device": torch.cuda.get_device_name(session.device) if is_gpu else session.device.type,
         "num_processes": session.ranks.world_size,
         "versions": {"python": platform.python_version()} | versions(),
         "origins": dict(origins),
+        "config": config.model_dump(mode="json"),
     }
-    write_text(folder / STARTED_FILE, json.dumps(facts, indent=2) + "\n")
+    if start.is_resumed:
+        went_on = {
+            "at": now(),
+            "after_steps": session.learner.num_steps_done,
+            "changed": start.changed,
+        }
+        facts["resumed"] = [*before.get("resumed", []), went_on]
+    write_text(file, json.dumps(facts, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -6,26 +6,32 @@ from klippo.config.load import LoadedConfig
 from klippo.data.rows import load_rows
 from klippo.errors import RewardError
 from klippo.ranks import Ranks
-from klippo.runs.folder import RunFolder
 from klippo.stages.build import choose_device
 from klippo.stages.dry_run import agree_to_cost
 from klippo.stages.gold_eval import gold_missing
 from klippo.stages.memory_check import check_memory
+from klippo.stages.resume import find_start
 from klippo.stages.trainer import PPOTrainer
 
 
 def train(
-    loaded: LoadedConfig, *, overwrite: bool = False, quiet: bool = False, yes: bool = False
+    loaded: LoadedConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    quiet: bool = False,
+    yes: bool = False,
 ) -> int:
     """Run PPO as the config says; returns the exit code. `yes` agrees to what judges may cost."""
     config = loaded.config
     device = choose_device(config.device)
     ranks = Ranks.from_environment(device)
-    ranks.on_main(lambda: RunFolder.check(Path(config.output_dir), overwrite=overwrite))
+    folder = Path(config.output_dir)
+    ranks.on_main(lambda: find_start(folder, config, overwrite=overwrite, resume=resume))
     data = load_rows(config.data, config.seed)
     ranks.on_main(lambda: agree_to_cost(config, data, yes=yes))
     ranks.on_main(lambda: check_memory(config, data, device))
-    outcome = PPOTrainer(loaded, data=data, overwrite=overwrite, quiet=quiet).train()
+    outcome = PPOTrainer(loaded, data=data, overwrite=overwrite, resume=resume, quiet=quiet).train()
     if outcome.gold_problem is not None:
         command = gold_missing(outcome.output_dir, outcome.gold_problem)["command"]
         raise RewardError(

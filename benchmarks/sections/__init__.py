@@ -1,0 +1,1 @@
+"""The parts of docs/benchmarks.md: one module per kind of result, each with a `section`."""

@@ -1,0 +1,157 @@
+"""Checkpoints of a run: written whole or not at all, checked before they are believed.
+
+checkpoints/step-00000120/
+  state.json             counters, random states, the config and what it was written for
+  NAME.safetensors       tensors by name: weights, optimizer
+  manifest.json          size and SHA-256 of each of these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from klippo.errors import ConfigError
+from klippo.runs.folder import RunFolder, sync, writing
+
+CHECKPOINTS_DIR = "checkpoints"
+FORMAT = 1
+_STATE, _MANIFEST, _PREFIX = "state.json", "manifest.json", "step-"
+
+
+class BrokenCheckpointError(ConfigError):
+    """A checkpoint that is not as it was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """PPO steps that were done when it was written."""
+        return int(self.state["step"])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file by name, on the CPU."""
+        from safetensors.torch import load_file
+
+        file = self.path / f"{name}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise BrokenCheckpointError(f"{file} cannot be read ({error})") from error
+
+
+class Checkpoints:
+    """Those of one run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / CHECKPOINTS_DIR
+
+    def write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> Path:
+        """Write one beside, synced, then rename it; `state` is JSON. Raises StorageError."""
+        from safetensors.torch import save_file
+
+        with writing(self.path):
+            self.path.mkdir(exist_ok=True)
+        name = f"{_PREFIX}{step:08}"
+        with RunFolder(self.path).new_directory(name) as building:
+            for part, values in tensors.items():
+                whole = {key: value.detach().contiguous() for key, value in values.items()}
+                save_file(whole, building / f"{part}.safetensors")
+            facts = {"format": FORMAT, "step": step, "files": sorted(tensors)} | dict(state)
+            (building / _STATE).write_text(json.dumps(facts) + "\n")
+            files = {file.name: _described(file) for file in sorted(building.iterdir())}
+            (building / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
+            for file in building.iterdir():
+                sync(file)
+            sync(building)
+        sync(self.path)
+        return self.path / name
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`."""
+        for path in self._found()[keep:]:
+            with writing(path):
+                shutil.rmtree(path)
+
+    def remove(self) -> None:
+        """Remove them all."""
+        with writing(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole one, and what is wrong with those that are newer."""
+        problems: list[str] = []
+        for path in self._found():
+            try:
+                return read_checkpoint(path), problems
+            except BrokenCheckpointError as error:
+                problems.append(str(error))
+        return None, problems
+
+    def _found(self) -> list[Path]:
+        """Newest first."""
+        names = self.path.glob(f"{_PREFIX}*") if self.path.is_dir() else []
+        numbered = [path for path in names if path.name.removeprefix(_PREFIX).isdecimal()]
+        return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, after every file of it was compared with the manifest.
+
+    Raises BrokenCheckpointError that names the file.
+    """
+    manifest = _json(path / _MANIFEST)
+    for name, expected in manifest.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise BrokenCheckpointError(f"{file} is missing")
+        found = _described(file)
+        if found != expected:
+            what = "size" if found["bytes"] != expected.get("bytes") else "content"
+            raise BrokenCheckpointError(f"{file} is damaged: its {what} is not what was written")
+    if _STATE not in manifest:
+        raise BrokenCheckpointError(f"{path / _MANIFEST} does not name {_STATE}")
+    state = _json(path / _STATE)
+    if state.get("format") != FORMAT:
+        raise BrokenCheckpointError(
+            f"{path / _STATE}: format {state.get('format')} is not {FORMAT}, which this version of "
+            "Klippo writes and reads"
+        )
+    for name in state["files"]:
+        if f"{name}.safetensors" not in manifest:
+            raise BrokenCheckpointError(f"{path / name}.safetensors is missing from the manifest")
+    return Checkpoint(path=path, state=state)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise BrokenCheckpointError(f"{file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpointError(f"{file} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise BrokenCheckpointError(f"{file} is damaged: no JSON object")
+    return content
+
+
+def _described(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
