@@ -3,8 +3,8 @@
     python benchmarks/ensemble_step.py --pairs 5
 
 The demo's policy and reward models as `rm-ensemble-demo` has them, and W1's policy (a model of 16
-million numbers, vocabulary 49,152) with the demo's reward models. Prints and writes
-benchmarks/results/ensemble_step.json.
+million numbers, vocabulary 49,152) with the demo's reward models. Writes
+benchmarks/results/ensemble_step.json and docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import time
 from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import workload as shared
+from page import RESULTS, write_page
 from prepare_smollm import SMOLLM
 from workload import W1
 
-FILE = Path(__file__).parent / "results" / "ensemble_step.json"
 NUM_MEMBERS = 5
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "one": {"kind": "classifier", "model": "demo:proxy_seed1"},
@@ -61,8 +60,8 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    FILE.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(section(result)))
+    (RESULTS / "ensemble_step.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_page()
 
 
 def demo_step(reward: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -140,33 +139,6 @@ def step(session: Any) -> dict[str, float]:
     session.learner.learn(experience)
     marks.append(time.process_time())
     return {name: b - a for name, a, b in zip(PHASES, marks, marks[1:], strict=False)}
-
-
-def section(result: Mapping[str, Any]) -> list[str]:
-    """The lines of this benchmark's part of docs/benchmarks.md, below its heading."""
-    versions = result["versions"]
-    lines = [
-        f"A whole PPO step with an ensemble of {NUM_MEMBERS} of the demo's reward models, and with "
-        f"one of them: processor seconds, {result['num_threads']} thread, steps of both in turn in "
-        "one process. The ratio is that of pairs of steps, median first.",
-        "",
-        "| | one: generate, forward, score, update, s | five: the same | whole step, five / one |",
-        "|---|---|---|---|",
-    ]
-    for case in result["cases"]:
-        one, five = (
-            ", ".join(f"{case['seconds'][arm][phase]:.2f}" for phase in PHASES) for arm in ARMS
-        )
-        spread = ", ".join(f"{ratio:.2f}" for ratio in case["ratios"])
-        middle = statistics.median(case["ratios"])
-        lines.append(f"| {case['name']} | {one} | {five} | **{middle:.2f}** ({spread}) |")
-    return [
-        *lines,
-        "",
-        f"Measured {result['date']} with `{result['command']}` on {result['machine']['cores']} "
-        f"{result['machine']['architecture']} cores (load average {result['load_average']}), "
-        f"PyTorch {versions['torch']}, transformers {versions['transformers']}.",
-    ]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from sections import (
     engines,
     ensemble,
+    ensemble_step,
     growth,
     judge,
     judge_overlap,
@@ -24,6 +25,7 @@ from sections import (
     lean_update,
     memory,
     ppo,
+    token_budget,
     update_floor,
 )
 
@@ -51,7 +53,9 @@ SECTIONS: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "update_floor": update_floor.section,
     "lean_update": lean_update.section,
     "lean_passes": lean_passes.section,
+    "token_budget": token_budget.section,
     "ensemble": ensemble.section,
+    "ensemble_step": ensemble_step.section,
     "judge": judge.section,
     "judge_overlap": judge_overlap.section,
     "memory": memory.section,

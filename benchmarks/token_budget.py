@@ -3,7 +3,7 @@
     python benchmarks/token_budget.py --pairs 3
 
 Both arms have the same weights, rows and memory: the fixed size is what the budget holds of rows
-as long as the longest. Prints and writes benchmarks/results/token_budget.json.
+as long as the longest. Writes benchmarks/results/token_budget.json and docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import statistics
 from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import workload as shared
 from lean_update import copied, timed
+from page import RESULTS, write_page
 from prepare_smollm import SMOLLM
 from workload import W1
 
@@ -33,7 +33,6 @@ from klippo.ppo.settings import PPOSettings
 from klippo.rollouts.collate import collate
 from klippo.types import Completion, Prompt, Rollout, Scores, TokenBatch
 
-FILE = Path(__file__).parent / "results" / "token_budget.json"
 SHORTEST, LONGEST = 10, 200
 FIXED = 8
 NUM_EPOCHS = 1
@@ -93,8 +92,8 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    FILE.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(section(result)))
+    (RESULTS / "token_budget.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_page()
 
 
 SECONDS = ("forward_cpu_s", "update_cpu_s")
@@ -138,44 +137,6 @@ def loss_difference(pair: Mapping[str, Mapping[str, Any]]) -> float:
     one, other = pair["fixed"]["metrics"], pair["budget"]["metrics"]
     names = [name for name in one if name.startswith("loss/")]
     return max(abs(float(one[name]) - float(other[name])) for name in names)
-
-
-def section(result: Mapping[str, Any]) -> list[str]:
-    """The lines of this benchmark's part of docs/benchmarks.md, below its heading."""
-    rows = {
-        "fixed": f"{result['micro_batch_size']} responses each",
-        "budget": f"at most {result['micro_batch_tokens']:,} tokens each",
-    }
-    ratios = {key: sorted(values) for key, values in result["ratios"].items()}
-    forward, update = (statistics.median(ratios[key]) for key in SECONDS)
-    lines = [
-        f"W1's shape, {result['batch_size']} responses of {result['lengths'][0]} to "
-        f"{result['lengths'][1]} tokens, one epoch; {len(ratios['update_cpu_s'])} interleaved "
-        f"pairs in one process, {result['num_threads']} thread, processor time. Both arms hold as "
-        f"many tokens at once; {result['real_tokens']:,} tokens are real.",
-        "",
-        "| micro-batches | how many | tokens with padding | forward phase, s | update, s |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for name, told in rows.items():
-        arm = result["arms"][name]
-        lines.append(
-            f"| {told} | {arm['num_micro_batches']} | {arm['padded_tokens']:,} | "
-            f"{arm['forward_cpu_s']:.2f} | {arm['update_cpu_s']:.2f} |"
-        )
-    spread = ", ".join(f"{ratio:.2f}" for ratio in result["ratios"]["update_cpu_s"])
-    versions = result["versions"]
-    return [
-        *lines,
-        "",
-        f"Fixed / budget: forward phase **{forward:.2f}**, update **{update:.2f}** ({spread}). "
-        f"Losses differ by at most {result['largest_loss_difference']:.0e}. The LM head, most of "
-        "W1's work, runs on real tokens alone in either arm, so that padding costs the trunk only.",
-        "",
-        f"Measured {result['date']} with `{result['command']}` on {result['machine']['cores']} "
-        f"{result['machine']['architecture']} cores (load average {result['load_average']}), "
-        f"PyTorch {versions['torch']}, transformers {versions['transformers']}.",
-    ]
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ def result_of(name):
 
 
 def test_token_budget():
-    import token_budget
+    from sections import token_budget
 
     result = result_of("token_budget")
-    text = "\n".join(token_budget.section(result))
+    text = token_budget.section(result)
     for arm in result["arms"].values():
         assert f"| {arm['num_micro_batches']} | {arm['padded_tokens']:,} |" in text
         assert arm["padded_tokens"] >= result["real_tokens"]
@@ -36,10 +36,10 @@ def test_token_budget():
 
 
 def test_five_reward_models_cost_at_most_three_tenths_of_a_step():
-    import ensemble_step
+    from sections import ensemble_step
 
     result = result_of("ensemble_step")
-    text = "\n".join(ensemble_step.section(result))
+    text = ensemble_step.section(result)
     for case in result["cases"]:
         middle = statistics.median(case["ratios"])
         assert f"| {case['name']} |" in text
