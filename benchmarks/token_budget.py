@@ -3,7 +3,7 @@
     python benchmarks/token_budget.py --pairs 3
 
 Both arms have the same weights, rows and memory: the fixed size is what the budget holds of rows
-as long as the longest. Writes benchmarks/results/token_budget.json and docs/benchmarks.md.
+as long as the longest. Prints and writes benchmarks/results/token_budget.json.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import statistics
 from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import workload as shared
 from lean_update import copied, timed
-from page import RESULTS, write_page
 from prepare_smollm import SMOLLM
+from sections.token_budget import section
 from workload import W1
 
 from klippo.policy.loading import LoadedPolicy, load_policy
@@ -33,6 +34,7 @@ from klippo.ppo.settings import PPOSettings
 from klippo.rollouts.collate import collate
 from klippo.types import Completion, Prompt, Rollout, Scores, TokenBatch
 
+FILE = Path(__file__).parent / "results" / "token_budget.json"
 SHORTEST, LONGEST = 10, 200
 FIXED = 8
 NUM_EPOCHS = 1
@@ -92,8 +94,8 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    (RESULTS / "token_budget.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_page()
+    FILE.write_text(json.dumps(result, indent=1) + "\n")
+    print(section(result))
 
 
 SECONDS = ("forward_cpu_s", "update_cpu_s")
