@@ -16,6 +16,7 @@ from typing import Any
 from sections import (
     engines,
     ensemble,
+    ensemble_step,
     growth,
     judge,
     judge_overlap,
@@ -54,6 +55,7 @@ SECTIONS: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "lean_passes": lean_passes.section,
     "token_budget": token_budget.section,
     "ensemble": ensemble.section,
+    "ensemble_step": ensemble_step.section,
     "judge": judge.section,
     "judge_overlap": judge_overlap.section,
     "memory": memory.section,

@@ -129,7 +129,7 @@ GROUPS = {
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
     "soft-max over the vocabulary and its gradient": (
-        "aten::logsumexp",
+        "aten::_log_softmax",
         "aten::exp",
         "aten::exp_",
         "aten::sum",
