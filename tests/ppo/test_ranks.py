@@ -44,10 +44,11 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("held", ["whole", "sharded"])
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name):
+def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name, held):
     alone = learn(CASES[name], Ranks())
-    first, second = (torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(folder / f"{name}.{held}.{rank}.pt") for rank in (0, 1))
     assert_same_tensors(first["weights"], second["weights"], atol=0)
     assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-12)
     assert_same_tensors(first["weights"], alone["weights"], atol=1e-6)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from klippo.policy.settings import CriticSettings
+from klippo.policy.sharding import whole
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ranks import Ranks
@@ -33,6 +34,7 @@ class Case:
     score: dict = dataclasses.field(default_factory=dict)
     tuning: str = "full"
     critic: CriticSettings = dataclasses.field(default_factory=CriticSettings)
+    gradient_checkpointing: bool = False
     num_steps: int = 1
     old_shift: list[float] | None = None
     """Added to the old log-probs of each row."""
@@ -57,14 +59,26 @@ CASES = {
         ppo={"ratio_threshold": 10.0, "num_epochs": 2}, old_shift=[0.0, 0.0, 0.0, -6.0]
     ),
     "target kl": Case(ppo={"num_epochs": 6, "target_kl": 0.1}, old_shift=[0.0, 0.0, 0.0, -2.0]),
+    "separate critic": Case(critic=CriticSettings(kind="separate"), num_steps=2),
+    "exact kl": Case(kl={"placement": "exact", "coef": 0.3}, ppo={"micro_batch_size": 1}),
+    "gradient checkpointing": Case(
+        tuning="lora", critic=LORA_CRITIC, gradient_checkpointing=True, num_steps=2
+    ),
     "critic warm-up": Case(ppo={"num_critic_warmup_steps": 2}, num_steps=3),
 }
 
 
-def learn(case: Case, ranks: Ranks) -> dict:
+def learn(case: Case, ranks: Ranks, *, shard: bool = False) -> dict:
     """Weights, metrics and state after the case's steps in this process."""
     rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
-    loaded = load(llama(), tuning=case.tuning, critic=case.critic, num_unfrozen_layers=1)
+    loaded = load(
+        llama(),
+        tuning=case.tuning,
+        critic=case.critic,
+        num_unfrozen_layers=1,
+        gradient_checkpointing=case.gradient_checkpointing,
+        shard_over=ranks if shard else None,
+    )
     disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
     learner = Learner(
         loaded.policy,
@@ -85,8 +99,10 @@ def learn(case: Case, ranks: Ranks) -> dict:
                 experience, old_logprobs=experience.old_logprobs + shift
             )
         metrics = learner.learn(experience)
+    with whole(learner.policy):
+        trained = weights(learner.policy)
     return {
-        "weights": weights(learner.policy),
+        "weights": trained,
         "metrics": metrics,
         "kl_coef": learner.kl_controller.coef,
         "moments": learner.score_moments.state_dict(),
@@ -101,7 +117,10 @@ def main(folder: Path) -> None:
     assert ranks.all_sum(own).item() == 3.0
     assert own.item() == ranks.rank + 1.0, "a sum leaves its input alone"
     for name, case in CASES.items():
-        torch.save(learn(case, ranks), folder / f"{name}.{ranks.rank}.pt")
+        print(name, flush=True)
+        for held in ("whole", "sharded"):
+            found = learn(case, ranks, shard=held == "sharded")
+            torch.save(found, folder / f"{name}.{held}.{ranks.rank}.pt")
     dist.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.policy.sharding import settle
 from klippo.ppo.experience import Experience, Forward, build_experience, run_forward
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ppo.update import ppo_update
@@ -56,13 +57,15 @@ class Learner:
 
     def forward(self, rollout: Rollout) -> Forward:
         """What policy, critic and reference say of this rollout, while scores are on their way."""
-        return run_forward(
+        found = run_forward(
             self.ppo,
             self.policy,
             self.reference,
             rollout,
             keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
         )
+        settle(self.policy, self.reference.lm)
+        return found
 
     def experience(
         self, rollout: Rollout, scores: Scores, forward: Forward | None = None

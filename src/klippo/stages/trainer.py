@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from klippo.config.load import LoadedConfig, config_from_mapping, to_yaml
 from klippo.config.schema import RunConfig
@@ -20,8 +21,9 @@ from klippo.data.rows import Data
 from klippo.errors import ConfigError, KlippoError, StorageError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
+from klippo.policy.sharding import has_shards, whole
 from klippo.ppo import trainer as ppo_trainer
-from klippo.ranks import Ranks
+from klippo.ranks import Ranks, explaining_peers
 from klippo.rollouts.collate import collate, truncate_after_stop
 from klippo.runs.folder import CONFIG_FILE, CRITIC_DIR, MODEL_DIR, RunFolder, write_text
 from klippo.runs.memory import peak_memory_gib
@@ -92,10 +94,11 @@ class PPOTrainer:
         try:
             if session.ranks.is_main:
                 write_started(recorder.folder.path, session, self.name, self._origins)
-            with recorder.progress:
+            with recorder.progress, explaining_peers():
                 ppo_trainer.train(session.learner, session.source, session.score, recorder)
-            if session.ranks.is_main:
-                save_model(session, recorder.folder)
+            with whole(session.policy):
+                if session.ranks.is_main:
+                    save_model(session, recorder.folder)
             return conclude(
                 session, recorder.folder, recorder.console, recorder.guard, recorder.stopped
             )
@@ -128,10 +131,16 @@ class PPOTrainer:
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory."""
+        """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory.
+
+        With sharding every process must call it, and the first one writes.
+        """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        save_model(self.session, RunFolder(path))
+        policy = self.session.policy
+        with whole(policy):
+            if self.session.ranks.is_main or not has_shards(policy):
+                save_model(self.session, RunFolder(path))
 
     def _rollout(self, prompts: list[Prompt], responses: Sequence[Any], num_scores: int) -> Rollout:
         sizes = (len(prompts), len(responses), num_scores)
@@ -170,6 +179,12 @@ class PPOTrainer:
             reason = _reason(error, self.session.ranks)
             recorder.folder.write_status(state, reason=reason, num_steps_done=done, ended=now())
         if done == 0:
+            return
+        if has_shards(self.session.policy):
+            recorder.progress.say(
+                "The policy is in parts, one per process, and is lost with them: the last one that "
+                "was saved is what there is"
+            )
             return
         folder = recorder.folder
         if isinstance(error, StorageError):
@@ -235,7 +250,8 @@ class RunRecorder:
         self.folder = RunFolder.create(output_dir, overwrite=overwrite)
         write_text(output_dir / CONFIG_FILE, to_yaml(self.session.config))
         if self.session.ranks.world_size > 1:
-            self.progress.say(f"{self.session.ranks.world_size} processes")
+            how = ", each with its part of the weights" if has_shards(self.session.policy) else ""
+            self.progress.say(f"{self.session.ranks.world_size} processes{how}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -263,10 +279,17 @@ class RunRecorder:
             return self._diagnose(session.offline, step)
         if not session.evaluation_prompts:
             return False
+        models: list[nn.Module] = [session.policy.lm, session.reference.lm]
+        if self.guard is not None:
+            models.append(session.policy.critic)  # it is saved with the policy
+        with explaining_memory("evaluate", session), whole(*models):
+            return self._evaluate(step)
+
+    def _evaluate(self, step: int) -> bool:
+        session = self.session
         own = []
         if session.evaluation_share:
-            with explaining_memory("evaluate", session):
-                own = self._rows(session.answer_evaluation(), step)
+            own = self._rows(session.answer_evaluation(), step)
         rows = [row for part in session.ranks.gather(own) for row in part]
         stop = False
         if self.is_main:
