@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import warnings
@@ -184,6 +185,7 @@ def _meet(store: Store, place: str, num: int) -> None:
 
 def _leave() -> None:
     if dist.is_initialized():
+        gc.collect()  # models that hold the group
         dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from klippo.errors import ConfigError
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks
-from tests.ppo.two_ranks import CASES, learn
+from tests.ppo.two_ranks import CASES, go_on, learn
 from tests.toys import assert_same_tensors, load
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,19 @@ def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name, held):
     assert first["metrics"] == pytest.approx(alone["metrics"], abs=1e-5)
     assert first["kl_coef"] == pytest.approx(alone["kl_coef"], rel=1e-6)
     assert first["moments"] == pytest.approx(alone["moments"])
+
+
+def test_the_state_of_shards_is_that_of_one_process_and_starts_new_shards(folder):
+    alone = go_on(Ranks())
+    first, second = (torch.load(folder / f"state.{rank}.pt") for rank in (0, 1))
+    assert all(first["sharded"]), "each weight was in parts"
+    assert not any(alone["sharded"])
+    assert_same_tensors(first["then"], alone["then"], atol=1e-6)
+    assert first["moments"].keys() == alone["moments"].keys()
+    for number, moments in alone["moments"].items():
+        assert_same_tensors(first["moments"][number], moments, atol=1e-6)
+    assert_same_tensors(first["now"], alone["now"], atol=1e-6)
+    assert_same_tensors(second["now"], alone["now"], atol=1e-6)
 
 
 def test_the_cases_do_what_their_names_say():

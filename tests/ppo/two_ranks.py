@@ -3,19 +3,19 @@
 python -m tests.ppo.two_ranks FOLDER    (with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
 """
 
+import copy
 import dataclasses
 import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from klippo.policy.settings import CriticSettings
-from klippo.policy.sharding import whole
+from klippo.policy.sharding import gathered, load_optimizer, load_weights, whole
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.ranks import Ranks
+from klippo.ranks import Ranks, is_sharded
 from klippo.types import Scores
 from tests.toys import CPU, LORA, RAGGED, disturb, llama, load, make_rollout, weights
 
@@ -109,6 +109,38 @@ def learn(case: Case, ranks: Ranks, *, shard: bool = False) -> dict:
     }
 
 
+def go_on(ranks: Ranks) -> dict:
+    """One step, all state through the first process and back into new shards, and another step."""
+    optimizer = OptimizerSettings(learning_rate=1e-3)
+    rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
+    rollout = make_rollout([RAGGED[i] for i in rows])
+    scores = Scores(reward=torch.tensor([REWARD[i] for i in rows]))
+    sharded = ranks if ranks.world_size > 1 else None
+
+    def start() -> Learner:
+        loaded = load(llama(), critic=CriticSettings(kind="separate"), shard_over=sharded)
+        ppo = PPOSettings(batch_size=4, num_epochs=1)
+        return Learner(loaded.policy, loaded.reference, ppo=ppo, optimizer=optimizer, ranks=ranks)
+
+    first = start()
+    first.learn(first.experience(rollout, scores))
+    weights_then = ranks.gather(gathered(first.policy.state_dict(), ranks))[0]
+    moments_then = ranks.gather(gathered(first.optimizer.state_dict(), ranks))[0]
+    moments = copy.deepcopy(moments_then["state"])  # the second optimizer goes on in what it loads
+    second = start()
+    load_weights(second.policy, weights_then)
+    load_optimizer(second.optimizer, moments_then)
+    second.learn(second.experience(rollout, scores))
+    has_part = [is_sharded(weight) for group in second.policy.trainable() for weight in group]
+    with whole(second.policy):
+        return {
+            "then": weights_then,
+            "moments": moments,
+            "now": weights(second.policy),
+            "sharded": has_part,
+        }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.from_environment(CPU)
@@ -116,12 +148,11 @@ def main(folder: Path) -> None:
     own = torch.tensor([ranks.rank + 1.0])
     assert ranks.all_sum(own).item() == 3.0
     assert own.item() == ranks.rank + 1.0, "a sum leaves its input alone"
+    torch.save(go_on(ranks), folder / f"state.{ranks.rank}.pt")
     for name, case in CASES.items():
-        print(name, flush=True)
         for held in ("whole", "sharded"):
             found = learn(case, ranks, shard=held == "sharded")
             torch.save(found, folder / f"{name}.{held}.{ranks.rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from klippo.runs.folder import read_rows
 from tests.stages.test_processes import (
     KL_TOLERANCE_NATS,
-    METRICS_TOLERANCE,
     WEIGHTS_TOLERANCE,
     finish,
     free_port,
@@ -21,6 +20,9 @@ from tests.stages.test_processes import (
     without_times,
 )
 
+METRICS_TOLERANCE = 1e-4
+"""Relative to max(1, value); 1.7e-5 was measured, in a gradient norm of LoRA at step 2."""
+EXAMPLES = Path(__file__).parents[2] / "examples/launch"
 ACCELERATE = (
     "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\n"
     "machine_rank: 0\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: false\n"
@@ -35,10 +37,19 @@ LORA: dict[str, Any] = {
 
 def accelerate(settings: Path, *arguments: object) -> list[str]:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings)]
-    launcher += ["--main_process_port", str(free_port()), "-m", "klippo", "train"]
+    launcher += [
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "klippo",
+        "train",
+    ]
     return [sys.executable, *launcher, *map(str, arguments)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
     write_config: Callable[..., Path], gpt2: Path, tmp_path: Path, kind: str
@@ -71,7 +82,7 @@ def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
             assert a["response_ids"] == b["response_ids"]
             assert a["kl_exact_nats"] == pytest.approx(b["kl_exact_nats"], abs=KL_TOLERANCE_NATS)
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
-    assert len(files) == (6 if kind == "lora" else 6)
+    assert len(files) == 6, "policy, critic and value head, of the end and of the best step"
     for file in files:
         ours, theirs = load_file(one / file), load_file(two / file)
         assert ours.keys() == theirs.keys()
@@ -82,8 +93,7 @@ def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
 def test_accelerate_shards_from_its_config_file_and_the_model_is_a_plain_one(
     write_config: Callable[..., Path], tmp_path: Path, gpt2: Path
 ) -> None:
-    settings = tmp_path / "accelerate.yaml"
-    settings.write_text(ACCELERATE.format(version=2))
+    settings = EXAMPLES / "fsdp2.yaml"
     config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
     ended = finish(accelerate(settings, config, "ppo.num_steps=1"))
     assert ended.returncode == 0, ended.stderr

@@ -6,6 +6,7 @@ evaluation and saving gather all of them once (`whole`), and then run in each pr
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def shard(policy: ActorCritic, reference: Reference, device: torch.device, ranks
     # It fears for in-place changes of what a pass returns; nothing here makes any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (ranks.world_size,))
+    # PyTorch's caches keep the mesh, and the mesh the group, whose threads must not outlive Python.
+    atexit.register(mesh._pg_registry.clear)
     models = [policy.lm] if reference.lm is policy.lm else [policy.lm, reference.lm]
     for model in models:
         for block in decoder_blocks(model.model):
@@ -128,7 +131,9 @@ def gathered(state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
 
     def gather(x: Tensor) -> Tensor:
         full = whole_tensor(x)
-        return full.detach().cpu() if ranks.is_main else full.new_empty(0, device="cpu")
+        return (
+            full.detach().to("cpu", copy=True) if ranks.is_main else full.new_empty(0, device="cpu")
+        )
 
     found: dict[str, Any] = tree_map_only(Tensor, gather, dict(state))
     return found
