@@ -1,0 +1,113 @@
+"""Rollouts per second of two processes against one, each process with one thread.
+
+    python benchmarks/scaling.py --rounds 5
+
+The packaged quickstart model and prompts, through `klippo train` under torchrun; the same global
+batch, so that both do the same work. Pairs of runs, one after the other, the first of a pair in
+turns. Writes benchmarks/results/scaling.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+WANTED = 1.6
+WARM_STEPS = 2
+"""Steps that are left out: the first ones allocate and compile."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=128)
+    arguments = parser.parse_args()
+    pairs = []
+    for i in range(arguments.rounds):
+        order = (1, 2) if i % 2 == 0 else (2, 1)
+        found = {num: rate(num, arguments.steps, arguments.batch_size) for num in order}
+        pairs.append({"one": found[1], "two": found[2], "load": round(os.getloadavg()[0], 2)})
+        print(f"round {i + 1}: {found[1]:.2f} and {found[2]:.2f} rollouts per second", flush=True)
+    result = {
+        "kind": "scaling",
+        "name": "Two processes against one",
+        "date": date.today().isoformat(),
+        "command": f"python benchmarks/scaling.py --rounds {arguments.rounds}",
+        "batch_size": arguments.batch_size,
+        "num_steps": arguments.steps - WARM_STEPS,
+        "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "pairs": pairs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(scaling_section(result))
+
+
+def rate(num_processes: int, steps: int, batch_size: int) -> float:
+    """Rollouts per second of a run's steps after the first ones, by its own metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node", str(num_processes), "-m", "klippo", "train", "quickstart"]
+        settings = {
+            "device": "cpu",
+            "num_threads": 1,
+            "sharding": "none",
+            "ppo.num_steps": steps,
+            "ppo.batch_size": batch_size,
+            "evaluation.num_prompts": 0,
+            "output_dir": f"{folder}/run",
+        }
+        overrides = [f"{name}={value}" for name, value in settings.items()]
+        subprocess.run(
+            [sys.executable, *launcher, *overrides],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            check=True,
+            capture_output=True,
+        )
+        lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["time/step_s"] for line in lines][WARM_STEPS:]
+    return batch_size * len(seconds) / sum(seconds)
+
+
+def scaling_section(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    pairs = result["pairs"]
+    ratios = [pair["two"] / pair["one"] for pair in pairs]
+    middle = {name: statistics.median(pair[name] for pair in pairs) for name in ("one", "two")}
+    return "\n".join(
+        [
+            f"## {result['name']}",
+            "",
+            "Rollouts per second, whole PPO steps of the packaged quickstart model, one thread per "
+            f"process, {result['batch_size']} rollouts per step over all processes; medians of "
+            f"{len(pairs)} interleaved pairs on {result['machine']['cores']} cores "
+            f"({result['machine']['architecture']}), load average "
+            f"{min(pair['load'] for pair in pairs)} to {max(pair['load'] for pair in pairs)}.",
+            "",
+            "| processes | rollouts per second |",
+            "|--:|--:|",
+            f"| 1 | {middle['one']:.2f} |",
+            f"| 2 | {middle['two']:.2f} |",
+            "",
+            f"Ratio {statistics.median(ratios):.2f} (pairs: {min(ratios):.2f} to "
+            f"{max(ratios):.2f}); {WANTED} was wanted. `{result['command']}`, {result['date']}.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
