@@ -4,8 +4,9 @@
 
 Two network namespaces with an address each, joined by a veth pair, and torchrun on both sides.
 First a short run is to end well; then a long one loses its second host, and the first host must
-end by itself, in bounded time and with a message. Needs root and `ip` (iproute2); exits with 77
-where namespaces are not permitted.
+end by itself, in bounded time and with a message; then the cable is back, and the same command must
+go on from the checkpoint. Needs root and `ip` (iproute2); exits with 77 where namespaces are not
+permitted.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def main() -> int:
     print(json.dumps(found, indent=1))
     cut = found["cut_off"]
     ended_well = found["whole_run"]["codes"] == [0, 0]
-    return int(not (ended_well and cut["says_so"] and cut["worker_exit_code_3"]))
+    ended_as_told = cut["says_so"] and cut["worker_exit_code_3"]
+    return int(not (ended_well and ended_as_told and cut["goes_on"]))
 
 
 @contextmanager
@@ -77,15 +79,15 @@ def device_of(host: str) -> str:
 
 
 def start(folder: Path, options: list[str]) -> list[subprocess.Popen[str]]:
-    """The quickstart's run on both hosts, one process each; every host has a folder of its own."""
+    """The quickstart's run on both hosts, one process each; they share the run's folder."""
     launched = []
     for rank, name in enumerate(HOSTS):
         output = folder / name
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
         launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
         launcher += ["--node_rank", str(rank), "--master_addr", HOSTS["klippo-a"]]
         launcher += ["--master_port", str(PORT), "-m", "klippo", "train", "quickstart"]
-        launcher += ["device=cpu", f"output_dir={output / 'run'}", *options]
+        launcher += ["device=cpu", f"output_dir={folder / 'run'}", *options]
         launched.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", name, sys.executable, *launcher],
@@ -107,9 +109,10 @@ def whole_run(folder: Path, options: list[str]) -> dict[str, object]:
 
 
 def cut_off(folder: Path, options: list[str]) -> dict[str, object]:
-    """A long run whose second host loses its cable after two steps."""
-    launched = start(folder, [*options, "ppo.num_steps=2000", "evaluation.num_prompts=4"])
-    metrics = folder / "klippo-a/run/metrics.jsonl"
+    """A long run whose second host loses its cable after two steps, and finds it again."""
+    options = [*options, "evaluation.num_prompts=4", "checkpoint.every=1"]
+    launched = start(folder, [*options, "ppo.num_steps=2000"])
+    metrics = folder / "run/metrics.jsonl"
     try:
         deadline = time.monotonic() + START_S
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -123,14 +126,24 @@ def cut_off(folder: Path, options: list[str]) -> dict[str, object]:
     finally:
         for process in launched:
             process.terminate()
+    for process in launched:
+        process.wait(timeout=START_S)
     told = (folder / "klippo-a/stderr.txt").read_text()
+    ip("-n", "klippo-b", "link", "set", "eth-b", "up")
+    done = metrics.read_text().count("\n")
+    again = start(folder, [*options, f"ppo.num_steps={done + 2}", "--resume"])
+    codes = [process.wait(timeout=START_S) for process in again]
+    said = (folder / "klippo-a/stdout.txt").read_text()
+    going_on = next((line for line in said.splitlines() if "Going on with" in line), "")
     return {
         "launcher_code": code,
         "worker_exit_code_3": "exitcode  : 3" in told,
         "seconds_to_end": round(seconds, 1),
         "says_so": "another process of this run ended, or did not answer" in told,
         "message": next((line for line in told.splitlines() if "another process" in line), ""),
-        "policy_kept": (folder / "klippo-a/run/model/model.safetensors").is_file(),
+        "steps_done": done,
+        "again": going_on.strip(),
+        "goes_on": codes == [0, 0] and bool(going_on),
     }
 
 

@@ -1,5 +1,7 @@
 """FSDP2 under launchers: the run of whole models, in parts."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,14 +123,14 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes(
         sharding=sharding,
         ppo={"num_steps": 6, "batch_size": 8, "micro_batch_tokens": 24},
         rollout={"response_length": [2, 8]},
-        evaluation={"num_prompts": 3, "num_shown": 0},
+        evaluation={"num_prompts": 3, "every": 3, "num_shown": 0},
         checkpoint={"every": 2},
         guard={"max_kl": 1e6},
     )
     killed, whole = tmp_path / "killed-run", tmp_path / "whole"
     ended = finish(torchrun(2, config, f"output_dir={killed}"))
     assert ended.returncode != 0
-    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "killed").exists(), ended.stderr
     for folder in (killed, whole):
         ended = finish(torchrun(2, config, f"output_dir={folder}"))
         assert ended.returncode == 0, ended.stderr
@@ -182,6 +184,66 @@ def test_accelerate_shards_from_its_config_file_and_the_model_is_a_plain_one(
     ]
     assert max(moved) > 1e-3
     assert torch.equal(model.lm_head.weight, model.transformer.wte.weight), "still tied"
+
+
+@pytest.mark.slow
+def test_the_launch_file_of_one_machine(write_config: Callable[..., Path]) -> None:
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    ended = finish(accelerate(EXAMPLES / "ddp.yaml", config, "ppo.num_steps=1"))
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes\n" in ended.stdout
+
+
+@pytest.mark.slow
+def test_the_launch_file_of_two_machines(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Both on this one, each with a launcher of its own."""
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    launcher = ["-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(EXAMPLES / "two_machines.yaml"), "--num_processes", "2"]
+    launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    launched = [
+        subprocess.Popen(
+            [sys.executable, *launcher, "--machine_rank", str(rank), "-m", "klippo", "train",
+             str(config), "ppo.num_steps=1"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], told
+    assert "2 processes, each with its part of the weights" in told[0][0]
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_what_it_says(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With a Slurm that has one node, this machine: srun runs its command here."""
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in (
+        ("scontrol", 'test "$*" = "show hostnames here" && echo 127.0.0.1'),
+        ("srun", 'test "$1" = --kill-on-bad-exit=1 && shift && exec "$@"'),
+    ):
+        (tools / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tools / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "GPUS": "2"}
+    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["bash", str(EXAMPLES / "slurm.sh"), str(config), "ppo.num_steps=1", "sharding=fsdp"],
+        env=os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes, each with its part of the weights" in ended.stdout
 
 
 @pytest.mark.slow
