@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,19 +34,19 @@ from klippo.stages.launch import is_to_shard
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
-from klippo.types import Metrics, Prompt, RewardSource, Rollout, RolloutSource, Scores
+from klippo.types import (
+    Metrics,
+    Prompt,
+    RewardSource,
+    Rollout,
+    RolloutSource,
+    Scores,
+    Stateful,
+    stateful,
+)
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that evaluation draws the same random numbers at every step."""
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Something whose state, as JSON holds it, a checkpoint keeps."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +239,9 @@ def open_session(
     return Session(
         config=config,
         source=training_source,
-        stateful={name: part for name, part in parts.items() if _remembers(part)},
+        stateful={
+            name: found for name, part in parts.items() if (found := stateful(part)) is not None
+        },
         fingerprints={"data": of_prompts(train_prompts), "model": model_digest},
         answer=training_source.answer,
         measure=lambda rollout: resolve_scores(fixed, rollout),
@@ -262,11 +264,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _remembers(part: object) -> bool:
-    """Whether a part has a state that JSON holds; models keep theirs to themselves."""
-    return isinstance(part, Stateful) and not isinstance(part, torch.nn.Module)
 
 
 def _samples_nothing(*_: Any) -> Any:
