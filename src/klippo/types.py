@@ -198,5 +198,6 @@ class Stateful(Protocol):
 
 def stateful(part: object) -> Stateful | None:
     """The part, where it has such a state; PyTorch modules keep theirs to themselves."""
-    is_kept = isinstance(part, Stateful) and not isinstance(part, torch.nn.Module)
-    return part if is_kept else None
+    if isinstance(part, Stateful) and not isinstance(part, torch.nn.Module):
+        return part
+    return None
