@@ -163,6 +163,8 @@ def resolve(
     """
     tree, placeholder_problems = fill_placeholders(tree, name, schema)
     problems = problems + placeholder_problems
+    if oversized := list(_oversized(tree)):
+        raise config_error(problems + oversized, sources)
     try:
         config = schema.model_validate(tree.plain())
     except ValidationError as error:
@@ -191,6 +193,14 @@ def config_error(
 
     lines = [text(problem) for problem in sorted(problems, key=place)]
     return ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def _oversized(tree: Located) -> Iterator[Problem]:
+    """Whole numbers that neither PyTorch nor a file format holds."""
+    for path, item in tree.scalars():
+        if isinstance(item.value, int) and not -(2**63) <= item.value < 2**63:
+            what = f"{dotted(path)}={write_value(item.value)[:40]}: must lie within 64 bits"
+            yield Problem(item.origin, what)
 
 
 def _flat(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

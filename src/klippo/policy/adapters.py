@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from klippo.errors import PreflightError
-from klippo.hub import resolve
+from klippo.hub import LOADING_ERRORS, resolve
 
 POLICY = "default"
 REFERENCE = "reference"
@@ -27,7 +27,7 @@ def with_adapter(model: Any, adapter: str) -> Any:
             # peft calls transformers by names that are about to go: no news for users.
             warnings.simplefilter("ignore", FutureWarning)
             adapted = PeftModel.from_pretrained(model, resolve(adapter), adapter_name=POLICY)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise PreflightError(
             f"{adapter}: the adapter cannot be put on {model.config.name_or_path} ({error}); name "
             "the base that it was trained on"

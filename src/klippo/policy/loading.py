@@ -13,9 +13,11 @@ from torch import nn
 
 from klippo.errors import ConfigError, PreflightError
 from klippo.hub import (
+    LOADING_ERRORS,
     find_file,
     load_model,
     load_tokenizer,
+    not_loaded,
     resolve,
     shape_model,
     with_fused_activations,
@@ -296,7 +298,7 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
                     model, path, adapter_name=POLICY, is_trainable=True
                 )
                 peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
-        except (OSError, ValueError, RuntimeError) as error:
+        except LOADING_ERRORS as error:
             told = str(error)
             if "size mismatch" in told or "Target modules" in told:
                 raise PreflightError(
@@ -305,7 +307,7 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
                     f"({told.strip().splitlines()[-1].strip()}); name the base that it was "
                     "trained on"
                 ) from error
-            raise PreflightError(f"policy.adapter={settings.adapter}: {told}") from error
+            raise not_loaded(f"policy.adapter={settings.adapter}", error) from error
         # What the adapter's maker called the base need not be found here, nor by who loads the run.
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path

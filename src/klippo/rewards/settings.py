@@ -8,10 +8,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from klippo.rewards.judge.settings import JudgeSettings
-from klippo.settings import Settings
+from klippo.settings import CodeSettings, Settings
 
 
-class ReadingSettings(Settings):
+class ReadingSettings(CodeSettings):
     """How a classification or reward model is read."""
 
     label: str | int | None = None
