@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from klippo.config.located import write_yaml
+from klippo.config.schema import RunConfig, SFTConfig
 from klippo.config.walk import by_kind, child, members, sections_of
 from klippo.settings import Settings
 
@@ -22,7 +23,14 @@ WORDS: dict[str, list[str]] = {
     "model": ["demo:policy", "demo:proxy", "demo:gold", "demo:nothing", "no/such-model", "model"],
     "name": ["demo:policy", "no/such-model"],
     "adapter": ["demo:policy", "adapter"],
-    "train": ["demo:prompts", "prompts.jsonl", "broken.jsonl", "absent.csv", "no/such-data"],
+    "train": [
+        "demo:prompts",
+        "prompts.jsonl",
+        "pairs.jsonl",
+        "broken.jsonl",
+        "absent.csv",
+        "no/such-data",
+    ],
     "validation": ["prompts.jsonl", "absent.jsonl", "test"],
     "split": ["train", "train[:4]", "train[50%:]", "train[9:", "test"],
     "members": ["demo:proxy", "demo:gold", "demo:{seed}"],
@@ -112,6 +120,43 @@ def small_run() -> dict[str, Any]:
     }
 
 
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"gold": {"kind": "classifier", "model": "demo:gold"}, "checkpoint": {"every": 1}},
+    {"policy": {"model": "demo:policy", "tuning": "lora"}, "critic": {"kind": "lora"}},
+    {"policy": {"model": "demo:policy", "tuning": "last_layers", "num_unfrozen_layers": 1}},
+    {"critic": {"kind": "separate"}, "kl": {"controller": "adaptive"}},
+    {"reward": {"kind": "function", "function": "rewards.py:score"}, "score": {"whiten": True}},
+    {
+        "reward": {
+            "kind": "ensemble",
+            "members": ["demo:proxy_seed{seed}"],
+            "seeds": [1, 2],
+            "objective": "UWO",
+            "uwo_weight": 0.5,
+            "standardize": "start",
+            "reference_size": 4,
+        }
+    },
+    {
+        "reward": {
+            "kind": "sum",
+            "parts": {
+                "a": {"reward": {"kind": "repetition"}, "weight": 0.5},
+                "b": {"reward": {"kind": "length", "max_tokens": 3}, "normalize": True},
+            },
+        }
+    },
+    {
+        "data": {"train": "prompts.jsonl"},
+        "offline": {"num_passes": 1},
+        "reward": {"kind": "column"},
+        "kl": {"coef": 0.0},
+    },
+]
+"""Sections that replace those of the small run: other ways through the code, all of them valid."""
+
+
 def write_files(folder: Path) -> None:
     """The data, functions and rubric that random configs name."""
     words = ["good", "bad", "dull", "great", "odd", "new", "old", "long"]
@@ -120,6 +165,11 @@ def write_files(folder: Path) -> None:
         for i, word in enumerate(words)
     ]
     (folder / "prompts.jsonl").write_text("".join(rows))
+    pairs = [
+        f'{{"prompt": "The {word} film", "chosen": " was good", "rejected": " was {word}er"}}\n'
+        for word in words
+    ]
+    (folder / "pairs.jsonl").write_text("".join(pairs))
     (folder / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ' + "[" * 3000 + "\n")
     (folder / "rewards.py").write_text(
         "def score(responses, **_):\n    return [float(len(r)) for r in responses]\n"
@@ -129,10 +179,26 @@ def write_files(folder: Path) -> None:
     (folder / "model").mkdir()
 
 
+def small_stage(schema: type[Settings]) -> dict[str, Any]:
+    """A valid config of an earlier stage: as short, on the files of `write_files`."""
+    training = {"batch_size": 4, "learning_rate": 1e-3}
+    common = {"output_dir": "out/{name}", "device": "cpu", "num_threads": 1, "training": training}
+    if schema is SFTConfig:
+        return common | {"model": {"name": "demo:policy"}, "data": {"train": "prompts.jsonl"}}
+    return common | {
+        "model": {"name": "demo:policy"},
+        "data": {"train": "pairs.jsonl", "validation_size": 2},
+        "max_tokens": 16,
+    }
+
+
 def random_config(seed: int, schema: type[Settings]) -> RandomConfig:
     """The config of a seed: always the same for the same schema."""
     rng = random.Random(seed)
-    tree = small_run()
+    if schema is RunConfig:
+        tree = small_run() | copy.deepcopy(rng.choice(VARIANTS))
+    else:
+        tree = small_stage(schema)
     changed: list[str] = []
     for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4])):
         changed += _change(tree, schema, rng)

@@ -3,7 +3,8 @@
     python scripts/random_configs.py --configs 1000 --train 50 --seed 0
 
 Every config goes through `klippo train CONFIG --dry-run` in a process of its own, and the first
-`--train` of those that it accepts through `klippo train CONFIG` for one step. Checked each time:
+`--train` of those that it accepts through `klippo train CONFIG` for one step; every fifth is one of
+`klippo sft` or `klippo reward-model`, and is checked by `klippo config check`. Checked each time:
 the exit code is a documented one and no bug's, nothing looks like a traceback, a refusal names a
 setting that was changed, nothing is left behind where nothing should be, and a run's folder is
 whole. Prints the number of configs by exit code, then every fault with its config, and ends with 1
@@ -34,12 +35,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from config_mutations import RandomConfig, random_config, write_files
 
 from klippo.config.load import load_config
-from klippo.config.schema import RunConfig
+from klippo.config.schema import RewardModelConfig, RunConfig, SFTConfig, WholeConfig
 
 LIMIT_S = 60.0
 """A config that takes longer hangs; a run is then interrupted as by Ctrl-C."""
 MEMORY = 12 * 2**30
 """Address space of a child, in bytes: a config that asks for the world does not get it."""
+FILE = "config.yaml"
+DRY_RUN, ONE_STEP = "dry run", "one step"
+SCHEMAS: dict[str, type[WholeConfig]] = {
+    "train": RunConfig,
+    "sft": SFTConfig,
+    "reward-model": RewardModelConfig,
+}
 REFUSED = (2, 3)
 CODES = {0: "done", 2: "config", 3: "machine or model", 4: "reward or judge", 5: "budget"}
 CODES |= {6: "diverged", 130: "interrupted"}
@@ -133,6 +141,8 @@ def faults_of_folder(folder: Path, before: set[str], ended: Ended) -> Iterator[s
             yield f"refused, and left {', '.join(left[:5])}"
     for path in runs:
         yield from faults_of_run(path, ended)
+    if half := [name for name in new if Path(name).name.startswith(".") and ".lock" not in name]:
+        yield f"left half-written {', '.join(half)}"
 
 
 def faults_of_run(path: Path, ended: Ended) -> Iterator[str]:
@@ -151,8 +161,6 @@ def faults_of_run(path: Path, ended: Ended) -> Iterator[str]:
             yield "done, and no model"
     except Exception as error:
         yield f"the run's folder is not whole: {type(error).__name__}: {error}"
-    if half := [file.name for file in path.rglob(".*") if file.name != ".lock"]:
-        yield f"left half-written {', '.join(half)}"
 
 
 def names_in(folder: Path) -> set[str]:
@@ -160,17 +168,23 @@ def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def try_config(config: RandomConfig, *, may_train: bool) -> tuple[Ended, list[str]]:
+def command(stage: str, *, may_train: bool) -> list[str]:
+    """The words behind `klippo`."""
+    if stage == "train":
+        return ["train", FILE, *(["ppo.num_steps=1", "--yes"] if may_train else ["--dry-run"])]
+    return [stage, FILE] if may_train else ["config", "check", FILE, "--stage", stage]
+
+
+def try_config(config: RandomConfig, stage: str, *, may_train: bool) -> tuple[Ended, list[str]]:
     """One config in a fresh folder: how the command ended, and what is wrong with that."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "work"
         folder.mkdir()
         write_files(folder)
-        (folder / "config.yaml").write_text(config.text, encoding="utf-8", errors="surrogatepass")
+        (folder / FILE).write_text(config.text, encoding="utf-8", errors="surrogatepass")
         before = names_in(folder)
-        arguments = ["train", "config.yaml"]
-        arguments += ["ppo.num_steps=1", "--yes"] if may_train else ["--dry-run"]
-        ended = run(arguments, folder, 20.0 if may_train else LIMIT_S)
+        limit_s = 20.0 if may_train else LIMIT_S
+        ended = run(command(stage, may_train=may_train), folder, limit_s)
         faults = list(faults_of(config, ended, may_train=may_train))
         faults += faults_of_folder(folder, before, ended)
         if not may_train and list(folder.rglob("run_status.json")):
@@ -204,27 +218,28 @@ def main() -> int:
     given = parser.parse_args()
     warm_up()
     numbers = range(given.configs) if given.keep is None else [given.keep]
-    counts: dict[str, Counter[str]] = {"dry run": Counter(), "one step": Counter()}
+    counts: dict[str, Counter[str]] = {DRY_RUN: Counter(), ONE_STEP: Counter()}
     num_faults, num_trained, slowest = 0, 0, 0.0
     start = time.monotonic()
     for number in numbers:
-        config = random_config(given.seed * 1_000_003 + number, RunConfig)
-        for stage in counts:
-            may_train = stage == "one step"
+        stage = {3: "sft", 8: "reward-model"}.get(number % 10, "train")
+        config = random_config(given.seed * 1_000_003 + number, SCHEMAS[stage])
+        for kind in counts:
+            may_train = kind == ONE_STEP
             if may_train and (num_trained >= given.train or ended.code != 0):  # noqa: F821
                 break
             num_trained += may_train
-            ended, faults = try_config(config, may_train=may_train)
-            counts[stage][f"{ended.code} ({CODES.get(ended.code or 0, 'fault')})"] += 1
+            ended, faults = try_config(config, stage, may_train=may_train)
+            counts[kind][f"{ended.code} ({CODES.get(ended.code or 0, 'fault')})"] += 1
             slowest = max(slowest, ended.seconds)
             num_faults += bool(faults)
             for fault in faults:
-                print(f"config {number}, {stage}: {fault}", flush=True)
+                print(f"config {number}, {stage}, {kind}: {fault}", flush=True)
             if given.keep is not None:
                 print(config.text, config.changed, ended.out, ended.err, sep="\n")
-    for stage, found in counts.items():
+    for kind, found in counts.items():
         told = ", ".join(f"{code}: {count}" for code, count in sorted(found.items()))
-        print(f"{stage}: {found.total()} configs; exit codes {told or 'none'}")
+        print(f"{kind}: {found.total()} configs; exit codes {told or 'none'}")
     seconds = time.monotonic() - start
     print(f"{num_faults} with faults; {seconds:.0f} s, the slowest {slowest:.1f} s")
     return 1 if num_faults else 0

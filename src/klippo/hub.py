@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,7 @@ def load_model(auto_class: Any, name: str, revision: str | None = None, **option
 
     Raises PreflightError when the model cannot be loaded or some of its weights would be random.
     """
+    _refuse_kernels(name, revision)
     try:
         with no_progress_bars():
             model, report = auto_class.from_pretrained(
@@ -135,6 +137,7 @@ def shape_model(auto_class: Any, name: str, revision: str | None = None, **optio
     dtype = options.pop("dtype")
     reader = getattr(auto_class, "config_class", None) or AutoConfig
     trust = code_option(name)
+    _refuse_kernels(name, revision)
     try:
         config = reader.from_pretrained(resolve(name), revision=revision, **trust, **options)
         with torch.device("meta"):
@@ -198,6 +201,20 @@ def not_loaded(name: str, error: Exception) -> PreflightError:
         f"{name}: the model cannot be loaded ({_first_line(error)}); give a folder written by "
         "save_pretrained, or a hub name (gated models need the environment variable HF_TOKEN)"
     )
+
+
+def _refuse_kernels(name: str, revision: str | None) -> None:
+    """Raise PreflightError where config.json names compiled code for transformers to fetch."""
+    try:
+        content = load_config(name, revision)
+    except PreflightError:  # an adapter, or nothing: loading it will tell
+        return
+    asked = [value for key, value in content.items() if key.endswith("attn_implementation")]
+    if "/" in json.dumps(asked) and name not in _TRUSTED:
+        raise PreflightError(
+            f"{name}: its config.json asks for attention code from elsewhere ({asked[0]}), which "
+            "was not fetched; remove attn_implementation there"
+        )
 
 
 def _refuse_own_code(name: str, error: Exception) -> None:

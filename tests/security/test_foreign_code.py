@@ -1,5 +1,6 @@
 """Code and pickles that come with a model do not run, unless config and flag both say so."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from klippo import PPOTrainer
 from klippo.config.load import load_config
 from klippo.errors import ConfigError, PreflightError
-from tests.security.conftest import edit
+from tests.security.conftest import Trap, edit
 
 REFUSED = "needs Python code of its own"
 
@@ -116,6 +117,23 @@ def test_earlier_stages_do_not_run_it(cli, own_policy, tmp_path, canary, command
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_that_a_config_names_are_not_fetched(
+    cli, write_config, gpt2, tmp_path, monkeypatch, key
+) -> None:
+    from transformers.integrations import hub_kernels
+
+    asked: list[str] = []
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda name, **_: asked.append(name))
+    folder = tmp_path / "kernels"
+    shutil.copytree(gpt2, folder)
+    edit(folder / "config.json", **{key: "somebody/kernel"})
+    code, _, err = cli("train", write_config(policy={"model": str(folder)}))
+    assert (code, "somebody/kernel" in err) == (3, True), err
+    assert asked == []
+
+
 def test_a_class_that_is_known_needs_no_code(cli, write_config, with_code, gpt2, canary) -> None:
     folder = with_code(gpt2, "GPT2Config", "GPT2LMHeadModel", known=True)
     code, _, err = cli("train", write_config(policy={"model": str(folder)}))
@@ -150,11 +168,9 @@ def test_config_and_flag_together_run_the_code_of_that_model_alone(
     config = write_config(policy=trusted, reward=reward_of(own_reward))
     code, _, err = cli("train", config, "--trust-remote-code")
     assert (code, f"{own_reward}: {REFUSED}" in err) == (3, True), err
-    canary.unlink(missing_ok=True)
     code, _, err = cli("train", write_config(policy=trusted), "--trust-remote-code")
     assert code == 0, err
     assert canary.exists()
-    canary.unlink()
     resolved = load_config(tmp_path / "run/config.yaml").config
     with pytest.raises(ConfigError, match="pass --trust-remote-code as well"):
         PPOTrainer(resolved)  # the folder of a run does not agree for whoever gets it
@@ -221,18 +237,21 @@ def test_broken_safetensors_are_an_error_and_no_bug(
         assert (code, "broken-" in err) == (3, True), err
 
 
-def test_code_and_pickles_of_a_run_folder_are_not_opened_on_resuming(
+def test_pickles_in_a_run_folder_are_not_opened_on_resuming(
     cli, write_config, canary, tmp_path
 ) -> None:
     config = write_config(checkpoint={"every": 1, "keep_when_done": True})
     assert cli("train", config)[0] == 0
     run = tmp_path / "run"
     (checkpoint,) = (run / "checkpoints").iterdir()
-    from tests.security.conftest import Trap
-
-    for name in ("weights", "optimizer"):
-        torch.save(Trap(canary), checkpoint / f"{name}.safetensors")
+    manifest = {}
+    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        file = checkpoint / name
+        if name != "state.json":
+            torch.save(Trap(canary), file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        manifest[name] = {"bytes": file.stat().st_size, "sha256": digest}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     code, _, err = cli("train", config, "ppo.num_steps=4", "--resume")
-    assert code == 2
-    assert "is damaged" in err
+    assert (code, "safetensors cannot be read" in err) == (2, True), err
     assert not canary.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
-from klippo.errors import KlippoError
+from klippo.errors import ConfigError, KlippoError
 
 BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
 PATIENCE_S = 5.0  # seconds
@@ -69,9 +70,13 @@ def _run(command: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) ->
     try:
         code = command(*args, **kwargs)
         sys.stdout.flush()
-    except Exception:
+    except Exception as error:
         if not _is_first():
             time.sleep(PATIENCE_S)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{str(error.filename)[:60]}…: too long for the name of a file; shorten it"
+            ) from error
         raise
     return code
 
