@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -98,11 +98,11 @@ DAMAGE: list[Callable[[str, random.Random], str]] = [
 class RandomConfig:
     """The text of a config file, and the settings that are not as in the valid one.
 
-    `changed` has their keys, and the names in their values.
+    `changed` has their keys, and the names in their values; None where the text itself is damaged.
     """
 
     text: str
-    changed: list[str] = field(default_factory=list)
+    changed: list[str] | None = None
 
 
 def small_run() -> dict[str, Any]:
@@ -204,8 +204,7 @@ def random_config(seed: int, schema: type[Settings]) -> RandomConfig:
         changed += _change(tree, schema, rng)
     text = write_yaml(tree)
     if rng.random() < 0.08:
-        text = rng.choice(DAMAGE)(text, rng)
-        changed.append("config")
+        return RandomConfig(rng.choice(DAMAGE)(text, rng), None)
     return RandomConfig(text, changed)
 
 

@@ -214,10 +214,13 @@ def main() -> int:
     parser.add_argument("--configs", type=int, default=1000)
     parser.add_argument("--train", type=int, default=0, help="How many are trained for one step.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="The number of the first config.")
     parser.add_argument("--keep", type=int, default=None)
     given = parser.parse_args()
     warm_up()
-    numbers = range(given.configs) if given.keep is None else [given.keep]
+    numbers = (
+        range(given.start, given.start + given.configs) if given.keep is None else [given.keep]
+    )
     counts: dict[str, Counter[str]] = {DRY_RUN: Counter(), ONE_STEP: Counter()}
     num_faults, num_trained, slowest = 0, 0, 0.0
     start = time.monotonic()

@@ -17,7 +17,7 @@ from klippo.errors import ConfigError, PreflightError
 DEMO_PREFIX = "demo:"
 LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
-    *(SafetensorError, pickle.UnpicklingError, PreflightError),
+    *(SafetensorError, pickle.UnpicklingError),
 )
 """What from_pretrained raises for folders and files that are no model, or a broken one."""
 _TRUSTED: set[str] = set()
@@ -52,14 +52,17 @@ def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
     """A file of a model's folder or hub repository; None where it has no such file."""
     from transformers.utils import cached_file
 
-    found = cached_file(
-        resolve(name),
-        file,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            resolve(name),
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # what can be no folder and no repository has no files
+        return None
     return None if found is None else Path(found)
 
 
@@ -75,7 +78,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(name), revision=revision, **code_option(name)
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower for broken files
         _refuse_own_code(name, error)
         raise PreflightError(
             f"{name}: the tokenizer cannot be loaded ({_first_line(error)}); {remedy}"
@@ -183,8 +186,6 @@ def no_progress_bars() -> Iterator[None]:
 
 def not_loaded(name: str, error: Exception) -> PreflightError:
     """What to raise where loading a model raised one of LOADING_ERRORS."""
-    if isinstance(error, PreflightError):
-        return error
     _refuse_own_code(name, error)
     if isinstance(error, pickle.UnpicklingError):
         return PreflightError(

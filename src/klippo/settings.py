@@ -36,6 +36,10 @@ def _ordered(pair: list[int]) -> list[int]:
     return pair
 
 
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""How many there are of something that a run makes one by one."""
+
+
 def near_divisors(part: int, whole: int, reach: int = 1000) -> list[int]:
     """Divisors of `whole`, nearest to `part` first; only those within `reach`, or 1 and `whole`."""
     middle = min(part, whole)

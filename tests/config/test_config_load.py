@@ -178,7 +178,7 @@ def test_a_schema_sees_its_own_recipes_alone():
 
 
 texts = st.text(st.characters(codec="utf-8")).filter(lambda text: "{" not in text)
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 numbers = st.integers(-(2**63), 2**63 - 1)
 rewards = st.recursive(
     st.one_of(

@@ -217,7 +217,7 @@ def test_honest_pickled_weights_load_and_safetensors_go_first(
     assert not canary.exists()
 
 
-def test_broken_safetensors_are_an_error_and_no_bug(
+def test_broken_files_are_an_error_and_no_bug(
     cli, write_config, gpt2, roberta, adapter, tmp_path
 ) -> None:
     def broken(source: Path) -> str:
@@ -227,11 +227,15 @@ def test_broken_safetensors_are_an_error_and_no_bug(
         file.write_bytes(file.read_bytes()[:100])
         return str(folder)
 
+    garbled = tmp_path / "broken-tokenizer"
+    shutil.copytree(gpt2, garbled)
+    (garbled / "tokenizer.json").write_text('{"model": {"type": "nothing"}}')
     lora = {"model": str(gpt2), "tuning": "lora", "adapter": broken(adapter)}
     for section in (
         {"policy": {"model": broken(gpt2)}},
         {"reward": reward_of(Path(broken(roberta)))},
         {"policy": lora},
+        {"policy": {"model": str(garbled)}},
     ):
         code, _, err = cli("train", write_config(**section))
         assert (code, "broken-" in err) == (3, True), err

@@ -45,8 +45,10 @@ def test_a_models_name_makes_one_file_name(name: str) -> None:
         {"reward": {"kind": "classifier", "model": "x" * 300}},
         {"reward": {"kind": "function", "function": "x" * 300 + ".py:f"}},
         {"output_dir": "x" * 5000},
+        {"policy": {"model": "demo:policy", "tuning": "lora", "adapter": "-xxx"}},
+        {"reward": {"kind": "ensemble", "members": [" xxx"], "standardize": "stored"}},
     ],
-    ids=["data", "policy", "reward", "function", "output_dir"],
+    ids=["data", "policy", "reward", "function", "output_dir", "adapter", "member"],
 )
 def test_a_name_that_no_file_can_have_is_an_error_and_no_bug(cli, write_config, change) -> None:
     code, _, err = cli("train", write_config(**change))

@@ -16,7 +16,7 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
-from klippo.errors import ConfigError, KlippoError
+from klippo.errors import ConfigError, KlippoError, OutOfMemoryError
 
 BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
 PATIENCE_S = 5.0  # seconds
@@ -77,8 +77,22 @@ def _run(command: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) ->
             raise ConfigError(
                 f"{str(error.filename)[:60]}…: too long for the name of a file; shorten it"
             ) from error
+        if isinstance(error, MemoryError | RuntimeError):
+            _explain_memory(error)
         raise
     return code
+
+
+def _explain_memory(error: Exception) -> None:
+    """Raise OutOfMemoryError where that is what happened, before a run could say in which phase."""
+    from klippo.stages.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OutOfMemoryError(
+            f"the memory ran out ({told}); klippo train --dry-run says what a run needs, and "
+            "docs/memory.md what makes it smaller"
+        ) from error
 
 
 def _is_first() -> bool:

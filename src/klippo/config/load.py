@@ -5,6 +5,7 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from klippo.errors import ConfigError
 
 DEFAULT = "default"
 RECIPES = "klippo.recipes"
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 C = TypeVar("C", bound=WholeConfig, default=RunConfig)
 
@@ -196,11 +198,15 @@ def config_error(
 
 
 def _oversized(tree: Located) -> Iterator[Problem]:
-    """Whole numbers that neither PyTorch nor a file format holds."""
+    """Numbers that PyTorch does not hold: whole ones in 64 bits, others in float32."""
     for path, item in tree.scalars():
+        rule = None
         if isinstance(item.value, int) and not -(2**63) <= item.value < 2**63:
-            what = f"{dotted(path)}={write_value(item.value)[:40]}: must lie within 64 bits"
-            yield Problem(item.origin, what)
+            rule = "must lie within 64 bits"
+        elif isinstance(item.value, float) and FLOAT32_MAX < abs(item.value) < math.inf:
+            rule = "must lie within float32, below 3.4e+38"
+        if rule is not None:
+            yield Problem(item.origin, f"{dotted(path)}={write_value(item.value)[:40]}: {rule}")
 
 
 def _flat(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from klippo.data.settings import DataSettings, OfflineSettings, PreferenceSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
@@ -52,9 +52,9 @@ class RunConfig(WholeConfig):
     model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
-    max_memory_gib: PositiveFloat | None = None
+    max_memory_gib: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """What the run may need of the device's memory before it is refused; default: what the GPU has,
     or what is free on the CPU."""
     policy: PolicySettings
@@ -211,7 +211,7 @@ class RewardModelConfig(WholeConfig):
     """Members are the folders `{output_dir}_seed1` and so on; `{name}` is the config's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
     model: RewardModelSettings
     """What the members start from."""
@@ -253,7 +253,7 @@ class SFTConfig(WholeConfig):
     """The folder that then is the model (or the adapter); `{name}` is the config's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
     model: ModelSettings
     """The model that learns."""

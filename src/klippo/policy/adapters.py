@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from klippo.errors import PreflightError
+from klippo.errors import ConfigError, PreflightError
 from klippo.hub import LOADING_ERRORS, resolve
 
 POLICY = "default"
@@ -33,6 +34,19 @@ def with_adapter(model: Any, adapter: str) -> Any:
             "the base that it was trained on"
         ) from error
     return adapted.get_base_model()
+
+
+@contextmanager
+def finding_layers(key: str, target_modules: str | list[str]) -> Iterator[None]:
+    """Raise ConfigError for names in `key`.target_modules that no layer of the model has."""
+    try:
+        yield
+    except (ValueError, re.error) as error:
+        told = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key}.target_modules={target_modules} cannot be found in the model ({told}); "
+            "all-linear takes every linear layer"
+        ) from error
 
 
 @contextmanager

@@ -23,7 +23,14 @@ from klippo.hub import (
     with_fused_activations,
 )
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
-from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
+from klippo.policy.adapters import (
+    CRITIC,
+    POLICY,
+    REFERENCE,
+    checkpoint_contexts,
+    finding_layers,
+    using_adapter,
+)
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
@@ -284,7 +291,8 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
 
     if settings.adapter is None:
         config = _lora_config(settings.lora, model)
-        peft_model = get_peft_model(model, config, adapter_name=POLICY)
+        with finding_layers("policy.lora", settings.lora.target_modules):
+            peft_model = get_peft_model(model, config, adapter_name=POLICY)
     else:
         path = resolve(settings.adapter)
         _check_adapter(settings.adapter)
@@ -312,7 +320,8 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
     if critic.kind == "lora":
-        peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
+        with finding_layers("critic.lora", critic.lora.target_modules):
+            peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
     peft_model.set_adapter(POLICY)
     turn_dropout_off(peft_model)
     return peft_model

@@ -8,7 +8,7 @@ from klippo.settings import CodeSettings, Settings
 
 
 class LoraSettings(Settings):
-    rank: PositiveInt = 16
+    rank: int = Field(default=16, ge=1, le=16_384)
     """Rank of the update matrices."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank."""

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from klippo.data.settings import DataSettings
 from klippo.policy.settings import LoraSettings
-from klippo.settings import CodeSettings, LengthRange, Settings, near_divisors
+from klippo.settings import CodeSettings, Count, LengthRange, Settings, near_divisors
 
 
 class ModelSettings(CodeSettings):
@@ -32,9 +32,9 @@ class RewardModelSettings(ModelSettings):
 
 
 class TrainingSettings(Settings):
-    num_epochs: PositiveInt = 1
+    num_epochs: Count = 1
     """Passes over the data."""
-    batch_size: PositiveInt = 32
+    batch_size: Count = 32
     """Examples (or pairs) per optimizer step."""
     micro_batch_size: PositiveInt | None = None
     """Examples (or pairs) per forward and backward pass: changes memory, not numbers; default: the
@@ -86,7 +86,7 @@ class ReferenceSettings(CodeSettings):
     """How the policy reads the prompt, as in `data.format` of `klippo train`."""
     cut_tokens: LengthRange | None = None
     """Keep only so many first tokens of a prompt, as in `data.cut_tokens` of `klippo train`."""
-    num_samples: int = Field(default=512, ge=2)
+    num_samples: int = Field(default=512, ge=2, le=1_000_000)
     """How many responses; prompts are used again where there are fewer."""
     response_length: PositiveInt | LengthRange = 64
     """Most tokens of a response, as in `rollout.response_length` of `klippo train`."""
