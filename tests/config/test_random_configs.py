@@ -35,11 +35,11 @@ def run_script(*words: str) -> str:
 
 
 def test_random_configs_end_as_documented() -> None:
-    said = run_script("--configs", "40", "--train", "1", "--seed", "11")
+    said = run_script("--configs", "25", "--train", "1", "--seed", "11")
     counts = dict(re.findall(r"(\d+) \([a-z ]+\): (\d+)", said.splitlines()[0]))
-    assert sum(map(int, counts.values())) == 40
-    assert int(counts["0"]) >= 5
-    assert int(counts["2"]) >= 10
+    assert sum(map(int, counts.values())) == 25
+    assert int(counts["0"]) >= 3
+    assert int(counts["2"]) >= 6
 
 
 @pytest.mark.slow
