@@ -165,13 +165,14 @@ def resolve(
     """
     tree, placeholder_problems = fill_placeholders(tree, name, schema)
     problems = problems + placeholder_problems
-    if oversized := list(_oversized(tree)):
-        raise config_error(problems + oversized, sources)
+    config: C | None = None
     try:
         config = schema.model_validate(tree.plain())
     except ValidationError as error:
-        raise config_error(problems + describe(error, tree, schema), sources) from None
-    if problems:
+        problems = problems + describe(error, tree, schema)
+    told = {problem.text.partition("=")[0] for problem in problems}
+    problems += [one for one in _oversized(tree) if one.text.partition("=")[0] not in told]
+    if config is None or problems:
         raise config_error(problems, sources)
     given = dict(tree.leaves())
     origins = {
