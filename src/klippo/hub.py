@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import pickle
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from klippo.demo import demo_path
 from klippo.errors import ConfigError, PreflightError
 
 DEMO_PREFIX = "demo:"
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+"""What from_pretrained raises for folders and files that are no model, or a broken one."""
+_TRUSTED: set[str] = set()
+"""Models whose own Python code may run in this process: nobody's, unless config and flag say so."""
+
+
+def trust_code_of(names: Iterable[str]) -> None:
+    """From now on the code of these models may run, and of no others."""
+    _TRUSTED.clear()
+    _TRUSTED.update(names)
+
+
+def code_option(name: str) -> dict[str, bool]:
+    """What `from_pretrained` must be told; left to itself, transformers asks who sits there."""
+    return {"trust_remote_code": name in _TRUSTED}
 
 
 def resolve(name: str) -> str:
@@ -30,14 +52,17 @@ def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
     """A file of a model's folder or hub repository; None where it has no such file."""
     from transformers.utils import cached_file
 
-    found = cached_file(
-        resolve(name),
-        file,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            resolve(name),
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # what can be no folder and no repository has no files
+        return None
     return None if found is None else Path(found)
 
 
@@ -50,8 +75,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
     remedy = "save the model's own tokenizer beside it with tokenizer.save_pretrained(folder)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(name), revision=revision, **code_option(name)
+        )
+    except Exception as error:  # the tokenizers library raises nothing narrower for broken files
+        _refuse_own_code(name, error)
         raise PreflightError(
             f"{name}: the tokenizer cannot be loaded ({_first_line(error)}); {remedy}"
         ) from error
@@ -71,7 +99,7 @@ def load_config(name: str, revision: str | None = None) -> dict[str, Any]:
     try:
         content, _ = PretrainedConfig.get_config_dict(resolve(name), revision=revision)
     except (OSError, ValueError) as error:
-        raise PreflightError(_not_loaded(name, error)) from error
+        raise not_loaded(name, error) from error
     return dict(content)
 
 
@@ -80,13 +108,18 @@ def load_model(auto_class: Any, name: str, revision: str | None = None, **option
 
     Raises PreflightError when the model cannot be loaded or some of its weights would be random.
     """
+    _refuse_kernels(name, revision)
     try:
         with no_progress_bars():
             model, report = auto_class.from_pretrained(
-                resolve(name), revision=revision, output_loading_info=True, **options
+                resolve(name),
+                revision=revision,
+                output_loading_info=True,
+                **code_option(name),
+                **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PreflightError(_not_loaded(name, error)) from error
+    except LOADING_ERRORS as error:
+        raise not_loaded(name, error) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:4])
         raise PreflightError(
@@ -106,13 +139,18 @@ def shape_model(auto_class: Any, name: str, revision: str | None = None, **optio
 
     dtype = options.pop("dtype")
     reader = getattr(auto_class, "config_class", None) or AutoConfig
+    trust = code_option(name)
+    _refuse_kernels(name, revision)
     try:
-        config = reader.from_pretrained(resolve(name), revision=revision, **options)
-        make = getattr(auto_class, "from_config", None) or auto_class._from_config
+        config = reader.from_pretrained(resolve(name), revision=revision, **trust, **options)
         with torch.device("meta"):
-            return with_fused_activations(make(config, dtype=dtype))
-    except (OSError, ValueError, KeyError) as error:
-        raise PreflightError(_not_loaded(name, error)) from error
+            if hasattr(auto_class, "from_config"):
+                model = auto_class.from_config(config, dtype=dtype, **trust)
+            else:
+                model = auto_class._from_config(config, dtype=dtype)
+            return with_fused_activations(model)
+    except LOADING_ERRORS as error:
+        raise not_loaded(name, error) from error
 
 
 def with_fused_activations(model: Any) -> Any:
@@ -146,11 +184,49 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _not_loaded(name: str, error: Exception) -> str:
-    return (
+def not_loaded(name: str, error: Exception) -> PreflightError:
+    """What to raise where loading a model raised one of LOADING_ERRORS."""
+    _refuse_own_code(name, error)
+    if isinstance(error, pickle.UnpicklingError):
+        return PreflightError(
+            f"{name}: the weights are a pickle that holds more than tensors "
+            f"({_first_line(error)}); nothing of it was run. Ask its maker for safetensors, or "
+            "convert it where nothing is at stake"
+        )
+    if isinstance(error, SafetensorError):
+        return PreflightError(
+            f"{name}: the weights are no whole safetensors file ({_first_line(error)}); copy or "
+            "download them again"
+        )
+    return PreflightError(
         f"{name}: the model cannot be loaded ({_first_line(error)}); give a folder written by "
         "save_pretrained, or a hub name (gated models need the environment variable HF_TOKEN)"
     )
+
+
+def _refuse_kernels(name: str, revision: str | None) -> None:
+    """Raise PreflightError where config.json names compiled code for transformers to fetch."""
+    try:
+        content = load_config(name, revision)
+    except PreflightError:  # an adapter, or nothing: loading it will tell
+        return
+    asked = [value for key, value in content.items() if key.endswith("attn_implementation")]
+    if "/" in json.dumps(asked) and name not in _TRUSTED:
+        raise PreflightError(
+            f"{name}: its config.json asks for attention code from elsewhere ({asked[0]}), which "
+            "was not fetched; remove attn_implementation there"
+        )
+
+
+def _refuse_own_code(name: str, error: Exception) -> None:
+    """Raise PreflightError where it is the model's own code that is missing."""
+    if "trust_remote_code" in str(error):
+        raise PreflightError(
+            f"{name}: needs Python code of its own (auto_map in its config.json), which was not "
+            "run: it could do here whatever you can. Take a model of a class that transformers "
+            "has; or read that code, and then write trust_remote_code: true beside the model in "
+            "the config and pass --trust-remote-code"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

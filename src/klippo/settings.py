@@ -6,10 +6,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 
 class Settings(BaseModel):
-    """Settings of one room; defaults live in the room, beside the code that uses them."""
+    """Settings of one room; defaults live in the room, beside the code that uses them.
+
+    Strict: `true` is no number, `"5"` neither, and `1` is not true.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
+        strict=True,
         frozen=True,
         use_attribute_docstrings=True,
         protected_namespaces=(),
@@ -17,11 +21,30 @@ class Settings(BaseModel):
     )
 
 
+class CodeSettings(Settings):
+    """A section that names a model."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model, for classes that transformers does not have;
+    the command needs --trust-remote-code as well (docs/security.md)."""
+
+
 def _ordered(pair: list[int]) -> list[int]:
     low, high = pair
     if low > high:
         raise ValueError(f"{pair}: [low, high] needs low <= high; try [{high}, {low}]")
     return pair
+
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""How many there are of something that a run makes one by one."""
+
+
+def near_divisors(part: int, whole: int, reach: int = 1000) -> list[int]:
+    """Divisors of `whole`, nearest to `part` first; only those within `reach`, or 1 and `whole`."""
+    middle = min(part, whole)
+    near = range(max(1, middle - reach), min(whole, middle + reach) + 1)
+    return sorted((d for d in near if whole % d == 0), key=lambda d: abs(d - part)) or [1, whole]
 
 
 LengthRange = Annotated[

@@ -171,7 +171,8 @@ def test_train_gets_the_config_and_its_flags(config):
     body = "print(args[0].config.seed, args[0].name, kwargs)"
     done = run("train", config, "seed=4", "--quiet", code=stage(body, "train"))
     assert (
-        done.stdout == "4 run {'overwrite': False, 'resume': False, 'quiet': True, 'yes': False}\n"
+        done.stdout == "4 run {'overwrite': False, 'resume': False, 'quiet': True, 'yes': False, "
+        "'trust_remote_code': False}\n"
     )
 
 

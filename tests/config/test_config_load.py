@@ -178,14 +178,15 @@ def test_a_schema_sees_its_own_recipes_alone():
 
 
 texts = st.text(st.characters(codec="utf-8")).filter(lambda text: "{" not in text)
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+numbers = st.integers(-(2**63), 2**63 - 1)
 rewards = st.recursive(
     st.one_of(
         st.fixed_dictionaries(
             {"kind": st.just("classifier"), "model": texts, "template": texts},
-            optional={"label": st.one_of(st.none(), texts, st.integers())},
+            optional={"label": st.one_of(st.none(), texts, numbers)},
         ),
-        st.fixed_dictionaries({"kind": st.just("length"), "max_tokens": st.integers(1)}),
+        st.fixed_dictionaries({"kind": st.just("length"), "max_tokens": st.integers(1, 2**63 - 1)}),
     ),
     lambda inner: st.fixed_dictionaries(
         {
@@ -205,12 +206,10 @@ configs = st.fixed_dictionaries(
         "policy": st.fixed_dictionaries({"model": texts, "revision": st.none() | texts}),
         "data": st.fixed_dictionaries({"train": texts, "prompt_column": texts}),
         "reward": rewards,
-        "seed": st.integers(0),
+        "seed": st.integers(0, 2**63 - 1),
         "gold": st.none() | rewards,
         "score": st.fixed_dictionaries({"scale": finite, "normalize": st.booleans()}),
-        "rollout": st.fixed_dictionaries(
-            {"stop_tokens": st.lists(texts | st.integers(), max_size=3)}
-        ),
+        "rollout": st.fixed_dictionaries({"stop_tokens": st.lists(texts | numbers, max_size=3)}),
     }
 )
 

@@ -91,7 +91,7 @@ def test_unknown_key_names_the_nearest_key_or_its_home(tmp_path, text, expected)
             "policy.tuning=lorra: must be full, lora or last_layers; did you mean lora?",
         ),
         ("optimizer: {betas: [0.9]}", "optimizer.betas=[0.9]: must have 2 items, not 1"),
-        ("optimizer: {betas: [0, 2]}", "optimizer.betas[1]=2: must be less than or equal to 1"),
+        ("optimizer: {betas: [0, 2]}", "optimizer.betas[1]=2: must be less than 1"),
         (
             "rollout: {response_length: abc}",
             "rollout.response_length=abc: must be a whole number or a list",

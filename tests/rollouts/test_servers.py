@@ -413,3 +413,21 @@ def test_other_machines_are_let_in_with_a_token_alone(monkeypatch):
         port = server.server_port
         with pytest.raises(PreflightError, match=f"--port {port}: the address cannot be used"):
             serve(DiceEngine, "test", host="127.0.0.1", port=port)
+
+
+@pytest.mark.parametrize("name", ["evil.example", "evil.example:8321", "10.0.0.7", "", "[::1"])
+def test_a_web_page_whose_name_leads_here_is_refused_without_a_token(name):
+    """DNS rebinding: the page may send any header, but the browser says the page's name."""
+    headers = {VERSION: PROTOCOL, RUN: "process/run", "Host": name}
+    with server_here() as (server, said):
+        for path in ("/open", "/weights", "/generate"):
+            answer = httpx2.post(server.url + path, content=b"{}", headers=headers)
+            assert answer.status_code == 421
+        assert httpx2.get(server.url + "/health", headers=headers).status_code == 421
+        for own in ("localhost", "127.0.0.1:8321", "[::1]:8321"):
+            headers["Host"] = own
+            assert httpx2.get(server.url + "/health", headers=headers).status_code == 200
+        assert said == []
+    headers |= {"Host": name or "x", "Authorization": "Bearer s3cret-word"}
+    with server_here(token="s3cret-word") as (server, _):
+        assert httpx2.get(server.url + "/health", headers=headers).status_code == 200

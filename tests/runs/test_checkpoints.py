@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there; what is damaged is found out, named and passed over."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -61,6 +62,10 @@ def test_the_newest_is_found_by_number_and_old_ones_go(tmp_path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda path: (path / "state.json").unlink(), "state.json is missing"),
         (lambda path: (path / "manifest.json").write_text("{}"), "does not name state.json"),
+        (lambda path: (path / "manifest.json").write_text('{"state.json": 5}'), "its size is not"),
+        (lambda path: tamper(path, step=None), "does not name its step and its files"),
+        (lambda path: tamper(path, files=5), "does not name its step and its files"),
+        (lambda path: tamper(path, files=["../../elsewhere"]), "is missing from the manifest"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(tmp_path, damage, told) -> None:
@@ -73,6 +78,18 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(tmp_path, damage, 
     assert len(problems) == 1
     assert "step-00000002" in problems[0]
     assert told in problems[0]
+
+
+def tamper(path: Path, **changes: object) -> None:
+    """Change state.json and mend the manifest, as somebody who knows the format would."""
+    state = path / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | changes))
+    described = {
+        "bytes": state.stat().st_size,
+        "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
+    }
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"state.json": described}))
 
 
 def flip_a_bit(file: Path) -> None:
@@ -181,3 +198,34 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch) -> None
     RunLock(tmp_path, told.append).release()
     assert len(told) == 1
     assert "has no locks (No locks available)" in told[0]
+
+
+class Trap:
+    """Unpickling it writes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> object:
+        return (Path.write_text, (self.canary, "a pickle was opened"))
+
+
+def test_a_pickle_in_the_place_of_tensors_is_never_opened(tmp_path: Path) -> None:
+    """Not even where the manifest was mended to fit it."""
+    canary = tmp_path / "canary"
+    path = Checkpoints(tmp_path).write(1, TENSORS, {})
+    torch.save(Trap(canary), path / "weights.safetensors")
+    torch.save(Trap(canary), path / "weights.pt")
+    content = (path / "weights.safetensors").read_bytes()
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["weights.safetensors"] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    found = read_checkpoint(path)
+    with pytest.raises(BrokenCheckpointError, match=r"weights\.safetensors cannot be read"):
+        found.tensors("weights")
+    assert not canary.exists()
+    torch.load(path / "weights.pt", weights_only=False)
+    assert canary.exists()  # the trap works

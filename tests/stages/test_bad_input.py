@@ -57,6 +57,21 @@ def test_every_config_problem_is_listed_at_once_with_its_line(cli, tmp_path: Pat
             "name a critic.model",
         ),
         (
+            {"policy": {"model": "demo:policy", "tuning": "lora", "lora": {"target_modules": []}}},
+            "policy.lora.target_modules=[] cannot be found in the model",
+        ),
+        (
+            {"policy": {"model": "demo:policy", "tuning": "lora", "lora": {"target_modules": "("}}},
+            "policy.lora.target_modules=( cannot be found in the model",
+        ),
+        (
+            {
+                "policy": {"model": "demo:policy", "tuning": "lora"},
+                "critic": {"kind": "lora", "lora": {"target_modules": ["nowhere"]}},
+            },
+            "critic.lora.target_modules=['nowhere'] cannot be found in the model",
+        ),
+        (
             {"rollout": {"response_length": 8, "stop_tokens": ["good bad"]}},
             "is 2 tokens for this tokenizer",
         ),

@@ -16,6 +16,7 @@ from klippo.cli.source import (
     RmSeed,
     RngSeed,
     Run,
+    TrustCode,
     load,
 )
 
@@ -66,6 +67,7 @@ def baselines(
         bool, typer.Option("--overwrite", help="Replace existing folders of baselines.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    trust_remote_code: TrustCode = False,
 ) -> int:
     """Train what one would try instead of offline PPO.
 
@@ -75,6 +77,7 @@ def baselines(
     """
     loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
 
+    from klippo.config.trust import trust_code
     from klippo.errors import ConfigError
     from klippo.stages.baseline_plans import PlanOptions
     from klippo.stages.baselines import baselines
@@ -86,6 +89,7 @@ def baselines(
     ):
         if value is not None and not value > 0:
             raise ConfigError(f"{option} {value:g}: must be above 0")
+    trust_code(loaded.config, trust_remote_code)
     return baselines(
         loaded,
         PlanOptions(

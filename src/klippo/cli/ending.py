@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
-from klippo.errors import KlippoError
+from klippo.errors import ConfigError, KlippoError, OutOfMemoryError
 
 BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 1, 130, 143, 141
 PATIENCE_S = 5.0  # seconds
@@ -69,11 +70,29 @@ def _run(command: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) ->
     try:
         code = command(*args, **kwargs)
         sys.stdout.flush()
-    except Exception:
+    except Exception as error:
         if not _is_first():
             time.sleep(PATIENCE_S)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{str(error.filename)[:60]}…: too long for the name of a file; shorten it"
+            ) from error
+        if isinstance(error, MemoryError | RuntimeError):
+            _explain_memory(error)
         raise
     return code
+
+
+def _explain_memory(error: Exception) -> None:
+    """Raise OutOfMemoryError where that is what happened, before a run could say in which phase."""
+    from klippo.stages.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OutOfMemoryError(
+            f"the memory ran out ({told}); klippo train --dry-run says what a run needs, and "
+            "docs/memory.md what makes it smaller"
+        ) from error
 
 
 def _is_first() -> bool:

@@ -23,6 +23,7 @@ from klippo.cli.source import (
     RmSeed,
     RngSeed,
     Run,
+    TrustCode,
     load,
 )
 from klippo.cli.supervised import register as register_supervised
@@ -88,6 +89,7 @@ def train(
     yes: Annotated[
         bool, typer.Option("--yes", help="Do not ask before judges that may cost much.")
     ] = False,
+    trust_remote_code: TrustCode = False,
 ) -> int:
     """Train a policy with PPO."""
     loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
@@ -95,11 +97,18 @@ def train(
     if dry_run:
         from klippo.stages.dry_run import dry_run as tell_plan
 
-        return tell_plan(loaded.config)
+        return tell_plan(loaded.config, trust_remote_code=trust_remote_code)
 
     from klippo.stages.train import train
 
-    return train(loaded, overwrite=overwrite, resume=resume, quiet=quiet, yes=yes)
+    return train(
+        loaded,
+        overwrite=overwrite,
+        resume=resume,
+        quiet=quiet,
+        yes=yes,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 register_supervised(app)

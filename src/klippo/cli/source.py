@@ -42,6 +42,15 @@ RngSeed = Annotated[
     int | None, typer.Option("--rng_seed", "--rng-seed", help="Sets seed, that of the run.")
 ]
 
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the models for which the config has "
+        "trust_remote_code: true; without both, none runs.",
+    ),
+]
+
 
 class EntriesCommand(TyperCommand):
     """A command whose --configs takes every name up to the next option; KEY=VALUE stays one."""

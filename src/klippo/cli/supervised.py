@@ -14,6 +14,7 @@ from klippo.cli.source import (
     Overrides,
     RngSeed,
     Run,
+    TrustCode,
     load,
 )
 
@@ -40,6 +41,7 @@ def sft(
     rng_seed: RngSeed = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    trust_remote_code: TrustCode = False,
 ) -> int:
     """Fine-tune a model on responses."""
     from klippo.config.schema import SFTConfig
@@ -48,8 +50,10 @@ def sft(
         run, overrides, configs, config_dir, None, rng_seed, SFTConfig
     )
 
+    from klippo.config.trust import trust_code
     from klippo.stages.sft import sft
 
+    trust_code(loaded.config, trust_remote_code)
     return sft(loaded, overwrite=overwrite, quiet=quiet)
 
 
@@ -62,6 +66,7 @@ def reward_model(
     rng_seed: RngSeed = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    trust_remote_code: TrustCode = False,
 ) -> int:
     """Train reward models on preferences.
 
@@ -73,6 +78,8 @@ def reward_model(
         run, overrides, configs, config_dir, None, rng_seed, RewardModelConfig
     )
 
+    from klippo.config.trust import trust_code
     from klippo.stages.reward_model import reward_model
 
+    trust_code(loaded.config, trust_remote_code)
     return reward_model(loaded, overwrite=overwrite, quiet=quiet)

@@ -5,6 +5,7 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from klippo.errors import ConfigError
 
 DEFAULT = "default"
 RECIPES = "klippo.recipes"
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 C = TypeVar("C", bound=WholeConfig, default=RunConfig)
 
@@ -163,11 +165,14 @@ def resolve(
     """
     tree, placeholder_problems = fill_placeholders(tree, name, schema)
     problems = problems + placeholder_problems
+    config: C | None = None
     try:
         config = schema.model_validate(tree.plain())
     except ValidationError as error:
-        raise config_error(problems + describe(error, tree, schema), sources) from None
-    if problems:
+        problems = problems + describe(error, tree, schema)
+    told = {problem.text.partition("=")[0] for problem in problems}
+    problems += [one for one in _oversized(tree) if one.text.partition("=")[0] not in told]
+    if config is None or problems:
         raise config_error(problems, sources)
     given = dict(tree.leaves())
     origins = {
@@ -191,6 +196,18 @@ def config_error(
 
     lines = [text(problem) for problem in sorted(problems, key=place)]
     return ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def _oversized(tree: Located) -> Iterator[Problem]:
+    """Numbers that PyTorch does not hold: whole ones in 64 bits, others in float32."""
+    for path, item in tree.scalars():
+        rule = None
+        if isinstance(item.value, int) and not -(2**63) <= item.value < 2**63:
+            rule = "must lie within 64 bits"
+        elif isinstance(item.value, float) and FLOAT32_MAX < abs(item.value) < math.inf:
+            rule = "must lie within float32, below 3.4e+38"
+        if rule is not None:
+            yield Problem(item.origin, f"{dotted(path)}={write_value(item.value)[:40]}: {rule}")
 
 
 def _flat(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

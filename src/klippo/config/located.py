@@ -14,6 +14,9 @@ from typing import Any
 import yaml
 
 KeyPath = tuple[str | int, ...]
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+"""Of one document, aliases written out: ten lines of YAML can stand for more than memory holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,16 @@ class Located:
                 yield from item.leaves((*path, key))
         else:
             yield path, self.origin
+
+    def scalars(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Located]]:
+        """Path and value of everything that is neither mapping nor list."""
+        items = self.value.items() if isinstance(self.value, dict) else None
+        if isinstance(self.value, list):
+            items = dict(enumerate(self.value)).items()
+        if items is None:
+            yield path, self
+        for key, item in items or ():
+            yield from item.scalars((*path, key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,8 @@ def read_yaml(text: str, place: Callable[[int], str]) -> tuple[Located, list[Pro
         what = " ".join(filter(None, (error.context, error.problem)))
         line = mark.line + 1 if mark else 1
         return Located({}, place(line)), [Problem(place(line), f"not YAML: {what}")]
+    except RecursionError:
+        return Located({}, place(1)), [Problem(place(1), f"not YAML: {_TOO_DEEP}")]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         what = f"character #x{error.character:x} is not allowed"
@@ -141,7 +156,19 @@ def read_yaml(text: str, place: Callable[[int], str]) -> tuple[Located, list[Pro
     if node is None:
         return Located({}, place(1)), []
     reader = _Reader(place)
-    return reader.read(node, place(node.start_mark.line + 1), (), ()), reader.problems
+    start = place(node.start_mark.line + 1)
+    try:
+        return reader.read(node, start, (), ()), reader.problems
+    except _TooManyError:
+        what = f"more than {MAX_VALUES:,} values, aliases written out; write a smaller document"
+        return Located({}, start), [Problem(start, what)]
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+
+
+class _TooManyError(Exception):
+    """The document has more values than are read."""
 
 
 class _Reader:
@@ -150,12 +177,18 @@ class _Reader:
     def __init__(self, place: Callable[[int], str]) -> None:
         self.place = place
         self.problems: list[Problem] = []
+        self.num_values = 0
 
     def read(
         self, node: yaml.Node, origin: str, path: KeyPath, parents: tuple[yaml.Node, ...]
     ) -> Located:
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise _TooManyError
         if node in parents:
             return self._problem(origin, path, "an alias contains itself")
+        if len(parents) == MAX_DEPTH:
+            return self._problem(origin, path[:1], _TOO_DEEP)
         parents = (*parents, node)
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return Located(self._mapping(node, path, parents), origin)

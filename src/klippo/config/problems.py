@@ -96,6 +96,13 @@ def _rules(tries: list[ErrorDetails], annotation: Any) -> str:
 
 def _rule(details: ErrorDetails, annotation: Any) -> str:
     kind, value = details["type"], details["input"]
+    if (
+        kind == "int_type"
+        and isinstance(value, float)
+        and value.is_integer()
+        and abs(value) < 2**53
+    ):
+        return f"must be a whole number, written as {value:.0f}"
     if kind in _EXPECTED:
         return f"must be {_EXPECTED[kind]}"
     if kind == "literal_error":

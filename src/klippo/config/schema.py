@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from klippo.data.settings import DataSettings, OfflineSettings, PreferenceSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
@@ -52,14 +52,14 @@ class RunConfig(WholeConfig):
     model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
     sharding: Literal["auto", "none", "fsdp"] = "auto"
     """With several processes: `none` gives each a whole model, `fsdp` (FSDP2) a part of weights,
     gradients and optimizer states; `auto` does what accelerate's config file says, or else none."""
-    peer_timeout_s: PositiveFloat = 600.0
+    peer_timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Longest that a process of a running run waits for another, in seconds."""
-    max_memory_gib: PositiveFloat | None = None
+    max_memory_gib: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """What the run may need of the device's memory before it is refused; default: what the GPU has,
     or what is free on the CPU."""
     policy: PolicySettings
@@ -218,7 +218,7 @@ class RewardModelConfig(WholeConfig):
     """Members are the folders `{output_dir}_seed1` and so on; `{name}` is the config's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
     model: RewardModelSettings
     """What the members start from."""
@@ -260,7 +260,7 @@ class SFTConfig(WholeConfig):
     """The folder that then is the model (or the adapter); `{name}` is the config's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
     model: ModelSettings
     """The model that learns."""

@@ -135,6 +135,8 @@ def _read_json(path: Path) -> Numbered:
         if error.msg == "Extra data":  # one object per line, under the name .json
             return _read_json_lines(path, text)
         raise _broken_json(path, error.lineno, error) from None
+    except (ValueError, RecursionError) as error:
+        raise _unreadable_json(str(path), error) from None
     if isinstance(content, dict):
         raise ConfigError(
             f"{path}: holds one object with the keys {_listed(content)}; a list of objects is "
@@ -154,6 +156,8 @@ def _read_json_lines(path: Path, text: str) -> Numbered:
             row = json.loads(content)
         except json.JSONDecodeError as error:
             raise _broken_json(path, line, error) from None
+        except (ValueError, RecursionError) as error:
+            raise _unreadable_json(f"{path}, line {line}", error) from None
         numbered.append((line, _object(path, f"line {line}", row)))
     return numbered
 
@@ -231,6 +235,11 @@ def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> ConfigEr
     return ConfigError(
         f"{path}, line {line}, column {error.colno}: broken JSON ({error.msg}); mend that line"
     )
+
+
+def _unreadable_json(where: str, error: Exception) -> ConfigError:
+    """A number with thousands of digits, or brackets in thousands of brackets."""
+    return ConfigError(f"{where}: JSON that cannot be read ({error}); mend it")
 
 
 def _kind(value: object) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from klippo.errors import ConfigError
-from klippo.settings import LengthRange, Settings
+from klippo.settings import Count, LengthRange, Settings
 from klippo.templates import check_template
 
 Names = Annotated[list[str], Field(min_length=1)]
@@ -97,7 +97,7 @@ class OfflineSettings(Settings):
     logprobs_column: str | None = None
     """With `behavior: recorded`: column with one log-prob per response token, in nats, the end
     token's included."""
-    num_passes: PositiveInt = 3
+    num_passes: Count = 3
     """Passes over the rows; they decide `ppo.num_steps`."""
     baseline: Literal["value", "leave_one_out"] = "value"
     """What a reward is compared with: the critic's value, or the mean reward of the other responses

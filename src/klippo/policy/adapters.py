@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from klippo.errors import PreflightError
-from klippo.hub import resolve
+from klippo.errors import ConfigError, PreflightError
+from klippo.hub import LOADING_ERRORS, resolve
 
 POLICY = "default"
 REFERENCE = "reference"
@@ -27,12 +28,25 @@ def with_adapter(model: Any, adapter: str) -> Any:
             # peft calls transformers by names that are about to go: no news for users.
             warnings.simplefilter("ignore", FutureWarning)
             adapted = PeftModel.from_pretrained(model, resolve(adapter), adapter_name=POLICY)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise PreflightError(
             f"{adapter}: the adapter cannot be put on {model.config.name_or_path} ({error}); name "
             "the base that it was trained on"
         ) from error
     return adapted.get_base_model()
+
+
+@contextmanager
+def finding_layers(key: str, target_modules: str | list[str]) -> Iterator[None]:
+    """Raise ConfigError for names in `key`.target_modules that no layer of the model has."""
+    try:
+        yield
+    except (ValueError, re.error) as error:
+        told = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key}.target_modules={target_modules} cannot be found in the model ({told}); "
+            "all-linear takes every linear layer"
+        ) from error
 
 
 @contextmanager

@@ -13,15 +13,24 @@ from torch import nn
 
 from klippo.errors import ConfigError, PreflightError
 from klippo.hub import (
+    LOADING_ERRORS,
     find_file,
     load_model,
     load_tokenizer,
+    not_loaded,
     resolve,
     shape_model,
     with_fused_activations,
 )
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
-from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
+from klippo.policy.adapters import (
+    CRITIC,
+    POLICY,
+    REFERENCE,
+    checkpoint_contexts,
+    finding_layers,
+    using_adapter,
+)
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
@@ -281,7 +290,8 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
 
     if settings.adapter is None:
         config = _lora_config(settings.lora, model)
-        peft_model = get_peft_model(model, config, adapter_name=POLICY)
+        with finding_layers("policy.lora", settings.lora.target_modules):
+            peft_model = get_peft_model(model, config, adapter_name=POLICY)
     else:
         path = resolve(settings.adapter)
         _check_adapter(settings.adapter)
@@ -295,7 +305,7 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
                     model, path, adapter_name=POLICY, is_trainable=True
                 )
                 peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
-        except (OSError, ValueError, RuntimeError) as error:
+        except LOADING_ERRORS as error:
             told = str(error)
             if "size mismatch" in told or "Target modules" in told:
                 raise PreflightError(
@@ -304,12 +314,13 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
                     f"({told.strip().splitlines()[-1].strip()}); name the base that it was "
                     "trained on"
                 ) from error
-            raise PreflightError(f"policy.adapter={settings.adapter}: {told}") from error
+            raise not_loaded(f"policy.adapter={settings.adapter}", error) from error
         # What the adapter's maker called the base need not be found here, nor by who loads the run.
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
     if critic.kind == "lora":
-        peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
+        with finding_layers("critic.lora", critic.lora.target_modules):
+            peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
     peft_model.set_adapter(POLICY)
     turn_dropout_off(peft_model)
     return peft_model

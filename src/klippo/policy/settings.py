@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from klippo.settings import Settings
+from klippo.settings import CodeSettings, Settings
 
 
 class LoraSettings(Settings):
-    rank: PositiveInt = 16
+    rank: int = Field(default=16, ge=1, le=16_384)
     """Rank of the update matrices."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank."""
@@ -16,7 +16,7 @@ class LoraSettings(Settings):
     """Which linear layers get an adapter; the LM head never does."""
 
 
-class PolicySettings(Settings):
+class PolicySettings(CodeSettings):
     model: str
     """Folder, hub name, or `demo:policy` for the model that ships with Klippo."""
     revision: str | None = None
@@ -39,7 +39,7 @@ class PolicySettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
-class CriticSettings(Settings):
+class CriticSettings(CodeSettings):
     kind: Literal["trunk", "lora", "separate"] = "trunk"
     """Value head on the policy's trunk, a LoRA adapter on the same base, or a model of its own."""
     model: str | None = None

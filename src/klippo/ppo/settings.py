@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict, model_validator
 
-from klippo.settings import Settings
+from klippo.settings import Count, Settings, near_divisors
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class KLSettings(Settings):
@@ -45,7 +46,7 @@ class OptimizerSettings(Settings):
     """Peak learning rate of the policy (and the critic)."""
     critic_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the critic's own weights; default: `learning_rate`."""
-    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    betas: Annotated[tuple[Momentum, Momentum], Strict(False)] = (0.9, 0.999)
     """AdamW's moments."""
     eps: PositiveFloat = 1e-5
     """AdamW's epsilon."""
@@ -66,9 +67,9 @@ class OptimizerSettings(Settings):
 class PPOSettings(Settings):
     num_steps: PositiveInt = 100
     """Rollout batches: each is sampled, scored and learnt from once."""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """Responses per rollout batch, over all processes."""
-    num_epochs: PositiveInt = 4
+    num_epochs: Count = 4
     """Passes over each rollout batch."""
     minibatch_size: PositiveInt | None = None
     """Responses per optimizer step; default: the whole batch."""
@@ -127,8 +128,7 @@ class PPOSettings(Settings):
 def _require_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
     if whole % part == 0:
         return
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    near = sorted(sorted(divisors, key=lambda d: abs(d - part))[:2])
+    near = sorted(near_divisors(part, whole)[:2])
     raise ValueError(
         f"{part_name}={part} must divide {whole_name}={whole}; try {' or '.join(map(str, near))}"
     )

@@ -63,7 +63,7 @@ def _backbone_config(config: AlpacaFarmConfig) -> LlamaConfig:
     if not name:
         raise PreflightError(f"AlpacaFarm reward model without a backbone's name; {remedy}")
     try:
-        backbone = AutoConfig.from_pretrained(name)
+        backbone = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PreflightError(
             f"AlpacaFarm reward model: its backbone {name} cannot be found; {remedy}"

@@ -8,10 +8,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from klippo.rewards.judge.settings import JudgeSettings
-from klippo.settings import Settings
+from klippo.settings import CodeSettings, Count, Settings
 
 
-class ReadingSettings(Settings):
+class ReadingSettings(CodeSettings):
     """How a classification or reward model is read."""
 
     label: str | int | None = None
@@ -85,7 +85,7 @@ class EnsembleSettings(ReadingSettings):
     """Give every member mean 0 and standard deviation 1 on one shared set of responses: by the
     moments stored with each model, by moments measured on the starting policy when the run
     begins, or not at all."""
-    reference_size: PositiveInt = 256
+    reference_size: Count = 256
     """With `standardize: start`: how many responses of the starting policy."""
     moments: MomentsSettings | None = None
     """What `standardize: start` measured; a run writes it into its own config.yaml."""
@@ -208,6 +208,16 @@ class SumSettings(Settings):
     kind: Literal["sum"]
     parts: Annotated[dict[str, PartSettings], Field(min_length=1)]
     """Name -> part."""
+
+    @model_validator(mode="after")
+    def _has_no_columns(self) -> Self:
+        for name, part in self.parts.items():
+            if isinstance(part.reward, ColumnSettings):
+                raise ValueError(
+                    f"parts.{name}.reward.kind=column: the data's scores of responses that exist "
+                    "already are a reward of their own, for offline runs; use another kind here"
+                )
+        return self
 
 
 RewardSettings = Annotated[

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -124,6 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         if token is not None and not hmac.compare_digest(given.encode(), bearer(token).encode()):
             self._refuse(401, f"it needs the token that its {TOKEN_VARIABLE} has")
             return False
+        if token is None and not _is_this_machine(self.headers.get("Host", "")):
+            self._refuse(421, "without a token it answers to localhost and 127.0.0.1 alone")
+            return False
         if (theirs := self.headers.get(VERSION)) != PROTOCOL:
             said = f"it speaks protocol {PROTOCOL}, and who asks {theirs}"
             self._refuse(409, f"{said}; install the same Klippo in both places")
@@ -165,3 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """The service says what happens; single requests are no news."""
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether the Host header says so; a web page whose name was made to lead here says its own."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, Strict
 
 from klippo.settings import LengthRange, Settings
 
@@ -38,7 +38,9 @@ class VLLMSettings(Settings):
     """What vLLM may take, and where it is; its copy of the weights comes on top."""
 
     servers: Annotated[
-        tuple[Annotated[str, AfterValidator(_address)], ...], AfterValidator(_no_address_twice)
+        tuple[Annotated[str, AfterValidator(_address)], ...],
+        Strict(False),
+        AfterValidator(_no_address_twice),
     ] = ()
     """Addresses of `klippo serve-rollouts`, among which prompts are split; default: vLLM in the
     run's own process. The settings below are then those of each server."""
@@ -75,7 +77,7 @@ class RolloutSettings(Settings):
     """0 is off. Training refuses a minimum, as for `top_k`; penalise short responses instead."""
     stop_at_eos: bool = True
     """Stop at the end-of-sequence tokens of the tokenizer and the model; False fixes the length."""
-    stop_tokens: tuple[str | int, ...] = ()
+    stop_tokens: Annotated[tuple[str | int, ...], Strict(False)] = ()
     """More stop tokens, as text of one token or as ids."""
     generation_batch_size: PositiveInt | None = None
     """Prompts decoded at once; default: all of them."""

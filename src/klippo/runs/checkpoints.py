@@ -123,7 +123,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise BrokenCheckpointError(f"{file} is missing")
         found = _described(file)
         if found != expected:
-            what = "size" if found["bytes"] != expected.get("bytes") else "content"
+            size = expected.get("bytes") if isinstance(expected, dict) else None
+            what = "size" if found["bytes"] != size else "content"
             raise BrokenCheckpointError(f"{file} is damaged: its {what} is not what was written")
     if _STATE not in manifest:
         raise BrokenCheckpointError(f"{path / _MANIFEST} does not name {_STATE}")
@@ -133,6 +134,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path / _STATE}: format {state.get('format')} is not {FORMAT}, which this version of "
             "Klippo writes and reads"
         )
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), list):
+        raise BrokenCheckpointError(f"{path / _STATE} does not name its step and its files")
     for name in state["files"]:
         if f"{name}.safetensors" not in manifest:
             raise BrokenCheckpointError(f"{path / name}.safetensors is missing from the manifest")

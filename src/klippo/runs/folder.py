@@ -52,6 +52,11 @@ class RunFolder:
                 f"output_dir={path} exists already; choose another output_dir, "
                 "or pass --overwrite to replace that run"
             )
+        if taken and path.is_symlink():
+            raise ConfigError(
+                f"output_dir={path} is a link to {path.resolve()}, and --overwrite follows no "
+                "link; name that folder itself, or remove the link"
+            )
         if taken and not (path / STATUS_FILE).is_file():
             raise ConfigError(
                 f"output_dir={path} exists and is not a Klippo run (it has no {STATUS_FILE}), so "

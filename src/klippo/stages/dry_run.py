@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from klippo.config.schema import RunConfig
+from klippo.config.trust import trust_code
 from klippo.errors import ConfigError
 from klippo.rewards.judge.database import Spend, spent_in
 from klippo.rewards.judge.settings import JudgeSettings
@@ -110,7 +111,7 @@ def _zeros(responses: Sequence[str], **_: Any) -> list[float]:
     return [0.0] * len(responses)
 
 
-def dry_run(config: RunConfig) -> int:
+def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> int:
     """Say what the run would do; train nothing, write nothing, ask no judge.
 
     Where it would not fit into the memory, its time is not measured.
@@ -119,6 +120,7 @@ def dry_run(config: RunConfig) -> int:
     from klippo.stages.build import choose_device
     from klippo.stages.memory_check import NoEstimateError, estimate_of, memory_budget, refusal
 
+    trust_code(config, trust_remote_code)
     data = load_rows(config.data, config.seed)
     plan = with_ledger(plan_run(config, texts_of(config, data)))
     device = choose_device(config.device)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from klippo.errors import OutOfMemoryError
+from klippo.hub import code_option
 from klippo.runs.memory import GIB
 from klippo.stages.memory import MemoryEstimate
 from klippo.stages.memory_check import changes, estimate_on
@@ -67,7 +68,9 @@ def _estimate(session: Session) -> MemoryEstimate | None:
     prompts = [*session.spare_prompts, *session.evaluation_prompts]
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(policy.lm.model.config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                policy.lm.model.config, dtype=dtype, **code_option(session.config.policy.model)
+            )
         longest = max(len(prompt.token_ids) for prompt in prompts)
         return estimate_on(session.config, model, longest, session.device)
     except Exception:

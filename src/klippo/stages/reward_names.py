@@ -36,7 +36,7 @@ from klippo.settings import Settings
 
 _YAML = re.compile(r"(.+\.ya?ml)(?::([^:/]+))?")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-_NO_MATTER = {"kind", "model", "batch_size"}
+_NO_MATTER = {"kind", "model", "batch_size", "trust_remote_code"}
 """What does not change a classifier's scores, or stands in its name already."""
 
 
@@ -231,12 +231,10 @@ def _check_model(settings: ClassifierSettings) -> None:
     if kind is None:
         try:
             config = AutoConfig.from_pretrained(
-                str(folder) if folder.is_dir() else name, revision=revision
+                hub.resolve(name), revision=revision, **hub.code_option(name)
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise PreflightError(
-                f"{name}: config.json cannot be read ({error}); mend it"
-            ) from error
+        except hub.LOADING_ERRORS as error:
+            raise hub.not_loaded(name, error) from error
         find_label(settings.label, config, name)
     known = stored.read(name, revision) or stored.StoredReward()
     template = settings.template or known.template or (kind.template if kind else None)

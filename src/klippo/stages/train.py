@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from klippo.config.load import LoadedConfig
+from klippo.config.trust import trust_code
 from klippo.data.rows import load_rows
 from klippo.errors import RewardError
 from klippo.ranks import Ranks
@@ -22,9 +23,11 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     yes: bool = False,
+    trust_remote_code: bool = False,
 ) -> int:
     """Run PPO as the config says; returns the exit code. `yes` agrees to what judges may cost."""
     config = loaded.config
+    trust_code(config, trust_remote_code)
     device = choose_device(config.device)
     ranks = Ranks.from_environment(device, config.peer_timeout_s)
     is_to_shard(config, ranks)
@@ -33,7 +36,14 @@ def train(
     data = load_rows(config.data, config.seed)
     ranks.on_main(lambda: agree_to_cost(config, data, yes=yes))
     ranks.on_main(lambda: check_memory(config, data, device))
-    outcome = PPOTrainer(loaded, data=data, overwrite=overwrite, resume=resume, quiet=quiet).train()
+    outcome = PPOTrainer(
+        loaded,
+        data=data,
+        overwrite=overwrite,
+        resume=resume,
+        quiet=quiet,
+        trust_remote_code=trust_remote_code,
+    ).train()
     if outcome.gold_problem is not None:
         command = gold_missing(outcome.output_dir, outcome.gold_problem)["command"]
         raise RewardError(

@@ -12,6 +12,7 @@ import torch
 
 from klippo.config.load import LoadedConfig, config_from_mapping
 from klippo.config.schema import RunConfig
+from klippo.config.trust import trust_code
 from klippo.data.rows import Data
 from klippo.errors import ConfigError, DivergedError, KlippoError, StorageError
 from klippo.policy.sharding import has_shards, whole
@@ -39,7 +40,7 @@ class PPOTrainer:
     `prompts` (texts, chat messages or mappings of columns) stand in for what the config names.
     `data` is what `load_rows` gave, where the data was read before. An unfinished run in the same
     folder with an equal config goes on; `resume` allows safe changes (docs/resume.md), `overwrite`
-    begins again.
+    begins again. `trust_remote_code` is the flag of that name (docs/security.md).
 
     Raises ConfigError or PreflightError before anything expensive starts.
     """
@@ -56,10 +57,12 @@ class PPOTrainer:
         overwrite: bool = False,
         resume: bool = False,
         quiet: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         loaded = _loaded(config, policy, reward, prompts)
         self.config = loaded.config
         self.name = loaded.name
+        trust_code(self.config, trust_remote_code)
         self._origins = loaded.origins
         self._options = {"overwrite": overwrite, "resume": resume, "quiet": quiet}
         in_memory = policy is not None and not isinstance(policy, str)

@@ -17,7 +17,14 @@ from torch import nn
 
 from klippo.data.preference_rows import Pair
 from klippo.errors import PreflightError
-from klippo.hub import load_model, no_progress_bars, resolve
+from klippo.hub import (
+    LOADING_ERRORS,
+    code_option,
+    load_model,
+    no_progress_bars,
+    not_loaded,
+    resolve,
+)
 from klippo.policy.loading import turn_dropout_off
 from klippo.rewards.reading import Reader, check_max_tokens, context_of
 from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
@@ -101,9 +108,10 @@ def load_classifier(settings: RewardModelSettings, seed: int) -> Any:
     )
     name = resolve(settings.name)
     options = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype)}
+    trust = code_option(settings.name)
     torch.manual_seed(seed)
     try:
-        config = AutoConfig.from_pretrained(name, revision=settings.revision)
+        config = AutoConfig.from_pretrained(name, revision=settings.revision, **trust)
         architectures = getattr(config, "architectures", None) or []
         is_classifier = any("ForSequenceClassification" in a for a in architectures)
         if is_classifier and config.num_labels != 1:
@@ -112,14 +120,10 @@ def load_classifier(settings: RewardModelSettings, seed: int) -> Any:
                 "reward model has one: give a policy or SFT model, or a classifier with one output"
             )
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True, **options
+            name, num_labels=1, output_loading_info=True, **trust, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PreflightError(
-            f"model.name={settings.name} cannot be loaded as a reward model "
-            f"({str(error).strip().splitlines()[0]}); give a folder written by save_pretrained, or "
-            "a hub name"
-        ) from error
+    except LOADING_ERRORS as error:
+        raise not_loaded(settings.name, error) from error
     lacking = sorted(key for key in loaded["missing_keys"] if _in_trunk(key, model))
     if lacking:
         raise PreflightError(
@@ -145,8 +149,8 @@ def _merged_trunk(settings: RewardModelSettings, options: dict[str, Any]) -> dic
     causal = load_model(AutoModelForCausalLM, settings.name, **options)
     try:
         merged = PeftModel.from_pretrained(causal, resolve(settings.adapter)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PreflightError(f"model.adapter={settings.adapter}: {error}") from error
+    except LOADING_ERRORS as error:
+        raise not_loaded(f"model.adapter={settings.adapter}", error) from error
     weights: dict[str, Any] = merged.base_model.state_dict()
     return weights
 

@@ -8,10 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from klippo.data.settings import DataSettings
 from klippo.policy.settings import LoraSettings
-from klippo.settings import LengthRange, Settings
+from klippo.settings import CodeSettings, Count, LengthRange, Settings, near_divisors
 
 
-class ModelSettings(Settings):
+class ModelSettings(CodeSettings):
     name: str
     """Folder, hub name, or `demo:policy` for the model that ships with Klippo."""
     revision: str | None = None
@@ -32,9 +32,9 @@ class RewardModelSettings(ModelSettings):
 
 
 class TrainingSettings(Settings):
-    num_epochs: PositiveInt = 1
+    num_epochs: Count = 1
     """Passes over the data."""
-    batch_size: PositiveInt = 32
+    batch_size: Count = 32
     """Examples (or pairs) per optimizer step."""
     micro_batch_size: PositiveInt | None = None
     """Examples (or pairs) per forward and backward pass: changes memory, not numbers; default: the
@@ -60,7 +60,7 @@ class TrainingSettings(Settings):
         if micro is not None and self.batch_size % micro != 0:
             raise ValueError(
                 f"micro_batch_size={micro} must divide batch_size={self.batch_size}; "
-                f"try {max(d for d in range(1, micro + 1) if self.batch_size % d == 0)}"
+                f"try {min(near_divisors(micro, self.batch_size)[:2])}"
             )
         return self
 
@@ -71,7 +71,7 @@ class RewardTrainingSettings(TrainingSettings):
     (Eisenstein et al. 2023, eq. 2); 0.01 is usual, 0 is off."""
 
 
-class ReferenceSettings(Settings):
+class ReferenceSettings(CodeSettings):
     """One shared set of responses, on which every member's mean and spread are measured."""
 
     policy: str
@@ -86,7 +86,7 @@ class ReferenceSettings(Settings):
     """How the policy reads the prompt, as in `data.format` of `klippo train`."""
     cut_tokens: LengthRange | None = None
     """Keep only so many first tokens of a prompt, as in `data.cut_tokens` of `klippo train`."""
-    num_samples: int = Field(default=512, ge=2)
+    num_samples: int = Field(default=512, ge=2, le=1_000_000)
     """How many responses; prompts are used again where there are fewer."""
     response_length: PositiveInt | LengthRange = 64
     """Most tokens of a response, as in `rollout.response_length` of `klippo train`."""

@@ -17,6 +17,7 @@ import torch
 
 from klippo.errors import DivergedError, PreflightError
 from klippo.hub import find_file, load_tokenizer, no_progress_bars
+from klippo.policy.adapters import finding_layers
 from klippo.policy.settings import LoraSettings
 from klippo.supervised.settings import ModelSettings, TrainingSettings
 
@@ -205,11 +206,7 @@ def load_own_tokenizer(settings: ModelSettings) -> Any:
 
 def refuse_adapter_folder(name: str, revision: str | None, remedy: str) -> None:
     """Raises PreflightError for a folder that holds an adapter alone."""
-    try:
-        found = find_file(name, "adapter_config.json", revision)
-    except OSError:  # no such model, which loading it will say
-        return
-    if found is not None:
+    if find_file(name, "adapter_config.json", revision) is not None:
         raise PreflightError(f"model.name={name} is a LoRA adapter, not a model; {remedy}")
 
 
@@ -226,4 +223,5 @@ def add_lora(model: Any, settings: LoraSettings, task: str) -> Any:
         target_modules=settings.target_modules,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    return get_peft_model(model, config)
+    with finding_layers("model.lora", settings.target_modules):
+        return get_peft_model(model, config)

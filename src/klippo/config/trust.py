@@ -1,0 +1,64 @@
+"""Code that comes with a model: it runs only where the config and the command both say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from klippo.errors import ConfigError
+from klippo.hub import trust_code_of
+from klippo.policy.settings import CriticSettings, PolicySettings
+from klippo.rewards.settings import ClassifierSettings, EnsembleSettings
+from klippo.settings import CodeSettings, Settings
+from klippo.supervised.settings import ModelSettings, ReferenceSettings
+
+KEY, FLAG = "trust_remote_code", "--trust-remote-code"
+
+
+def trust_code(config: Settings, flag: bool) -> None:
+    """Let the code of the models that the config trusts run, where the command says so too.
+
+    Raises ConfigError where only one of both does.
+    """
+    trusted = dict(_trusted(config, ""))
+    if trusted and not flag:
+        key, names = next(iter(trusted.items()))
+        raise ConfigError(
+            f"{key}=true lets Python code that comes with {names[0]} run with all your rights, and "
+            f"the command does not agree; pass {FLAG} as well (from Python: {KEY}=True), or remove "
+            f"{key}"
+        )
+    if flag and not trusted:
+        raise ConfigError(
+            f"{FLAG} is given, and no model in the config has {KEY}: true; write it beside the "
+            "model whose code you have read, as in policy.trust_remote_code=true, or leave the "
+            "flag out"
+        )
+    trust_code_of(name for names in trusted.values() for name in names)
+
+
+def _trusted(value: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Each key that is true, and the models that it is about."""
+    if isinstance(value, CodeSettings) and (names := _names(value)):
+        yield f"{path}.{KEY}", names
+    if isinstance(value, Settings) and not isinstance(value, EnsembleSettings):
+        for key, item in value:
+            yield from _trusted(item, f"{path}.{key}".removeprefix("."))
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _trusted(item, f"{path}.{key}")
+
+
+def _names(section: CodeSettings) -> list[str]:
+    match section:
+        case EnsembleSettings():
+            return [one.model for one in section.classifiers() if one.trust_remote_code]
+        case PolicySettings() | ClassifierSettings() if section.trust_remote_code:
+            return [section.model]
+        case CriticSettings() if section.trust_remote_code and section.model is not None:
+            return [section.model]
+        case ModelSettings() if section.trust_remote_code:
+            return [section.name]
+        case ReferenceSettings() if section.trust_remote_code:
+            return [section.policy]
+    return []
