@@ -401,3 +401,21 @@ def test_metrics_of_a_batch_are_masked_means_in_their_units():  # rule 27
     variance = mean((experience.returns - mean(experience.returns)) ** 2)
     explained = 1 - mean((residual - mean(residual)) ** 2) / variance
     assert metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_values_are_compared_with_the_rewards_that_followed(bootstrap):
+    """A critic that is wrong by a constant explains as much variance as before, and errs."""
+    one = learner(moved=False, kl={"coef": 0.0}, ppo={"bootstrap_truncated": bootstrap})
+    rollout = make_rollout(RAGGED)  # 4, 6, 1 and 3 tokens; the second row was cut
+    with torch.no_grad():
+        one.policy.critic.head.bias.fill_(10.0)
+    metrics = one.experience(rollout, Scores(reward=REWARD)).metrics
+    # With gamma 1 and no KL every token's return is its row's reward: 1, -2, 0.5, 3.
+    rows = [(4, 1.0), (1, 0.5), (3, 3.0)] + ([] if bootstrap else [(6, -2.0)])
+    tokens = sum(number for number, _ in rows)
+    error = sum(number * (value - 10) ** 2 for number, value in rows) / tokens
+    square = sum(number * value**2 for number, value in rows) / tokens
+    assert metrics["value/mean_squared_error"] == pytest.approx(error, rel=1e-5)
+    assert metrics["value/mean_squared_return"] == pytest.approx(square, rel=1e-5)
+    assert metrics["value/mean"] == pytest.approx(10)

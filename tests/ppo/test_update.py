@@ -104,6 +104,8 @@ def test_a_minibatch_beyond_the_ratio_guard_is_truly_skipped(shift, threshold): 
     assert same_state(state, optimizer_state(one)) is skipped
     assert metrics["update/num_skipped_minibatches"] == float(skipped)
     assert metrics["update/num_optimizer_steps"] == float(not skipped)
+    assert metrics["update/num_losses_not_finite"] == float(math.isnan(shift))
+    assert metrics["update/num_ratio_skips"] == float(skipped and not math.isnan(shift))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -112,10 +114,22 @@ def test_a_gradient_that_is_not_finite_moves_nothing():  # rule 24
     run(one)
     before, state = weights(one.policy), optimizer_state(one)
     experience = one.experience(ROLLOUT, SCORES)
-    metrics = run(one, experience, returns=experience.returns * math.inf)
+    one.policy.critic.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    metrics = run(one, experience)
     assert_same_tensors(weights(one.policy), before, atol=0)
     assert same_state(state, optimizer_state(one))
     assert metrics["update/num_skipped_minibatches"] == 1
+    assert metrics["update/num_gradients_not_finite"] == 1
+
+
+def test_a_loss_that_is_not_finite_moves_nothing():  # rule 24
+    one = learner()
+    before = weights(one.policy)
+    experience = one.experience(ROLLOUT, SCORES)
+    metrics = run(one, experience, returns=experience.returns * math.inf)
+    assert_same_tensors(weights(one.policy), before, atol=0)
+    assert metrics["update/num_losses_not_finite"] == 1
+    assert metrics["update/num_gradients_not_finite"] == 0
 
 
 def test_the_guard_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  # rule 24

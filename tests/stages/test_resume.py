@@ -311,10 +311,10 @@ def test_weights_that_are_not_finite_are_not_written_down(config, tmp_path) -> N
         return [0.0 for _ in responses]
 
     trainer = PPOTrainer(config | {"checkpoint": EVERY_STEP}, reward=reward, quiet=True)
-    with pytest.raises(DivergedError, match=r"critic\.head\.weight is not finite after 3 steps"):
+    with pytest.raises(DivergedError, match=r"critic\.head\.weight is not finite after 2 steps"):
         trainer.train()
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert names == ["step-00000001", "step-00000002"]
+    assert names == ["step-00000001"]
 
 
 def test_an_unfinished_run_without_checkpoints_is_not_begun_again_unasked(config, tmp_path) -> None:

@@ -47,8 +47,8 @@ def take(session: Session, extra: Mapping[str, Any], randoms: list[dict[str, Any
     )
 
 
-def write(moment: Moment, learner: Learner, checkpoints: Checkpoints, keep: int) -> Path:
-    """Write a checkpoint of this moment, then remove old ones.
+def write(moment: Moment, learner: Learner, checkpoints: Checkpoints) -> Path:
+    """Write a checkpoint of this moment.
 
     Raises DivergedError where a weight is not finite: older checkpoints stay, and none is written.
     """
@@ -59,9 +59,7 @@ def write(moment: Moment, learner: Learner, checkpoints: Checkpoints, keep: int)
                 f"{name} is not finite after {moment.step} steps; no checkpoint was written of "
                 "that, and older ones stay; lower optimizer.learning_rate"
             )
-    path = checkpoints.write(moment.step, tensors, moment.state)
-    checkpoints.prune(keep)
-    return path
+    return checkpoints.write(moment.step, tensors, moment.state)
 
 
 def restore(session: Session, checkpoint: Checkpoint) -> list[str]:
