@@ -269,7 +269,8 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     told = json.loads(ended.stdout)
     code, err, checkpoints, status, lines, code_again, out_again, done = told
     assert code == 3
-    assert "No space left on device; free some space or choose another output_dir" in err
+    assert "No space left on device" in err
+    assert "free some space or choose another output_dir" in err
     assert checkpoints
     assert status["state"] == "failed"
     assert "No space left on device" in status["reason"]

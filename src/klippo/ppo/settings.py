@@ -153,7 +153,7 @@ class GuardRailSettings(Settings):
     """Responses are `max_length_factor` times longer or shorter than at the start."""
     repetition: AfterTheStep = "warn"
     """More than `max_repeated_share` of the trigrams of responses occurred in them before."""
-    max_kl_jump: PositiveFloat = 1.0
+    max_kl_jump: PositiveFloat = 0.5
     """Nats per token."""
     min_entropy_share: UnitInterval = 0.1
     """Of the mean entropy of the first steps."""
