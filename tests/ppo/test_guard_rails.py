@@ -70,7 +70,7 @@ def after(number, one=None, **changes):
         ("kl_explosion", {"kl/sequence_nats": 30.0}, "is 1.5 nats per token, 1.4 more than a step"),
         ("kl_explosion", {"kl/sequence_nats": math.nan}, "is nan nats per token"),
         ("entropy_collapse", {"policy__entropy_nats": 0.29}, "is 0.29 nats per token and was 3 at"),
-        ("value_failure", {"value__mean_squared_error": 4.1}, "is 4.1; that of 0 everywhere is 1 "),
+        ("value_failure", {"value__mean_squared_error": 4.1}, "values is 4.1; that of 0 is 1 "),
         (
             "value_failure",
             {"value__mean_squared_error": math.inf},

@@ -185,7 +185,7 @@ def test_a_broken_critic_is_named_within_two_updates(config, tmp_path, fault) ->
         return [float(len(text)) for text in responses]
 
     trainer = PPOTrainer(config | stopping("value_failure"), reward=reward, quiet=True)
-    with pytest.raises(GuardRailError, match="value_failure at step 3: the values' mean squared"):
+    with pytest.raises(GuardRailError, match="value_failure at step 3: the mean squared error"):
         trainer.train()
     assert status_of(tmp_path / "run")["stopped_by"] == "value_failure"
     assert checkpoints_of(tmp_path / "run")[-1] == "step-00000002"

@@ -330,19 +330,22 @@ def _value_errors(
     token_rewards: Tensor,
     ranks: Ranks,
 ) -> Metrics:
-    """How far values are from the rewards that followed, and how far 0 would have been.
+    """How far the first values are from the rewards that followed, and how far 0 would have been.
 
-    GAE's returns hold the values themselves, so that a critic which is wrong by a constant shows in
-    no explained variance; the plain sums of rewards do not. Where responses that the limit cut are
-    bootstrapped, only finished ones have such a sum. Mean squares, in reward units.
+        mean (V_0 - sum_t gamma^t r_t)^2,    mean (sum_t gamma^t r_t)^2
+
+    over responses, in squared reward units. GAE's returns hold the values themselves, so that a
+    critic which is wrong by a constant shows in no explained variance; sums of rewards do not.
+    Where responses that the limit cut are bootstrapped, only finished ones have such a sum.
     """
-    followed, _ = gae(token_rewards, torch.zeros_like(old_values), mask, gamma=ppo.gamma, lam=1.0)
-    known = mask & rollout.finished[:, None] if ppo.bootstrap_truncated else mask
+    discounts = ppo.gamma ** torch.arange(mask.shape[1], device=mask.device)
+    followed = (token_rewards * discounts).sum(1)
+    known = mask.any(1) & rollout.finished if ppo.bootstrap_truncated else mask.any(1)
 
     def mean_square(x: Tensor) -> float:
         return float(masked_mean(x.double() ** 2, known, ranks.all_sum))
 
     return {
-        "value/mean_squared_error": mean_square(followed - old_values),
+        "value/mean_squared_error": mean_square(followed - old_values[:, 0]),
         "value/mean_squared_return": mean_square(followed),
     }

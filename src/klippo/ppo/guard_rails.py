@@ -20,7 +20,7 @@ NUM_RECENT = 10
 MIN_RECENT = 5
 """Values that a mean of the last ones needs."""
 WORSE_THAN_NOTHING = 4.0
-"""Mean squared error of the values, over that of 0 everywhere: twice as far off."""
+"""Mean squared error of the first values over that of 0: twice as far off."""
 BROKEN_VARIANCE, POOR_VARIANCE = -1.0, -0.2
 """Explained variance that is a failure in one step, and on average over the last ones."""
 LOST_VARIANCE = 0.5
@@ -172,7 +172,7 @@ def _value_failure(see: Sight) -> str | None:
     zero = max(squares, see.now["value/mean_squared_return"])
     if error > WORSE_THAN_NOTHING * zero > 0:
         return (
-            f"the values' mean squared error is {error:.3g}; that of 0 everywhere is {zero:.3g} "
+            f"the mean squared error of the first values is {error:.3g}; that of 0 is {zero:.3g} "
             f"(bound: {WORSE_THAN_NOTHING:g} times that)"
         )
     if explained < BROKEN_VARIANCE:
