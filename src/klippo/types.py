@@ -187,3 +187,18 @@ class EagerRewardSource(RewardSource, Protocol):
 
     async def begin(self, prompt: Prompt, response: str) -> None:
         """Start on a finished response and return at once; `score` asks for it later."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose state, as JSON holds it, a checkpoint keeps."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def stateful(part: object) -> Stateful | None:
+    """The part, where it has such a state; PyTorch modules keep theirs to themselves."""
+    is_kept = isinstance(part, Stateful) and not isinstance(part, torch.nn.Module)
+    return part if is_kept else None

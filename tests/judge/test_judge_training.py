@@ -1,6 +1,11 @@
 """PPO end to end against a judge behind a socket, with and without faults."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +72,44 @@ def test_a_judge_without_scores_ends_the_run_before_the_policy_is_loaded(workpla
     ):
         PPOTrainer(config(server, workplace / "run"), quiet=True)
     assert not (workplace / "run").exists()
+
+
+def test_a_killed_run_pays_no_answer_twice_and_ends_with_the_same_bytes(workplace: Path) -> None:
+    """Killed twice with SIGKILL, each time after a checkpoint; every run has a cache of its own."""
+    ends, hits = {}, {}
+    for name, kills in (("whole", ()), ("killed", ("step-00000001", "step-00000003"))):
+        folder = workplace / name
+        folder.mkdir()
+        with serving() as server:
+            given = config(server, folder / "run", api=api(server, concurrency=4))
+            given["ppo"] |= {"num_steps": 4}
+            given["checkpoint"] = {"every": 1}
+            (folder / "run.yaml").write_text(json.dumps(given))
+            for checkpoint in (*kills, None):
+                kill_after(folder, checkpoint)
+            hits[name] = server.hits
+        lines = metrics(folder / "run")
+        own = ("time/", "throughput/", "memory/", "judge/")
+        ends[name] = (
+            [{k: v for k, v in line.items() if not k.startswith(own)} for line in lines],
+            (folder / "run/model/model.safetensors").read_bytes(),
+            (folder / "run/eval/step-4.jsonl").read_bytes(),
+        )
+    assert ends["killed"] == ends["whole"]
+    assert hits["killed"] <= hits["whole"] + 2 * 4, "at most what was in flight is asked again"
+
+
+def kill_after(folder: Path, checkpoint: str | None) -> None:
+    """`klippo train`, killed when it has written that checkpoint; to its end without one."""
+    command = [sys.executable, "-m", "klippo", "train", "run.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as run:
+        if checkpoint is not None:
+            while not (folder / "run/checkpoints" / checkpoint).is_dir():
+                assert run.poll() is None
+                time.sleep(0.005)
+            run.kill()
+    assert run.returncode == (0 if checkpoint is None else -signal.SIGKILL)
 
 
 @pytest.mark.slow

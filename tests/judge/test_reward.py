@@ -1,6 +1,7 @@
 """The judge as a reward: modes, votes, criteria, floors, outages, probes."""
 
 import asyncio
+import json
 import warnings
 
 import pytest
@@ -12,7 +13,8 @@ from klippo.errors import ConfigError, JudgeError
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.judge.reward import JudgeReward, judge_metrics, opening_rollout, prompt_text
 from klippo.rewards.judge.rubric import Material
-from klippo.rewards.judge.scoring import absolute, both_orders, difference
+from klippo.rewards.judge.scoring import Judgement, absolute, both_orders, difference
+from klippo.rewards.judge.watch import Watch
 from klippo.rewards.resolve import resolve_scores
 from klippo.types import Prompt, Rollout, Scores, TokenBatch
 from tests.judge.fakes import FakeJudge, answer, mode_of, settings, shown
@@ -44,6 +46,46 @@ def rewards(source: JudgeReward, *responses: str, **columns: str) -> list[float]
 def number(response: str) -> int:
     """The judge of most tests: a response names its score."""
     return int(response) if response.isdecimal() else 7
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([None, -1.0, 0.5, 1.0]), max_size=20), max_size=8), st.data()
+)
+def test_a_watch_that_goes_on_from_its_state_is_the_one_that_went_on(
+    steps: list[list[float | None]], data: st.DataObject
+) -> None:
+    def look(watch: Watch, rewards: list[float | None]) -> tuple[str, str | None]:
+        judgements = [
+            Judgement(reward=x, cause=None if x is not None else "parse") for x in rewards
+        ]
+        try:
+            watch.note(judgements)
+        except JudgeError as error:
+            return str(error), watch.alarm(judgements)
+        return "", watch.alarm(judgements)
+
+    cut = data.draw(st.integers(0, len(steps)))
+    first = Watch(settings())
+    told = [look(first, step) for step in steps[:cut]]
+    state = json.dumps(first.state_dict())
+    second = Watch(settings())
+    second.load_state_dict(json.loads(state))
+    rest = [look(first, step) for step in steps[cut:]]
+    assert [look(second, step) for step in steps[cut:]] == rest
+    assert second.state_dict() == first.state_dict()
+    assert len(told) == cut
+
+
+def test_the_judges_of_a_sum_are_in_its_state() -> None:
+    judged = JudgeReward(settings(), FakeJudge(number))
+    total = SumReward({"judge": Part(source=judged), "again": Part(source=judged, normalize=True)})
+    resolve_scores(total, rollout("4", "6"))
+    state = json.loads(json.dumps(total.state_dict()))
+    fresh = JudgeReward(settings(), FakeJudge(number))
+    SumReward(
+        {"judge": Part(source=fresh), "again": Part(source=fresh, normalize=True)}
+    ).load_state_dict(state)
+    assert fresh.watch.num_responses == judged.watch.num_responses == 4
 
 
 def test_absolute_is_s_over_5_minus_1() -> None:

@@ -56,6 +56,38 @@ def llama(**config):
     return LlamaForCausalLM(LlamaConfig(**(SIZES | sizes | config)))
 
 
+def train_with_vllm(folder: Path, *, policy=None, ppo=None, vllm=None) -> list[float]:
+    """Two steps of `klippo train`; the mismatches that they logged."""
+    tokenizer = word_tokenizer(pad=False)
+    tokenizer.save_pretrained(folder / "model")
+    llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    prompts = [json.dumps({"prompt": text}) + "\n" for text in ["the movie was", "I liked it"] * 8]
+    (folder / "prompts.jsonl").write_text("".join(prompts))
+    config = {
+        "policy": {"model": str(folder / "model")} | (policy or {}),
+        "data": {"train": str(folder / "prompts.jsonl")},
+        "reward": {"kind": "length", "max_tokens": 4},
+        "rollout": {
+            "engine": "vllm",
+            "response_length": [4, 8],
+            "vllm": {"kv_cache_gib": 0.05} | (vllm or {}),
+        },
+        "ppo": {"num_steps": 2, "batch_size": 8, "max_logprob_mismatch": 0.01} | (ppo or {}),
+        "optimizer": {"learning_rate": 1e-2},
+        "evaluation": {"num_prompts": 4},
+        "output_dir": str(folder / "run"),
+    }
+    file = folder / "vllm.yaml"
+    file.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "klippo", "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [row["engine/logprob_mismatch_nats"] for row in rows if "kl/coef" in row]
+    assert len(logged) == 2
+    return logged
+
+
 def engine(policy, temperature=0.7, stops=(EOS,), max_tokens=40, settings=SMALL_CACHE):
     model = policy.lm.model
     opening = Opening.of(
@@ -232,29 +264,5 @@ def test_a_shape_that_vllm_does_not_compute_is_one_clear_error():
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_a_whole_run_logs_its_mismatch_and_ends(tuning: str, tmp_path: Path):
-    tokenizer = word_tokenizer(pad=False)
-    tokenizer.save_pretrained(tmp_path / "model")
-    llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    prompts = [json.dumps({"prompt": text}) + "\n" for text in ["the movie was", "I liked it"] * 8]
-    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
-    config = {
-        "policy": {"model": str(tmp_path / "model"), "tuning": tuning},
-        "data": {"train": str(tmp_path / "prompts.jsonl")},
-        "reward": {"kind": "length", "max_tokens": 4},
-        "rollout": {"engine": "vllm", "response_length": [4, 8], "vllm": {"kv_cache_gib": 0.05}},
-        "ppo": {
-            "num_steps": 2, "batch_size": 8, "importance_cap": 2.0, "max_logprob_mismatch": 0.01,
-        },
-        "optimizer": {"learning_rate": 1e-2},
-        "evaluation": {"num_prompts": 4},
-        "output_dir": str(tmp_path / "run"),
-    }  # fmt: skip
-    file = tmp_path / "vllm.yaml"
-    file.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "klippo", "train", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    logged = [row["engine/logprob_mismatch_nats"] for row in rows if "kl/coef" in row]
-    assert len(logged) == 2
-    assert max(logged) < 1e-2
+    mismatches = train_with_vllm(tmp_path, policy={"tuning": tuning}, ppo={"importance_cap": 2.0})
+    assert max(mismatches) < 1e-2

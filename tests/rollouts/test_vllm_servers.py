@@ -1,9 +1,6 @@
 """`klippo serve-rollouts` with vLLM, against the policy itself: `make test-vllm`."""
 
 import gc
-import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +14,14 @@ from klippo.rollouts.servers import ServersEngine
 from klippo.rollouts.settings import VLLMSettings
 from klippo.rollouts.vllm import vllm_version
 from tests.rollouts.serving import QUICK, later, server_process
-from tests.rollouts.test_vllm_engine import LIMITS, PROMPTS, SEEDS, llama, mismatch
-from tests.stages.conftest import word_tokenizer
+from tests.rollouts.test_vllm_engine import (
+    LIMITS,
+    PROMPTS,
+    SEEDS,
+    llama,
+    mismatch,
+    train_with_vllm,
+)
 from tests.toys import EOS, disturb, load
 
 pytestmark = [
@@ -84,34 +87,8 @@ def test_kill_9_in_the_middle_of_a_batch_changes_no_response(server):
 
 
 def test_a_whole_run_on_a_server_has_small_mismatches(server, tmp_path: Path):
-    tokenizer = word_tokenizer(pad=False)
-    tokenizer.save_pretrained(tmp_path / "model")
-    llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    prompts = [json.dumps({"prompt": text}) + "\n" for text in ["the movie was", "I liked it"] * 8]
-    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
-    config = {
-        "policy": {"model": str(tmp_path / "model")},
-        "data": {"train": str(tmp_path / "prompts.jsonl")},
-        "reward": {"kind": "length", "max_tokens": 4},
-        "rollout": {
-            "engine": "vllm", "response_length": [4, 8],
-            "vllm": {"servers": [server.url], "kv_cache_gib": 0.05},
-        },
-        "ppo": {"num_steps": 2, "batch_size": 8, "max_logprob_mismatch": 0.01},
-        "optimizer": {"learning_rate": 1e-2},
-        "evaluation": {"num_prompts": 4},
-        "output_dir": str(tmp_path / "run"),
-    }  # fmt: skip
     gc.collect()  # engines of the tests before this one hold the server
-    file = tmp_path / "vllm.yaml"
-    file.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "klippo", "train", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    logged = [row["engine/logprob_mismatch_nats"] for row in rows if "kl/coef" in row]
-    assert len(logged) == 2
-    assert max(logged) < 1e-2
+    assert max(train_with_vllm(tmp_path, vllm={"servers": [server.url]})) < 1e-2
 
 
 def test_a_shape_that_vllm_does_not_compute_is_one_clear_error_from_the_server(server):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from klippo.tensors.masked import AllSum, local
 from klippo.tensors.moments import RunningMoments
-from klippo.types import RewardSource, Rollout, Scores
+from klippo.types import RewardSource, Rollout, Scores, Stateful, stateful
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,22 +139,20 @@ class SumReward:
 
     def state_dict(self) -> dict[str, Any]:
         """The running moments of the parts, and the states of parts that have one."""
-        sources = {name: part.source for name, part in self.parts.items()}
         return {
             "moments": {name: moments.state_dict() for name, moments in self._moments.items()},
-            "sources": {
-                name: source.state_dict()
-                for name, source in sources.items()
-                if isinstance(source, SumReward)
-            },
+            "sources": {name: source.state_dict() for name, source in self._stateful().items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, moments in self._moments.items():
             moments.load_state_dict(state["moments"][name])
-        for name, part in self.parts.items():
-            if isinstance(part.source, SumReward):
-                part.source.load_state_dict(state["sources"][name])
+        for name, source in self._stateful().items():
+            source.load_state_dict(state["sources"][name])
+
+    def _stateful(self) -> dict[str, Stateful]:
+        found = ((name, stateful(part.source)) for name, part in self.parts.items())
+        return {name: source for name, source in found if source is not None}
 
 
 def yardstick(source: RewardSource, all_sum: AllSum = local) -> RewardSource:

@@ -59,7 +59,7 @@ class Keeper:
         signals = [number for _, number, _ in told if number is not None]
         self._due = told[0][0]
         if signals or (self._due and step == session.config.ppo.num_steps):
-            session.ranks.on_main(self._write_unseen)
+            self._write_unseen()
         self._interruptions.raise_pending(signals[0] if signals else None)
 
     @contextmanager
@@ -67,14 +67,14 @@ class Keeper:
         """Write the moment where that is due. No moment is worth writing down inside."""
         with self._interruptions.waiting():
             if self._due:
-                self._session.ranks.on_main(self.write)
+                self.write()
             self._moment = None
             yield
 
     def write(self) -> None:
-        """Write the moment and remove old checkpoints."""
+        """Write the moment and remove old checkpoints. Every process must call it."""
         if self._write_unseen():
-            self._checkpoints.prune(self._settings.keep)
+            self._session.ranks.on_main(lambda: self._checkpoints.prune(self._settings.keep))
 
     def _write_unseen(self) -> bool:
         """Write the moment, unless there is none, or the run began there or has it already.
@@ -84,7 +84,7 @@ class Keeper:
         moment = self._moment
         if moment is None or moment.step in (self.newest, self._begun_at):
             return False
-        sync_lines(self._run)
+        self._session.ranks.on_main(lambda: sync_lines(self._run))
         write(moment, self._session.learner, self._checkpoints)
         self.newest, self._written_at = moment.step, time.monotonic()
         return True
@@ -103,14 +103,12 @@ class Keeper:
             self._write_unseen()
 
     def done(self) -> None:
-        """The run is done: its checkpoints go, or the last one stays."""
-        if not self._session.ranks.is_main:
-            return
-        if self._settings.keep_when_done:
+        """The run is done: its checkpoints go, or the last one stays. Every process calls it."""
+        keeps = self._settings.keep_when_done
+        if keeps:
             self.write()
-            self._checkpoints.prune(1)
-        else:
-            self._checkpoints.remove()
+        found = self._checkpoints
+        self._session.ranks.on_main(lambda: found.prune(1) if keeps else found.remove())
 
     def _is_due(self, step: int) -> bool:
         settings = self._settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
+from klippo.policy.sharding import whole
 from klippo.ppo.learner import Learner, require_equal_shares
 from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward, yardstick
@@ -29,22 +30,23 @@ from klippo.rollouts.online import OnlineSource
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.engines import build_engine, check_engine_settings
 from klippo.stages.fingerprints import of_prompts, of_weights
+from klippo.stages.launch import is_to_shard
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
-from klippo.types import Metrics, Prompt, RewardSource, Rollout, RolloutSource, Scores
+from klippo.types import (
+    Metrics,
+    Prompt,
+    RewardSource,
+    Rollout,
+    RolloutSource,
+    Scores,
+    Stateful,
+    stateful,
+)
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that evaluation draws the same random numbers at every step."""
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Something whose state, as JSON holds it, a checkpoint keeps."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,8 @@ def open_session(
     """
     device = choose_device(config.device)
     skips_not_finite = config.guard_rails.reward_not_finite == "skip"
-    ranks = Ranks.from_environment(device)
+    ranks = Ranks.from_environment(device, config.peer_timeout_s)
+    shards = is_to_shard(config, ranks)
     require_equal_shares(config.ppo, ranks)
     check_engine_settings(config.rollout, device, ranks)
     if config.num_threads is not None:
@@ -122,7 +125,15 @@ def open_session(
     if config.gold is not None:
         check_reward(config.gold, rows[0].columns)
     seed_everything(config.seed)
-    loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
+    loaded = load_policy(
+        config.policy,
+        config.critic,
+        device,
+        model=model,
+        tokenizer=tokenizer,
+        shard_over=ranks if shards else None,
+    )
+    ranks.meet("models")
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
     longest = config.rollout.response_length if config.offline is None else 1
     room = room_for_prompts(hf_model, longest, config.data.max_prompt_tokens)
@@ -157,7 +168,8 @@ def open_session(
         "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
         "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     }
-    model_digest = of_weights(loaded.reference.lm.model)
+    with whole(loaded.reference.lm):
+        model_digest = of_weights(loaded.reference.lm.model)
     if offline is not None:
         responses = offline.sampler(ranks)
         return Session(
@@ -228,7 +240,9 @@ def open_session(
     return Session(
         config=config,
         source=training_source,
-        stateful={name: part for name, part in parts.items() if _remembers(part)},
+        stateful={
+            name: found for name, part in parts.items() if (found := stateful(part)) is not None
+        },
         fingerprints={"data": of_prompts(train_prompts), "model": model_digest},
         answer=training_source.answer,
         measure=lambda rollout: resolve_scores(fixed, rollout, skip_not_finite=skips_not_finite),
@@ -251,11 +265,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _remembers(part: object) -> bool:
-    """Whether a part has a state that JSON holds; models keep theirs to themselves."""
-    return isinstance(part, Stateful) and not isinstance(part, torch.nn.Module)
 
 
 def _samples_nothing(*_: Any) -> Any:

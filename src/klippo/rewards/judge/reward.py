@@ -6,8 +6,9 @@ import asyncio
 import time
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -166,6 +167,14 @@ class JudgeReward:
         return metrics | {
             f"judge/unscored_{cause}": float(count) for cause, count in since.causes.items()
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the watch remembers; answers and the budget are in the cache."""
+        return {"watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.watch.load_state_dict(state["watch"])
 
     async def judge_unwatched(self, materials: Sequence[Material]) -> list[Judgement]:
         """Judgements that are not counted; in an outage the missing ones are asked for again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from klippo.errors import JudgeError
 from klippo.rewards.judge.rubric import Material
@@ -77,6 +78,25 @@ class Watch:
                 f"more than max_unscored_run={self._settings.max_unscored_run}"
                 + _causes(judgements)
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counts, as JSON holds them."""
+        return {
+            "num_responses": self.num_responses,
+            "num_unscored": self.num_unscored,
+            "recent": list(self._recent),
+            "first_rewards": self._first_rewards,
+            "recent_rewards": list(self._recent_rewards),
+            "has_alarmed": self._has_alarmed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.num_responses, self.num_unscored = state["num_responses"], state["num_unscored"]
+        self._recent = deque(state["recent"], maxlen=self._recent.maxlen)
+        self._first_rewards = list(state["first_rewards"])
+        self._recent_rewards = deque(state["recent_rewards"], maxlen=self._recent_rewards.maxlen)
+        self._has_alarmed = state["has_alarmed"]
 
     def _too_many(
         self, window: Sequence[bool], name: str, judgements: Sequence[Judgement]
