@@ -46,4 +46,5 @@ def rails_words(run: RunData, rails: list[RailView]) -> str | None:
     """`none fired`, or their names and steps; None for a run that had no rails."""
     if rails:
         return "; ".join(f"{rail.name} ({rail.steps})" for rail in rails)
-    return "none fired" if any(key.startswith("guard_rails.") for key in run.config) else None
+    had_rails = any("response/repeated_share" in row for row in run.metrics)
+    return "none fired" if had_rails else None
