@@ -5,6 +5,8 @@ class KlippoError(Exception):
     """A problem the user can mend; the command line prints its text alone, without a traceback."""
 
     exit_code = 1
+    rail: str | None = None
+    """The guard rail that it speaks for, where it does."""
 
 
 class ConfigError(KlippoError):
@@ -25,10 +27,24 @@ class RewardError(KlippoError):
     exit_code = 4
 
 
+class NotFiniteRewardError(RewardError):
+    """A reward source gave a number that is NaN or infinite."""
+
+    rail = "reward_not_finite"
+
+
 class DivergedError(KlippoError):
     """Training left the region where its numbers mean anything."""
 
     exit_code = 6
+
+
+class GuardRailError(DivergedError):
+    """A guard rail whose action is `stop` fired."""
+
+    def __init__(self, rail: str, text: str) -> None:
+        super().__init__(text)
+        self.rail = rail
 
 
 class StorageError(KlippoError):

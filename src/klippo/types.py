@@ -140,6 +140,8 @@ class Scores:
     members: Tensor | None = None  # (K, B) float32, an ensemble's single scores
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B,) float32
     baseline: Tensor | None = None  # (B,) float32: what to compare with, instead of the critic
+    not_finite: Mapping[int, str] = field(default_factory=dict)
+    """Rows whose reward came as NaN or infinite (`reward` has NaN), and what to say of each."""
 
 
 OnDone = Callable[[int, Completion], None]

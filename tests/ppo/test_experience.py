@@ -401,3 +401,27 @@ def test_metrics_of_a_batch_are_masked_means_in_their_units():  # rule 27
     variance = mean((experience.returns - mean(experience.returns)) ** 2)
     explained = 1 - mean((residual - mean(residual)) ** 2) / variance
     assert metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_values_are_compared_with_the_rewards_that_followed(bootstrap):
+    """A critic that is wrong by a constant explains as much variance as before, and errs."""
+    one = learner(moved=False, kl={"coef": 0.0}, ppo={"bootstrap_truncated": bootstrap})
+    rollout = make_rollout(RAGGED)  # the second row was cut
+    with torch.no_grad():
+        one.policy.critic.head.bias.fill_(10.0)
+    metrics = one.experience(rollout, Scores(reward=REWARD)).metrics
+    # With gamma 1 and no KL a row's rewards sum up to its score: 1, -2, 0.5, 3.
+    error, square = (220.25 / 3, 10.25 / 3) if bootstrap else (364.25 / 4, 14.25 / 4)
+    assert metrics["value/mean_squared_error"] == pytest.approx(error, rel=1e-5)
+    assert metrics["value/mean_squared_return"] == pytest.approx(square, rel=1e-5)
+    assert metrics["value/mean"] == pytest.approx(10)
+
+
+def test_the_rewards_that_followed_are_discounted():
+    one = learner(moved=False, kl={"coef": 0.0}, ppo={"gamma": 0.5})
+    metrics = one.experience(make_rollout(RAGGED), Scores(reward=REWARD)).metrics
+    # Scores on tokens 4, 6, 1 and 3: 1 / 8, -2 / 32, 0.5 and 3 / 4; the critic says 0.
+    square = (1 / 64 + 1 / 256 + 1 / 4 + 9 / 16) / 4
+    assert metrics["value/mean_squared_return"] == pytest.approx(square, rel=1e-5)
+    assert metrics["value/mean_squared_error"] == pytest.approx(square, rel=1e-5)

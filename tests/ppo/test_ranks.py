@@ -50,9 +50,9 @@ def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name, held):
     alone = learn(CASES[name], Ranks())
     first, second = (torch.load(folder / f"{name}.{held}.{rank}.pt") for rank in (0, 1))
     assert_same_tensors(first["weights"], second["weights"], atol=0)
-    assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-12)
+    assert first["metrics"] == second["metrics"], "so that guard rails decide the same"
     assert_same_tensors(first["weights"], alone["weights"], atol=1e-6)
-    assert first["metrics"] == pytest.approx(alone["metrics"], abs=1e-5)
+    assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5, abs=1e-5)
     assert first["kl_coef"] == pytest.approx(alone["kl_coef"], rel=1e-6)
     assert first["moments"] == pytest.approx(alone["moments"])
 

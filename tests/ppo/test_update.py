@@ -104,6 +104,8 @@ def test_a_minibatch_beyond_the_ratio_guard_is_truly_skipped(shift, threshold): 
     assert same_state(state, optimizer_state(one)) is skipped
     assert metrics["update/num_skipped_minibatches"] == float(skipped)
     assert metrics["update/num_optimizer_steps"] == float(not skipped)
+    assert metrics["update/num_losses_not_finite"] == float(math.isnan(shift))
+    assert metrics["update/num_ratio_skips"] == float(skipped and not math.isnan(shift))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -112,10 +114,22 @@ def test_a_gradient_that_is_not_finite_moves_nothing():  # rule 24
     run(one)
     before, state = weights(one.policy), optimizer_state(one)
     experience = one.experience(ROLLOUT, SCORES)
-    metrics = run(one, experience, returns=experience.returns * math.inf)
+    one.policy.critic.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    metrics = run(one, experience)
     assert_same_tensors(weights(one.policy), before, atol=0)
     assert same_state(state, optimizer_state(one))
     assert metrics["update/num_skipped_minibatches"] == 1
+    assert metrics["update/num_gradients_not_finite"] == 1
+
+
+def test_a_loss_that_is_not_finite_moves_nothing():  # rule 24
+    one = learner()
+    before = weights(one.policy)
+    experience = one.experience(ROLLOUT, SCORES)
+    metrics = run(one, experience, returns=experience.returns * math.inf)
+    assert_same_tensors(weights(one.policy), before, atol=0)
+    assert metrics["update/num_losses_not_finite"] == 1
+    assert metrics["update/num_gradients_not_finite"] == 0
 
 
 def test_the_guard_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  # rule 24
@@ -188,12 +202,13 @@ def test_every_row_is_visited_once_in_each_epoch(monkeypatch):  # rule 27
 
 def test_the_passes_end_once_the_target_kl_is_passed():  # rule 25
     options = {"optimizer": {"learning_rate": 0.05}}
-    free = run(learner(ppo={"num_epochs": 6}, **options))
-    stopped = run(learner(ppo={"num_epochs": 6, "target_kl": 1e-4}, **options))
+    passes = {"num_epochs": 6, "ratio_threshold": None}
+    free = run(learner(ppo=passes, **options))
+    stopped = run(learner(ppo=passes | {"target_kl": 1e-4}, **options))
     assert (free["update/num_optimizer_steps"], free["update/stopped_early"]) == (6, 0)
     # The first pass is on-policy (KL 0), the second sees what the first step did.
     assert (stopped["update/num_optimizer_steps"], stopped["update/stopped_early"]) == (2, 1)
-    never = run(learner(ppo={"num_epochs": 6, "target_kl": 1e4}, **options))
+    never = run(learner(ppo=passes | {"target_kl": 1e4}, **options))
     assert never["update/num_optimizer_steps"] == 6
 
 

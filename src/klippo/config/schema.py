@@ -10,7 +10,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from klippo.data.settings import DataSettings, OfflineSettings, PreferenceSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
 from klippo.policy.settings import CriticSettings, PolicySettings
-from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
+from klippo.ppo.settings import (
+    GuardRailSettings,
+    KLSettings,
+    OptimizerSettings,
+    PPOSettings,
+    ScoreSettings,
+)
 from klippo.rewards.settings import ColumnSettings, RewardSettings, ensembles
 from klippo.rollouts.settings import RolloutSettings
 from klippo.runs.settings import CheckpointSettings
@@ -88,6 +94,8 @@ class RunConfig(WholeConfig):
     """Samples of a fixed prompt set, before, during and after."""
     guard: GuardSettings = GuardSettings()
     """Ends the run while the policy is still good."""
+    guard_rails: GuardRailSettings = GuardRailSettings()
+    """What happens when the numbers say that training went wrong."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """What an interrupted run goes on from."""
 

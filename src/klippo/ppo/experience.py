@@ -22,9 +22,12 @@ from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_mean, masked_sum, whiten
 from klippo.tensors.moments import RunningMoments
 from klippo.tensors.packing import micro_batches, split_up
+from klippo.tensors.repetition import repeated_share
 from klippo.types import Metrics, Rollout, Scores, TokenBatch
 
 ONE_PROCESS = Ranks()
+NGRAM = 3
+"""Tokens of what counts as repeated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +167,8 @@ def build_experience(
     metrics = _metrics(
         rollout, scores, shaped, mask, forward.entropy, old_values, returns, token_rewards, ranks
     )
+    if has_critic:
+        metrics |= _value_errors(ppo, rollout, mask, old_values, token_rewards, ranks)
     return Experience(
         tokens=tokens,
         temperature=rollout.temperature,
@@ -294,6 +299,7 @@ def _metrics(
     """Masked means over all processes; each key names its unit where it has one."""
     scored = mask.any(1)
     reward = scores.reward.to(mask.device)
+    response = rollout.tokens
 
     def mean(x: Tensor, keep: Tensor) -> float:
         return float(masked_mean(x, keep, ranks.all_sum))
@@ -304,6 +310,7 @@ def _metrics(
     residual = returns - old_values
     residual_variance = mean((residual - masked_mean(residual, mask, ranks.all_sum)) ** 2, mask)
     everything = torch.ones_like(scored)
+    num_not_finite = torch.tensor(float(len(scores.not_finite)), device=mask.device)
     # Rewards of responses that exist already say nothing about the policy.
     of = "reward" if rollout.behavior == "policy" else "data"
     metrics = {
@@ -312,8 +319,12 @@ def _metrics(
         f"{of}/shaped_mean": mean(shaped, scored),
         f"{of}/sequence_total": mean(masked_sum(token_rewards, mask, 1), scored),
         f"{of}/scored_share": mean(scored.float(), everything),
+        f"{of}/num_not_finite": float(ranks.all_sum(num_not_finite)),
         "policy/entropy_nats": mean(entropy, mask),
-        "response/length_tokens": mean(rollout.tokens.response_mask.sum(1).float(), everything),
+        "response/length_tokens": mean(response.response_mask.sum(1).float(), everything),
+        "response/repeated_share": mean(
+            repeated_share(response.response_ids, response.response_mask, NGRAM), everything
+        ),
         "response/finished_share": mean(rollout.finished.float(), everything),
         "value/mean": mean(old_values, mask),
         "value/explained_variance": 1 - residual_variance / max(return_variance, 1e-8),
@@ -328,3 +339,32 @@ def _metrics(
             metrics[f"ensemble/member{k}_mean"] = mean(own, whole)
             metrics[f"ensemble/member{k}_lowest_share"] = mean(lowest, whole)
     return metrics
+
+
+def _value_errors(
+    ppo: PPOSettings,
+    rollout: Rollout,
+    mask: Tensor,
+    old_values: Tensor,
+    token_rewards: Tensor,
+    ranks: Ranks,
+) -> Metrics:
+    """How far the first values are from the rewards that followed, and how far 0 would have been.
+
+        mean (V_0 - sum_t gamma^t r_t)^2,    mean (sum_t gamma^t r_t)^2
+
+    over responses, in squared reward units. GAE's returns hold the values themselves, so that a
+    critic which is wrong by a constant shows in no explained variance; sums of rewards do not.
+    Where responses that the limit cut are bootstrapped, only finished ones have such a sum.
+    """
+    discounts = ppo.gamma ** torch.arange(mask.shape[1], device=mask.device)
+    followed = (token_rewards * discounts).sum(1)
+    known = mask.any(1) & rollout.finished if ppo.bootstrap_truncated else mask.any(1)
+
+    def mean_square(x: Tensor) -> float:
+        return float(masked_mean(x.double() ** 2, known, ranks.all_sum))
+
+    return {
+        "value/mean_squared_error": mean_square(followed - old_values[:, 0]),
+        "value/mean_squared_return": mean_square(followed),
+    }

@@ -1,6 +1,6 @@
 """Settings of PPO, in the order in which the algorithm uses them."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict, model_validator
 
@@ -96,8 +96,8 @@ class PPOSettings(Settings):
     """Weight of the value loss."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus, reward units per nat."""
-    ratio_threshold: PositiveFloat | None = None
-    """Skip a minibatch whose mean ratio exceeds this (10 is usual); NaN always skips."""
+    ratio_threshold: PositiveFloat | None = 10.0
+    """Skip a minibatch whose mean ratio exceeds this; null is off. NaN always skips."""
     target_kl: PositiveFloat | None = None
     """End the passes over a batch early once the approximate KL per token exceeds this, nats."""
     num_critic_warmup_steps: NonNegativeInt = 0
@@ -123,6 +123,68 @@ class PPOSettings(Settings):
         micro = self.micro_batch_size or minibatch
         _require_divides("micro_batch_size", micro, "minibatch_size", minibatch)
         return self
+
+
+BeforeTheStep = Literal["skip", "stop"]
+"""What is found before the weights move: the row or minibatch is left out; `stop` ends the run."""
+AfterTheStep = Literal["off", "warn", "stop"]
+"""What shows when the weights have moved already."""
+
+
+class GuardRailSettings(Settings):
+    """What a run does when its numbers say that training went wrong (docs/guard-rails.md)."""
+
+    reward_not_finite: BeforeTheStep = "stop"
+    """A reward is NaN or infinite; `skip` counts the response as unscored."""
+    loss_not_finite: BeforeTheStep = "stop"
+    """The loss of a minibatch is NaN or infinite."""
+    gradient_not_finite: BeforeTheStep = "stop"
+    """A gradient of a minibatch is NaN or infinite."""
+    ratio_guard: BeforeTheStep = "skip"
+    """The mean ratio of a minibatch exceeds `ppo.ratio_threshold`."""
+    kl_explosion: AfterTheStep = "warn"
+    """One update moves the policy by more than `max_kl_jump`."""
+    entropy_collapse: AfterTheStep = "warn"
+    """Entropy falls below `min_entropy_share` of what it was at the start."""
+    value_failure: AfterTheStep = "warn"
+    """The values explain less of the returns than a constant would, or lose what they explained."""
+    reward_saturation: AfterTheStep = "warn"
+    """The spread of the scores falls below `min_spread_share` of what it was at the start."""
+    length_drift: AfterTheStep = "warn"
+    """Responses are `max_length_factor` times longer or shorter than at the start."""
+    repetition: AfterTheStep = "warn"
+    """More than `max_repeated_share` of the trigrams of responses occurred in them before."""
+    max_kl_jump: PositiveFloat = 0.5
+    """Nats per token."""
+    min_entropy_share: UnitInterval = 0.1
+    """Of the mean entropy of the first steps."""
+    min_spread_share: UnitInterval = 0.1
+    """Of the standard deviation of the scores in the first steps."""
+    max_length_factor: float = Field(default=3.0, gt=1)
+    """Times the mean length of the first steps, or one part in so many of it."""
+    max_repeated_share: UnitInterval = 0.5
+    """Of all trigrams of the batch's responses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _actions_are_possible(cls, data: Any) -> Any:
+        told = []
+        for name, action in data.items() if isinstance(data, dict) else ():
+            known = cls.model_fields.get(name)
+            actions = () if known is None else get_args(known.annotation)
+            if action == "skip" and "warn" in actions:
+                told.append(
+                    f"{name}=skip: this rail sees what updates have done, and nothing is left to "
+                    "skip; use off, warn or stop"
+                )
+            if action in ("off", "warn") and "skip" in actions:
+                told.append(
+                    f"{name}={action}: what this rail finds would spoil the weights and is never "
+                    "learnt from; use skip to go on without it, or stop"
+                )
+        if told:
+            raise ValueError("\n".join(told))
+        return data
 
 
 def _require_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:

@@ -30,6 +30,9 @@ class Recorder(Protocol):
     def evaluate(self, step: int) -> bool:
         """Sample the fixed evaluation prompts with the policy as it is now; True ends the run."""
 
+    def look(self, step: int, metrics: Metrics) -> None:
+        """What was sampled and scored is about to be learnt from: the place for ending instead."""
+
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None: ...
 
 
@@ -53,6 +56,7 @@ def train(
             forward = learner.forward(rollout)
         with recorder.phase("score"):
             experience = learner.experience(rollout, score(rollout), forward)
+        recorder.look(step, experience.metrics)
         with recorder.whole():
             with recorder.phase("update"):
                 metrics = learner.learn(experience)

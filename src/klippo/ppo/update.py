@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +21,17 @@ from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks, whole_tensor
 from klippo.types import Metrics
 
+Skip = Literal["empty", "loss", "ratio", "gradient"]
+"""Why a minibatch was skipped: nothing to learn from; a loss (or ratio) that is not finite; a mean
+ratio above the threshold; a gradient that is not finite."""
+
 
 @dataclass(slots=True)
 class _Tally:
     """What the passes over one batch did."""
 
-    num_minibatches: int = 0
-    num_skipped: int = 0
+    skipped: list[Skip] = field(default_factory=list)  # one per minibatch without a step
+    seen: list[dict[str, float]] = field(default_factory=list)  # means of all minibatches
     grad_norms: list[float] = field(default_factory=list)  # one per optimizer step
     means: list[dict[str, float]] = field(default_factory=list)  # one per optimizer step
 
@@ -76,7 +81,7 @@ def ppo_update(
             means = _gradients(loss, own, num_tokens, ranks)
             _step(optimizer, means, settings.ratio_threshold, max_grad_norm, tally, ranks)
             stopped_early = settings.target_kl is not None and (
-                means["update_kl"] > settings.target_kl
+                means.get("update_kl", 0.0) > settings.target_kl
             )
             if stopped_early:
                 break
@@ -84,7 +89,7 @@ def ppo_update(
             break
     policy.eval()
     planned = settings.num_epochs * math.ceil(num_rows / size)
-    assert stopped_early or tally.num_minibatches == planned
+    assert stopped_early or len(tally.seen) == planned
     return _summary(tally, stopped_early)
 
 
@@ -94,15 +99,17 @@ def _gradients(
     """Add this process's gradients up over the micro-batches; returns means over all tokens.
 
     Every token of the optimizer step weighs the same, whatever its micro-batch or process; without
-    any token the means are NaN, and the step will be skipped.
+    any token there are no means, and the step will be skipped.
     """
     sums = torch.zeros(len(NAMES), dtype=torch.float64, device=parts[0].device)
     for rows in parts:
         total, logged = loss(rows)
         (total / max(num_tokens, 1)).backward()  # type: ignore[no-untyped-call]
         sums += logged.stack()
-    means = ranks.all_sum(sums) / (num_tokens or math.nan)
-    return dict(zip(NAMES, means.tolist(), strict=True))
+    totals = ranks.all_sum(sums).tolist()
+    if num_tokens == 0:
+        return {}
+    return {name: total / num_tokens for name, total in zip(NAMES, totals, strict=True)}
 
 
 def _step(
@@ -113,13 +120,10 @@ def _step(
     tally: _Tally,
     ranks: Ranks,
 ) -> None:
-    """One optimizer step, or none where it would do harm.
-
-    That is where the mean ratio is NaN or above the threshold, or a gradient is not finite.
-    """
-    tally.num_minibatches += 1
-    ratio = means["ratio"]
-    if math.isfinite(ratio) and (ratio_threshold is None or ratio <= ratio_threshold):
+    """One optimizer step, or none where it would do harm."""
+    tally.seen.append(means)
+    skip = _why_skip(means, ratio_threshold)
+    if skip is None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ranks.sum_gradients(parameters)
         norm = float(whole_tensor(clip_grad_norm_(parameters, max_grad_norm or math.inf)))
@@ -127,8 +131,28 @@ def _step(
             optimizer.step()
             tally.grad_norms.append(norm)
             tally.means.append(means)
-    tally.num_skipped = tally.num_minibatches - len(tally.means)
+        else:
+            skip = "gradient"
+    if skip is not None:
+        tally.skipped.append(skip)
     optimizer.zero_grad(set_to_none=True)
+
+
+def _why_skip(means: dict[str, float], ratio_threshold: float | None) -> Skip | None:
+    """What forbids a step before its gradient is looked at."""
+    if not means:
+        return "empty"
+    if not all(math.isfinite(means[name]) for name in ("policy_loss", "value_loss", "ratio")):
+        return "loss"
+    if ratio_threshold is not None and means["ratio"] > ratio_threshold:
+        return "ratio"
+    return None
+
+
+def _largest(tally: _Tally, name: str, otherwise: float) -> float:
+    """Over all minibatches where it is finite."""
+    values = [means[name] for means in tally.seen if means and math.isfinite(means[name])]
+    return max(values, default=otherwise)
 
 
 def _summary(tally: _Tally, stopped_early: bool) -> Metrics:
@@ -142,8 +166,13 @@ def _summary(tally: _Tally, stopped_early: bool) -> Metrics:
         "policy/first_ratio_mean": (tally.means or [still])[0]["ratio"],
         "policy/clipped_share": mean["clipped"],
         "policy/update_kl_nats_per_token": mean["update_kl"],
+        "policy/largest_ratio_mean": _largest(tally, "ratio", 1.0),
+        "policy/largest_update_kl_nats_per_token": _largest(tally, "update_kl", 0.0),
         "update/grad_norm": sum(tally.grad_norms) / steps,
         "update/num_optimizer_steps": float(len(tally.means)),
-        "update/num_skipped_minibatches": float(tally.num_skipped),
+        "update/num_skipped_minibatches": float(len(tally.skipped)),
+        "update/num_losses_not_finite": float(tally.skipped.count("loss")),
+        "update/num_gradients_not_finite": float(tally.skipped.count("gradient")),
+        "update/num_ratio_skips": float(tally.skipped.count("ratio")),
         "update/stopped_early": float(stopped_early),
     }

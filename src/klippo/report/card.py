@@ -65,9 +65,10 @@ def _figures(view: RunView) -> Iterator[str]:
         for row in view.key_figures:
             yield "| " + " | ".join(map(esc, row)) + " |"
         yield ""
-    for note in view.notes:
-        yield f"- {esc(note)}"
-    if view.notes:
+    lines = [f"Guard rail {r.name} ({r.steps}; {r.did}): {r.diagnosis}" for r in view.rails]
+    for line in [*lines, *view.notes]:
+        yield f"- {esc(line)}"
+    if lines or view.notes:
         yield ""
     yield from _limits(view)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klippo.errors import ConfigError, RewardError
+from klippo.errors import ConfigError, NotFiniteRewardError
 from klippo.hub import load_tokenizer
 from klippo.rewards import stored
 from klippo.rewards.reading import Reader, check_max_tokens, context_of
@@ -84,8 +84,8 @@ class ClassifierReward:
     ) -> Scores:
         """The same from prompts and decoded responses alone; the scores lie on `device`.
 
-        A text without any token gets NaN. Raises RewardError when the model returns a number that
-        is not finite.
+        A text without any token gets NaN. Raises NotFiniteRewardError when the model returns a
+        number that is not finite.
         """
 
         def outputs(input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def score_together(
     """Scores (K, N) float32 on the CPU, and 1 where a text was cut (N,), for models that are kin.
 
     `outputs` maps ids (n, S) and mask (n, S) to the models' outputs (K, n, L). The texts are put
-    together and tokenized once. Raises RewardError when an output is not finite.
+    together and tokenized once. Raises NotFiniteRewardError when an output is not finite.
     """
     first = models[0]
     texts = first.reader.texts(prompts, responses)
@@ -118,7 +118,7 @@ def score_together(
         for k, (model, logits) in enumerate(zip(models, outputs(input_ids, mask), strict=True)):
             values = read_output(logits, model.label, model.settings.output, model.labels_exclude)
             if not bool(values.isfinite().all()):
-                raise RewardError(
+                raise NotFiniteRewardError(
                     f"reward model {model.settings.model} returned a number that is not finite "
                     f"for {texts[rows[int((~values.isfinite()).nonzero()[0])]][:80]!r}; try "
                     "dtype: float32"

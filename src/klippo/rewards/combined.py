@@ -91,8 +91,12 @@ class SumReward:
             logged[name] = reward
             logged |= {f"{name}/{inner}": values for inner, values in score.parts.items()}
             total = total + part.weight * self._standardized(name, reward)
-        members = ensembles[0] if len(ensembles) == 1 else None
-        return Scores(reward=total, members=members, parts=logged)
+        return Scores(
+            reward=total,
+            members=ensembles[0] if len(ensembles) == 1 else None,
+            parts=logged,
+            not_finite={row: text for score in scores for row, text in score.not_finite.items()},
+        )
 
     def _standardized(self, name: str, reward: Tensor) -> Tensor:
         if name not in self._moments:

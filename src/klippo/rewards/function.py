@@ -47,8 +47,9 @@ class FunctionReward:
     def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]:
         """reward: (B,) float32, NaN where the function returned None; awaitable if it is async.
 
-        Raises RewardError when the function raises, or returns something else than B finite
-        numbers (or None); ConfigError when it needs an argument that is not there.
+        Where it returned NaN or an infinite number, `not_finite` says so. Raises RewardError when
+        the function raises, or returns something else than B numbers (or None); ConfigError when it
+        needs an argument that is not there.
         """
         arguments = self._arguments(rollout)
         if self._is_async:  # not called before it is awaited, so that no coroutine is left behind
@@ -99,25 +100,30 @@ class FunctionReward:
                 f"returned {len(returned)} scores for {len(rollout)} responses; return one each, "
                 "None for a response that cannot be scored"
             )
-        values = [self._number(value, row, rollout) for row, value in enumerate(returned)]
+        values: list[float] = []
+        not_finite: dict[int, str] = {}
+        for row, value in enumerate(returned):
+            number = float("nan") if value is None else self._number(value, row, rollout)
+            if value is not None and not abs(number) <= torch.finfo(torch.float32).max:
+                not_finite[row] = (
+                    f"reward function {self._name} returned {number} {_where(rollout, row)}; "
+                    "return None for a response that cannot be scored"
+                )
+                number = float("nan")
+            values.append(number)
         device = rollout.tokens.response_ids.device
-        return Scores(reward=torch.tensor(values, dtype=torch.float32, device=device))
+        reward = torch.tensor(values, dtype=torch.float32, device=device)
+        return Scores(reward=reward, not_finite=not_finite)
 
     def _number(self, value: Any, row: int, rollout: Rollout) -> float:
-        if value is None:
-            return float("nan")
-        where = f"for row {row} (prompt {_shown(rollout.prompts[row].text)})"
         try:
             if isinstance(value, str | bytes):
                 raise TypeError
-            number = float(value)
+            return float(value)
         except (TypeError, ValueError, OverflowError):
-            raise self._refused(f"returned {_shown(value)} {where}; a number is needed") from None
-        if not abs(number) <= torch.finfo(torch.float32).max:
             raise self._refused(
-                f"returned {number} {where}; return None for a response that cannot be scored"
-            )
-        return number
+                f"returned {_shown(value)} {_where(rollout, row)}; a number is needed"
+            ) from None
 
     def _refused(self, what: str) -> RewardError:
         return RewardError(f"reward function {self._name} {what}")
@@ -154,6 +160,10 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[bool, set[str]
         {p.name for p in parameters if p.kind in named},
         [p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty],
     )
+
+
+def _where(rollout: Rollout, row: int) -> str:
+    return f"for row {row} (prompt {_shown(rollout.prompts[row].text)})"
 
 
 def _shown(value: Any, limit: int = 60) -> str:

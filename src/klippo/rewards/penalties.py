@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from klippo.tensors.repetition import repeated_share
 from klippo.types import Rollout, Scores
 
 
@@ -39,10 +40,7 @@ class RepetitionPenalty:
 
     def score(self, rollout: Rollout) -> Scores:
         """reward: (B,) float32."""
-        rewards = [self._reward(ids) for ids in rollout.response_token_ids()]
-        device = rollout.tokens.response_ids.device
-        return Scores(reward=torch.tensor(rewards, dtype=torch.float32, device=device))
-
-    def _reward(self, ids: list[int]) -> float:
-        ngrams = [tuple(ids[i : i + self._ngram]) for i in range(len(ids) - self._ngram + 1)]
-        return (len(set(ngrams)) - len(ngrams)) / len(ngrams) if ngrams else 0.0
+        tokens = rollout.tokens
+        return Scores(
+            reward=-repeated_share(tokens.response_ids, tokens.response_mask, self._ngram)
+        )

@@ -7,11 +7,12 @@ import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
-from klippo.errors import RewardError
+from klippo.errors import NotFiniteRewardError, RewardError
 from klippo.rewards.combined import SumReward
 from klippo.types import EagerRewardSource, Prompt, RewardSource, Rollout, Scores
 
@@ -21,11 +22,15 @@ CLOSING_S = 15.0
 """Longest that a source may take to close."""
 
 
-def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
+def resolve_scores(
+    source: RewardSource, rollout: Rollout, *, skip_not_finite: bool = False
+) -> Scores:
     """Score a rollout, waiting for an async source; also inside a running event loop (a notebook).
 
     Async sources all run on one event loop in a thread of its own, so that what they keep between
-    calls (connections) stays usable. Raises RewardError when the scores do not fit the rollout.
+    calls (connections) stays usable. With `skip_not_finite` a response whose reward is no finite
+    number counts as unscored, and `not_finite` tells of it. Raises RewardError when the scores do
+    not fit the rollout, NotFiniteRewardError for such a reward.
     """
     result = source.score(rollout)
     scores = wait_for(result) if inspect.isawaitable(result) else result
@@ -39,7 +44,22 @@ def resolve_scores(source: RewardSource, rollout: Rollout) -> Scores:
             f"{type(source).__name__}.score returned {dtype} rewards of shape {shape}; float32 of "
             f"shape ({len(rollout)},) is needed, one per response"
         )
-    return scores
+    infinite = scores.reward.isinf()
+    not_finite = {
+        row: f"{type(source).__name__}.score returned {float(scores.reward[row])} for row {row} "
+        f"(prompt {rollout.prompts[row].text[:60]!r}); return NaN for a response that cannot be "
+        "scored"
+        for row in infinite.nonzero().flatten().tolist()
+    } | dict(scores.not_finite)
+    if not not_finite:
+        return scores
+    if not skip_not_finite:
+        raise NotFiniteRewardError(
+            f"{not_finite[min(not_finite)]}, or leave such responses out with "
+            "guard_rails.reward_not_finite=skip"
+        )
+    reward = torch.where(infinite, torch.full_like(scores.reward, torch.nan), scores.reward)
+    return replace(scores, reward=reward, not_finite=not_finite)
 
 
 def begin_with(source: RewardSource) -> Callable[[Prompt, str], None] | None:

@@ -4,6 +4,7 @@ checkpoints/step-00000120/
   state.json             counters, random states, the config and what it was written for
   NAME.safetensors       tensors by name: weights, optimizer
   manifest.json          size and SHA-256 of each of these
+checkpoints/suspect-*    set aside: a guard rail stopped the run at what this policy wrote
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from klippo.runs.folder import RunFolder, sync, writing
 
 CHECKPOINTS_DIR = "checkpoints"
 FORMAT = 1
-_STATE, _MANIFEST, _PREFIX = "state.json", "manifest.json", "step-"
+_STATE, _MANIFEST, _PREFIX, _ASIDE = "state.json", "manifest.json", "step-", "suspect-"
 
 
 class BrokenCheckpointError(ConfigError):
@@ -89,6 +90,19 @@ class Checkpoints:
             with writing(path):
                 shutil.rmtree(path)
 
+    def set_aside(self, step: int) -> None:
+        """Rename those of this step and later, so that no run goes on from them."""
+        for path in self._found():
+            if _step_of(path) >= step:
+                aside = path.with_name(f"{_ASIDE}{path.name}")
+                with writing(aside):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+
+    def newest_step(self) -> int | None:
+        """The step of the newest one, whole or not."""
+        return next(map(_step_of, self._found()), None)
+
     def remove(self) -> None:
         """Remove them all."""
         with writing(self.path):
@@ -108,7 +122,11 @@ class Checkpoints:
         """Newest first."""
         names = self.path.glob(f"{_PREFIX}*") if self.path.is_dir() else []
         numbered = [path for path in names if path.name.removeprefix(_PREFIX).isdecimal()]
-        return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+        return sorted(numbered, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,8 @@ class RunFolder:
         self._append(DIAGNOSTICS_FILE, diagnostics)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with writing(self.path / name), (self.path / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        with writing(self.path / name):
+            append_whole(self.path / name, json.dumps(line) + "\n")
 
     def eval_file(self, step: int) -> Path:
         return self.path / EVAL_DIR / f"step-{step}.jsonl"
@@ -114,6 +113,20 @@ class RunFolder:
                 building.replace(final)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append all of it, or nothing where the disk is full. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            rest = memoryview(text.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def sync(path: Path) -> None:

@@ -58,10 +58,12 @@ def conclude(
     console: Console,
     guard: RunGuard | None = None,
     stopped: str | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Score the evaluation samples with gold, write tables and the report, print the summary.
 
-    `stopped` is why an offline run ended before its last step.
+    `stopped` is why an offline run ended before its last step; `also` is what else run_status.json
+    should hold.
     What goes wrong with gold, or with the report, costs nothing else: the outcome,
     run_status.json and the screen say so.
     """
@@ -70,6 +72,7 @@ def conclude(
     if not session.ranks.is_main:
         return outcome
     details: dict[str, Any] = {"reason": "all steps done", "num_steps_done": num_steps}
+    details |= also or {}
     if guard is not None:
         details |= {"best_step": guard.best_step, "best_model": f"{BEST_DIR}/{MODEL_DIR}"}
         if guard.stopped is not None:

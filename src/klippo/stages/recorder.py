@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from klippo.config.load import to_yaml
 from klippo.config.schema import RunConfig
+from klippo.errors import GuardRailError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
 from klippo.policy.sharding import has_shards, whole
@@ -37,6 +38,7 @@ from klippo.stages.interruptions import Interruptions
 from klippo.stages.keeper import Keeper
 from klippo.stages.offline import OfflineData
 from klippo.stages.out_of_memory import explaining_memory
+from klippo.stages.rails import RunRails
 from klippo.stages.resume import Start, find_start
 from klippo.stages.saving import restore
 from klippo.stages.session import Session
@@ -74,6 +76,7 @@ class RunRecorder:
         if session.config.guard.is_on:
             self.guard = RunGuard(session, self._rows, lambda folder: save_model(session, folder))
         self.folder = RunFolder(Path(config.output_dir))
+        self.rails = RunRails(session, self.folder, self.progress.say)
         self._lock: RunLock | None = None
         self.start = Start()
         try:
@@ -84,7 +87,9 @@ class RunRecorder:
             self.close()
             raise
         self.interruptions = Interruptions(self.progress.say, together=session.ranks.world_size > 1)
-        self.keeper = Keeper(session, self.folder.path, self.interruptions, self._state)
+        self.keeper = Keeper(
+            session, self.folder.path, self.interruptions, self._state, self.start.checkpoint
+        )
 
     def _open_folder(self, config: RunConfig, overwrite: bool, resume: bool) -> None:
         path = self.folder.path
@@ -102,6 +107,7 @@ class RunRecorder:
         notes = [f"{problem}; an older checkpoint is taken" for problem in start.problems]
         if start.checkpoint is not None:
             notes += restore(session, start.checkpoint)
+            self.rails.load_state_dict(start.checkpoint.state["guard_rails"])
             if self.guard is not None:
                 self.guard.load_state_dict(start.checkpoint.state["guard"])
         if self.is_main:
@@ -117,7 +123,7 @@ class RunRecorder:
                     f"{folder.path / METRICS_FILE} has lost the lines of {len(lost)} steps "
                     f"({lost[0]} to {lost[-1]}); training goes on exactly, without them"
                 )
-            folder.write_status("running")
+            folder.write_status("running", **self.rails.status())
         for note in notes:
             warn(note)
         write_text(folder.path / CONFIG_FILE, to_yaml(self.session.config))
@@ -132,7 +138,8 @@ class RunRecorder:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds of the recorder."""
-        return {} if self.guard is None else {"guard": self.guard.state_dict()}
+        state = {"guard_rails": self.rails.state_dict()}
+        return state if self.guard is None else state | {"guard": self.guard.state_dict()}
 
     def close(self) -> None:
         """Let another process use the folder."""
@@ -242,8 +249,24 @@ class RunRecorder:
             ppo = ppo.model_copy(update={"micro_batch_size": ppo.batch_size})
         return parts_of(ppo, rollout.tokens)
 
+    def look(self, step: int, metrics: Metrics) -> None:
+        """Ask the guard rails about a rollout; where one ends the run, its line is written first.
+
+        The policy that wrote it is not what the run should go on from.
+        """
+        try:
+            self.rails.look_at_rollout(step, metrics)
+        except GuardRailError:
+            if self.is_main:
+                self.folder.append_metrics(self._place(step) | metrics)
+                self.keeper.set_aside(step)
+            raise
+
+    def _place(self, step: int) -> Metrics:
+        return {"step": step, "episodes": (step + 1) * self.session.config.ppo.batch_size}
+
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None:
-        """One line of metrics.jsonl and of the screen."""
+        """One line of metrics.jsonl and of the screen; then the guard rails."""
         ranks: Ranks = self.session.ranks
         tokens = float(ranks.all_sum(rollout.tokens.response_mask.sum().double()))
         seconds = sum(self._seconds.values())
@@ -254,9 +277,9 @@ class RunRecorder:
         metrics["memory/peak_gib"] = peak_memory_gib(self.session.device)
         self._seconds = {}
         if self.is_main:
-            episodes = (step + 1) * self.session.config.ppo.batch_size
-            self.folder.append_metrics({"step": step, "episodes": episodes} | metrics)
+            self.folder.append_metrics(self._place(step) | metrics)
             self.progress.step(step, metrics)
+        self.rails.look_at_update(step, metrics)
 
 
 def save_model(session: Session, folder: RunFolder) -> None:

@@ -48,18 +48,18 @@ def take(session: Session, extra: Mapping[str, Any], randoms: list[dict[str, Any
     )
 
 
-def write(moment: Moment, learner: Learner, checkpoints: Checkpoints, keep: int) -> None:
-    """Write a checkpoint of this moment, then remove old ones; every process must call it.
+def write(moment: Moment, learner: Learner, checkpoints: Checkpoints) -> None:
+    """Write a checkpoint of this moment; every process must call it.
 
     Raises DivergedError where a weight is not finite: older checkpoints stay, and none is written.
     """
     ranks = learner.ranks
     tensors = {name: gathered(part, ranks) for name, part in learner.tensors().items()}
-    ranks.on_main(lambda: _write(moment, tensors, checkpoints, keep))
+    ranks.on_main(lambda: _write(moment, tensors, checkpoints))
 
 
 def _write(
-    moment: Moment, tensors: Mapping[str, Mapping[str, Tensor]], checkpoints: Checkpoints, keep: int
+    moment: Moment, tensors: Mapping[str, Mapping[str, Tensor]], checkpoints: Checkpoints
 ) -> None:
     for name, weight in tensors["weights"].items():
         if not bool(weight.isfinite().all()):
@@ -68,7 +68,6 @@ def _write(
                 "that, and older ones stay; lower optimizer.learning_rate"
             )
     checkpoints.write(moment.step, tensors, moment.state)
-    checkpoints.prune(keep)
 
 
 def restore(session: Session, checkpoint: Checkpoint) -> list[str]:

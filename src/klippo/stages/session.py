@@ -107,6 +107,7 @@ def open_session(
     What is cheap to check comes first: the data before the models.
     """
     device = choose_device(config.device)
+    skips_not_finite = config.guard_rails.reward_not_finite == "skip"
     ranks = Ranks.from_environment(device, config.peer_timeout_s)
     shards = is_to_shard(config, ranks)
     require_equal_shares(config.ppo, ranks)
@@ -162,7 +163,7 @@ def open_session(
         "policy": loaded.policy,
         "reference": loaded.reference,
         "learner": learner,
-        "score": lambda rollout: resolve_scores(source, rollout),
+        "score": lambda rollout: resolve_scores(source, rollout, skip_not_finite=skips_not_finite),
         "close_reward": lambda: close_source(source),
         "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
         "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
@@ -244,7 +245,7 @@ def open_session(
         },
         fingerprints={"data": of_prompts(train_prompts), "model": model_digest},
         answer=training_source.answer,
-        measure=lambda rollout: resolve_scores(fixed, rollout),
+        measure=lambda rollout: resolve_scores(fixed, rollout, skip_not_finite=skips_not_finite),
         stop_ids=stop_ids,
         evaluation_prompts=evaluation_prompts,
         evaluation_share=share,

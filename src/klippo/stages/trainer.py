@@ -14,14 +14,21 @@ from klippo.config.load import LoadedConfig, config_from_mapping
 from klippo.config.schema import RunConfig
 from klippo.config.trust import trust_code
 from klippo.data.rows import Data
-from klippo.errors import ConfigError, DivergedError, KlippoError, StorageError
+from klippo.errors import (
+    ConfigError,
+    DivergedError,
+    GuardRailError,
+    KlippoError,
+    StorageError,
+)
 from klippo.policy.sharding import has_shards, whole
 from klippo.ppo import trainer as ppo_trainer
 from klippo.ranks import Ranks, explaining_peers
 from klippo.rollouts.collate import collate, truncate_after_stop
+from klippo.runs.checkpoints import Checkpoints
 from klippo.runs.folder import MODEL_DIR, RunFolder
 from klippo.stages.interruptions import undisturbed
-from klippo.stages.outcome import Outcome, conclude
+from klippo.stages.outcome import Outcome, conclude, refresh_report
 from klippo.stages.recorder import RunRecorder, save_model
 from klippo.stages.resume import resume_command
 from klippo.stages.session import Session, open_session
@@ -99,7 +106,12 @@ class PPOTrainer:
                 if session.ranks.is_main:
                     save_model(session, recorder.folder)
             outcome = conclude(
-                session, recorder.folder, recorder.console, recorder.guard, recorder.stopped
+                session,
+                recorder.folder,
+                recorder.console,
+                recorder.guard,
+                recorder.stopped,
+                recorder.rails.status(),
             )
             recorder.keeper.done()
         except BaseException as error:
@@ -178,7 +190,11 @@ class PPOTrainer:
             return
         done = self.session.learner.num_steps_done
         state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        recorder.rails.record(error, done)
         details = {"reason": _reason(error, self.session.ranks), "num_steps_done": done}
+        rail = error.rail if isinstance(error, KlippoError) else None
+        details |= {"stopped_by": rail} if rail is not None else {}
+        details |= recorder.rails.status()
         with self._second_failure(recorder):
             recorder.folder.write_status(state, **details, ended=now())
         with self._second_failure(recorder):
@@ -189,10 +205,34 @@ class PPOTrainer:
             details |= {"resume": command, "checkpoint_step": checkpoint}
             with self._second_failure(recorder):
                 recorder.folder.write_status(state, **details, ended=now())
-        if done > 0 and not has_shards(self.session.policy):  # its parts are lost with the others
-            self._save_as_it_is(recorder, error, done)
+        if not has_shards(self.session.policy):  # its parts are lost with the others
+            self._save_model(recorder, error, done)
+        if rail is not None:
+            refresh_report(recorder.folder.path, recorder.console)
         if checkpoint is not None:
             recorder.progress.say(f"This goes on after step {checkpoint}: {details['resume']}")
+
+    def _save_model(self, recorder: RunRecorder, error: BaseException, done: int) -> None:
+        if isinstance(error, GuardRailError):
+            self._save_last_good(recorder)
+        elif done > 0:
+            self._save_as_it_is(recorder, error, done)
+
+    def _save_last_good(self, recorder: RunRecorder) -> None:
+        """The policy of the newest checkpoint: that in memory is what a guard rail stopped."""
+        checkpoint, _ = Checkpoints(recorder.folder.path).newest()
+        if checkpoint is None:
+            recorder.progress.say("There is no checkpoint from before, and no model is saved.")
+            return
+        with self._second_failure(recorder):
+            self.session.learner.load_tensors(
+                {name: checkpoint.tensors(name) for name in checkpoint.state["files"]}
+            )
+            save_model(self.session, recorder.folder)
+            recorder.progress.say(
+                f"The policy as it was after {checkpoint.step} steps, before that, is in "
+                f"{recorder.folder.path / MODEL_DIR}"
+            )
 
     def _save_as_it_is(self, recorder: RunRecorder, error: BaseException, done: int) -> None:
         folder = recorder.folder
