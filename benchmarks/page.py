@@ -25,6 +25,7 @@ from sections import (
     lean_update,
     memory,
     ppo,
+    scaling,
     token_budget,
     update_floor,
 )
@@ -50,6 +51,7 @@ SECTIONS: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "ppo": ppo.section,
     "large_model": large_model.section,
     "growth": growth.section,
+    "scaling": scaling.section,
     "update_floor": update_floor.section,
     "lean_update": lean_update.section,
     "lean_passes": lean_passes.section,

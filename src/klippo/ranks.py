@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import warnings
@@ -10,17 +11,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import Parameter
 
 from klippo.errors import KlippoError, PreflightError
 
-TIMEOUT = timedelta(minutes=30)
-"""Longest that a process waits for the others to start, or to come to the same place."""
+STARTUP = timedelta(minutes=30)
+"""Longest that a process waits for the others to start and to load their models."""
+TIMEOUT_S = 600.0
+"""Longest that a process of a running run waits for another, in seconds, unless the config says."""
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients are copied into messages of about this size (that of PyTorch's DDP, 25 MiB)."""
 
 T = TypeVar("T")
 
@@ -39,15 +49,17 @@ class Ranks:
     world_size: int = 1
 
     @classmethod
-    def from_environment(cls, device: torch.device) -> Ranks:
+    def from_environment(cls, device: torch.device, timeout_s: float = TIMEOUT_S) -> Ranks:
         """Join the process group that the launcher's variables describe, if they do.
 
-        Raises PreflightError when they are incomplete or the processes do not find each other.
+        `timeout_s` (seconds) is the longest that this process will wait for another, once both
+        run. Raises PreflightError when the variables are incomplete or the processes do not find
+        each other.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_initialized():
-            _join(device)
+            _join(device, timedelta(seconds=timeout_s))
         ranks = cls(dist.get_rank(), dist.get_world_size())
         if not ranks.is_main:
             _say_nothing()
@@ -56,6 +68,13 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def meet(self, place: str) -> None:
+        """Wait until all processes are here, as long as a start may take; `place` is used once."""
+        if self.world_size == 1:
+            return
+        with _together():
+            _meet(_get_default_store(), place, self.world_size)
 
     def all_sum(self, x: Tensor) -> Tensor:
         """x added up over all processes; every process must call it with the same shape."""
@@ -67,23 +86,32 @@ class Ranks:
         return x
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace every gradient by its sum over all processes.
+        """Replace every gradient by its sum over all processes, in messages of many weights each.
 
         One that is missing here counts as zero; one that is missing everywhere stays missing, so
-        that the optimizer leaves its weights and their moments alone.
+        that the optimizer leaves its weights and their moments alone. Those of sharded weights are
+        sums already.
         """
         if self.world_size == 1:
             return
-        parameters = list(parameters)
+        parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+        if not parameters:
+            return
         there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
         somewhere = self.all_sum(there.to(parameters[0].device)).tolist()
+        gradients = []
         for parameter, number in zip(parameters, somewhere, strict=True):
-            if number == 0:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+            if number > 0:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
             with _together():
-                dist.all_reduce(parameter.grad)
+                dist.all_reduce(flat)
+            sums = torch.split(flat, [gradient.numel() for gradient in bucket])
+            for gradient, total in zip(bucket, sums, strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def gather(self, item: T) -> list[T]:
         """Every process's item, by rank, on every process; items are pickled."""
@@ -113,7 +141,32 @@ class Ranks:
         return range(self.rank * num // self.world_size, (self.rank + 1) * num // self.world_size)
 
 
-def _join(device: torch.device) -> None:
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type after the other, in groups of at least `BUCKET_BYTES` but the last."""
+    for _, group in groupby(tensors, key=lambda x: x.dtype):
+        bucket: list[Tensor] = []
+        for tensor in group:
+            bucket.append(tensor)
+            if sum(x.nbytes for x in bucket) >= BUCKET_BYTES:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether this process holds only its part of the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def whole_tensor(x: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a part; every process must call it."""
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
     """Start the process group; it ends with the process."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -133,7 +186,11 @@ def _join(device: torch.device) -> None:
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, torch.get_num_threads() // num_local))
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=STARTUP)))
+        _meet(store, "start", world_size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     except (RuntimeError, ValueError) as error:
         raise PreflightError(
             f"the {os.environ['WORLD_SIZE']} processes do not find each other at "
@@ -142,8 +199,16 @@ def _join(device: torch.device) -> None:
     atexit.register(_leave)
 
 
+def _meet(store: Store, place: str, num: int) -> None:
+    """Wait for `num` processes by the store, which has none of the group's impatience."""
+    if store.add(f"klippo/{place}/here", 1) == num:
+        store.set(f"klippo/{place}/all", "1")
+    store.wait([f"klippo/{place}/all"], STARTUP)
+
+
 def _leave() -> None:
     if dist.is_initialized():
+        gc.collect()  # models that hold the group
         dist.destroy_process_group()
 
 
@@ -154,12 +219,30 @@ def _say_nothing() -> None:
 
 
 @contextmanager
+def explaining_peers() -> Iterator[None]:
+    """Raise PeerError for what PyTorch raises where a process that is waited for is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in told.lower() or "NCCL" in told:
+            raise _peer_error(error) from error
+        raise
+
+
+@contextmanager
 def _together() -> Iterator[None]:
     """Something that all processes do: where one has ended, the others learn it here."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(
-            "another process of this run ended or does not answer; its own message, where there "
-            f"is one, says why ({str(error).splitlines()[0]})"
-        ) from error
+        raise _peer_error(error) from error
+
+
+def _peer_error(error: RuntimeError) -> PeerError:
+    return PeerError(
+        "another process of this run ended, or did not answer within peer_timeout_s; its own "
+        "message, where there is one, says why, and where there is none, look at its machine and "
+        "at the network; then start all processes again, and they go on from the newest "
+        f"checkpoint ({str(error).splitlines()[0]})"
+    )

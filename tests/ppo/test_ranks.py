@@ -13,7 +13,7 @@ from klippo.errors import ConfigError
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks
-from tests.ppo.two_ranks import CASES, learn
+from tests.ppo.two_ranks import CASES, go_on, learn
 from tests.toys import assert_same_tensors, load
 
 ROOT = Path(__file__).parents[2]
@@ -44,16 +44,28 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("held", ["whole", "sharded"])
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name):
+def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name, held):
     alone = learn(CASES[name], Ranks())
-    first, second = (torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(folder / f"{name}.{held}.{rank}.pt") for rank in (0, 1))
     assert_same_tensors(first["weights"], second["weights"], atol=0)
     assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-12)
     assert_same_tensors(first["weights"], alone["weights"], atol=1e-6)
     assert first["metrics"] == pytest.approx(alone["metrics"], abs=1e-5)
     assert first["kl_coef"] == pytest.approx(alone["kl_coef"], rel=1e-6)
     assert first["moments"] == pytest.approx(alone["moments"])
+
+
+def test_the_state_of_shards_is_that_of_one_process_and_starts_new_shards(folder):
+    alone = go_on(Ranks())
+    first, second = (torch.load(folder / f"state.{rank}.pt") for rank in (0, 1))
+    assert all(first["sharded"]), "each weight was in parts"
+    assert not any(alone["sharded"])
+    for part in ("weights", "optimizer"):
+        assert_same_tensors(first["then"][part], alone["then"][part], atol=1e-6)
+    assert_same_tensors(first["now"], alone["now"], atol=1e-6)
+    assert_same_tensors(second["now"], alone["now"], atol=1e-6)
 
 
 def test_the_cases_do_what_their_names_say():

@@ -3,18 +3,19 @@
 python -m tests.ppo.two_ranks FOLDER    (with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
 """
 
+import copy
 import dataclasses
 import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from klippo.policy.settings import CriticSettings
+from klippo.policy.sharding import gathered, whole
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.ranks import Ranks
+from klippo.ranks import Ranks, is_sharded
 from klippo.types import Scores
 from tests.toys import CPU, LORA, RAGGED, disturb, llama, load, make_rollout, weights
 
@@ -33,6 +34,7 @@ class Case:
     score: dict = dataclasses.field(default_factory=dict)
     tuning: str = "full"
     critic: CriticSettings = dataclasses.field(default_factory=CriticSettings)
+    gradient_checkpointing: bool = False
     num_steps: int = 1
     old_shift: list[float] | None = None
     """Added to the old log-probs of each row."""
@@ -59,14 +61,26 @@ CASES = {
         ppo={"ratio_threshold": 10.0, "num_epochs": 2}, old_shift=[0.0, 0.0, 0.0, -6.0]
     ),
     "target kl": Case(ppo={"num_epochs": 6, "target_kl": 0.1}, old_shift=[0.0, 0.0, 0.0, -2.0]),
+    "separate critic": Case(critic=CriticSettings(kind="separate"), num_steps=2),
+    "exact kl": Case(kl={"placement": "exact", "coef": 0.3}, ppo={"micro_batch_size": 1}),
+    "gradient checkpointing": Case(
+        tuning="lora", critic=LORA_CRITIC, gradient_checkpointing=True, num_steps=2
+    ),
     "critic warm-up": Case(ppo={"num_critic_warmup_steps": 2}, num_steps=3),
 }
 
 
-def learn(case: Case, ranks: Ranks) -> dict:
+def learn(case: Case, ranks: Ranks, *, shard: bool = False) -> dict:
     """Weights, metrics and state after the case's steps in this process."""
     rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
-    loaded = load(llama(), tuning=case.tuning, critic=case.critic, num_unfrozen_layers=1)
+    loaded = load(
+        llama(),
+        tuning=case.tuning,
+        critic=case.critic,
+        num_unfrozen_layers=1,
+        gradient_checkpointing=case.gradient_checkpointing,
+        shard_over=ranks if shard else None,
+    )
     disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
     learner = Learner(
         loaded.policy,
@@ -87,12 +101,44 @@ def learn(case: Case, ranks: Ranks) -> dict:
                 experience, old_logprobs=experience.old_logprobs + shift
             )
         metrics = learner.learn(experience)
+    with whole(learner.policy):
+        trained = weights(learner.policy)
     return {
-        "weights": weights(learner.policy),
+        "weights": trained,
         "metrics": metrics,
         "kl_coef": learner.kl_controller.coef,
         "moments": learner.score_moments.state_dict(),
     }
+
+
+def go_on(ranks: Ranks) -> dict:
+    """One step, all state through the first process and back into new shards, and another step."""
+    optimizer = OptimizerSettings(learning_rate=1e-3)
+    rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
+    rollout = make_rollout([RAGGED[i] for i in rows])
+    scores = Scores(reward=torch.tensor([REWARD[i] for i in rows]))
+    sharded = ranks if ranks.world_size > 1 else None
+
+    def start() -> Learner:
+        loaded = load(llama(), critic=CriticSettings(kind="separate"), shard_over=sharded)
+        ppo = PPOSettings(batch_size=4, num_epochs=1)
+        return Learner(loaded.policy, loaded.reference, ppo=ppo, optimizer=optimizer, ranks=ranks)
+
+    first = start()
+    first.learn(first.experience(rollout, scores))
+    own = {name: gathered(part, ranks) for name, part in first.tensors().items()}
+    then = ranks.gather(own)[0]
+    second = start()
+    second.load_tensors(copy.deepcopy(then))  # it goes on in what it loads
+    second.load_state_dict(first.state_dict())
+    second.learn(second.experience(rollout, scores))
+    has_part = [is_sharded(weight) for group in second.policy.trainable() for weight in group]
+    with whole(second.policy):
+        return {
+            "then": then,
+            "now": weights(second.policy),
+            "sharded": has_part,
+        }
 
 
 def main(folder: Path) -> None:
@@ -102,9 +148,11 @@ def main(folder: Path) -> None:
     own = torch.tensor([ranks.rank + 1.0])
     assert ranks.all_sum(own).item() == 3.0
     assert own.item() == ranks.rank + 1.0, "a sum leaves its input alone"
+    torch.save(go_on(ranks), folder / f"state.{ranks.rank}.pt")
     for name, case in CASES.items():
-        torch.save(learn(case, ranks), folder / f"{name}.{ranks.rank}.pt")
-    dist.destroy_process_group()
+        for held in ("whole", "sharded"):
+            found = learn(case, ranks, shard=held == "sharded")
+            torch.save(found, folder / f"{name}.{held}.{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

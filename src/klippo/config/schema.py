@@ -54,6 +54,11 @@ class RunConfig(WholeConfig):
     """Where to compute; `auto` takes the GPU where there is one."""
     num_threads: PositiveInt | None = None
     """CPU threads; default: PyTorch's choice."""
+    sharding: Literal["auto", "none", "fsdp"] = "auto"
+    """With several processes: `none` gives each a whole model, `fsdp` (FSDP2) a part of weights,
+    gradients and optimizer states; `auto` does what accelerate's config file says, or else none."""
+    peer_timeout_s: PositiveFloat = 600.0
+    """Longest that a process of a running run waits for another, in seconds."""
     max_memory_gib: PositiveFloat | None = None
     """What the run may need of the device's memory before it is refused; default: what the GPU has,
     or what is free on the CPU."""
@@ -188,6 +193,8 @@ class RunConfig(WholeConfig):
                 f"rollout.vllm.servers: rollout.engine={self.rollout.engine} asks no server; use "
                 "rollout.engine=vllm, or remove them"
             )
+        if self.sharding == "fsdp" and policy.quantize_4bit:
+            yield "sharding=fsdp cannot cut 4-bit weights; set policy.quantize_4bit=false"
         if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):
                 value = getattr(self.ppo, name)

@@ -142,6 +142,12 @@ class CausalLM(nn.Module):
             with_entropy=with_entropy,
         )
 
+    def exact_kl(
+        self, hidden: Tensor, temperature: float, ref_head: LMHead, ref_hidden: Tensor
+    ) -> Tensor:
+        """Exact KL from a reference at N positions, (N,) float32, nats; hidden (N, D) of both."""
+        return exact_kl(self.head(temperature), hidden, ref_head, ref_hidden)
+
 
 def trunk_hidden(
     trunk: Any, batch: TokenBatch, takes_positions: bool, *, after_last: bool, autocast: bool
@@ -275,5 +281,5 @@ class Reference:
         with torch.no_grad(), self._active():
             ref_hidden = self.lm.hidden(batch)[mask]
         own_hidden = hidden[:, : mask.shape[1]][mask]
-        kl = exact_kl(policy.head(temperature), own_hidden, self.lm.head(temperature), ref_hidden)
+        kl = policy.exact_kl(own_hidden, temperature, self.lm.head(temperature), ref_hidden)
         return kl.new_zeros(mask.shape).masked_scatter(mask, kl)

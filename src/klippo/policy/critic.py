@@ -54,19 +54,21 @@ class LoraCritic(nn.Module):
         self,
         lm: CausalLM,
         active: Callable[[], AbstractContextManager[None]],
-        adapter_parameters: list[nn.Parameter],
+        adapter: str,
     ) -> None:
+        """`active` makes the adapter named `adapter` the one that `lm` computes with."""
         super().__init__()
         self.head = value_head(lm.hidden_size)
         self._active = active
+        self._adapter = adapter
         # Shared with the policy module: kept out of the module tree.
         object.__setattr__(self, "_lm", lm)
-        object.__setattr__(self, "_adapter", adapter_parameters)
         self._lm: CausalLM
-        self._adapter: list[nn.Parameter]
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self._adapter
+        for name, parameter in self._lm.model.named_parameters():
+            if f".{self._adapter}." in name:
+                yield parameter
         yield from self.head.parameters()
 
     def forward(self, batch: TokenBatch, hidden: Tensor | None, *, after_last: bool) -> Tensor:

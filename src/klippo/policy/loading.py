@@ -22,9 +22,12 @@ from klippo.hub import (
 )
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, checkpoint_contexts, using_adapter
+from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
+from klippo.policy.sharding import settle, shard
+from klippo.ranks import Ranks
 from klippo.types import TokenBatch
 
 
@@ -42,23 +45,31 @@ def load_policy(
     *,
     model: Any | None = None,
     tokenizer: Any | None = None,
+    shard_over: Ranks | None = None,
 ) -> LoadedPolicy:
     """Load (or wrap a given Hugging Face `model` and `tokenizer`) as the settings say.
+
+    With `shard_over` each of these processes keeps its part of the weights; all must call it, and
+    each reads the whole model, into the CPU's memory.
 
     Raises PreflightError where the model, its tokenizer or this machine cannot do it.
     """
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = tokenizer or load_tokenizer(settings.model, settings.revision)
-    model = model or load_causal_lm(settings, device)
+    place = torch.device("cpu") if shard_over is not None else device
+    model = model or load_causal_lm(settings, place)
     critic_model = None
     if critic.model is not None:
         critic_model = load_model(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
-    loaded = assemble(settings, critic, device, model, critic_model, tokenizer)
+    loaded = assemble(settings, critic, place, model, critic_model, tokenizer)
+    if shard_over is not None:
+        shard(loaded.policy, loaded.reference, device, shard_over)
     check_head(loaded.policy.lm)
     check_frozen(loaded.policy.lm, loaded.reference.lm)
+    settle(loaded.policy, loaded.reference.lm)
     return loaded
 
 
@@ -123,9 +134,8 @@ def assemble(
         critic_module = separate
     elif critic.kind == "lora":
         assert peft_model is not None
-        own = [p for n, p in peft_model.named_parameters() if f".{CRITIC}." in n]
-        critic_module = LoraCritic(lm, partial(using_adapter, peft_model, CRITIC), own)
-        for parameter in own:
+        critic_module = LoraCritic(lm, partial(using_adapter, peft_model, CRITIC), CRITIC)
+        for parameter in critic_module.own_parameters():
             parameter.requires_grad_(True)
     else:
         critic_module = TrunkCritic(lm.hidden_size)
@@ -169,17 +179,6 @@ def _zero_dropout(holder: object) -> None:
     for name, value in list(getattr(holder, "__dict__", {}).items()):
         if "drop" in name and isinstance(value, float):
             setattr(holder, name, 0.0)
-
-
-def decoder_blocks(model: Any) -> nn.ModuleList:
-    """The list of transformer blocks of a Hugging Face causal LM."""
-    count = model.config.num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise PreflightError(
-        f"{type(model).__name__}: no list of {count} blocks found; use policy.tuning full or lora"
-    )
 
 
 def freeze_below(model: Any, num_unfrozen: int) -> None:

@@ -10,12 +10,16 @@ from klippo.hub import no_progress_bars
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.adapters import CRITIC, POLICY
 from klippo.policy.critic import LoraCritic, SeparateCritic
+from klippo.policy.sharding import whole_weights
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir: Path) -> None:
-    """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on."""
+    """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on.
+
+    The weights must be whole in this process.
+    """
     save_model(policy, tokenizer, model_dir)
     with no_progress_bars():
         save_critic(policy, critic_dir)
@@ -25,9 +29,10 @@ def save_model(policy: ActorCritic, tokenizer: Any, model_dir: Path) -> None:
     """Model (or adapter) and tokenizer."""
     with no_progress_bars():
         if policy.peft_model is None:
-            policy.lm.model.save_pretrained(model_dir)
+            weights = whole_weights(policy.lm.model)
+            policy.lm.model.save_pretrained(model_dir, state_dict=weights)
         else:
-            policy.peft_model.save_pretrained(model_dir, selected_adapters=[POLICY])
+            _save_adapter(policy, POLICY, model_dir)
         tokenizer.save_pretrained(model_dir)
 
 
@@ -38,18 +43,23 @@ def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
     critic = policy.critic
     critic_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(critic, SeparateCritic):
-        critic.trunk.save_pretrained(critic_dir)
+        critic.trunk.save_pretrained(critic_dir, state_dict=whole_weights(critic.trunk))
         stands_on = "this folder's model"
     elif isinstance(critic, LoraCritic):
-        assert policy.peft_model is not None
-        policy.peft_model.save_pretrained(critic_dir, selected_adapters=[CRITIC])
+        _save_adapter(policy, CRITIC, critic_dir)
         stands_on = "the policy's base with this folder's adapter"
     else:
         stands_on = "the policy's trunk"
-    head = critic.head.state_dict()  # type: ignore[union-attr]
+    head = whole_weights(critic.head)  # type: ignore[arg-type]
     save_file(
         {name: tensor.contiguous().cpu() for name, tensor in head.items()},
         critic_dir / VALUE_HEAD_FILE,
     )
     note = {"reads": "last hidden state before each response token", "stands_on": stands_on}
     (critic_dir / "critic.json").write_text(json.dumps(note, indent=2) + "\n")
+
+
+def _save_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
+    assert policy.peft_model is not None
+    weights = whole_weights(policy.peft_model)
+    policy.peft_model.save_pretrained(folder, selected_adapters=[name], state_dict=weights)

@@ -5,6 +5,7 @@ B sequences, T response tokens. Everything is (B, T) float32 unless said otherwi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,10 @@ from klippo.tensors.ensembles import lowest_shares
 from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_mean, masked_sum, whiten
 from klippo.tensors.moments import RunningMoments
-from klippo.tensors.packing import micro_batches
+from klippo.tensors.packing import micro_batches, split_up
 from klippo.types import Metrics, Rollout, Scores, TokenBatch
+
+ONE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +68,16 @@ def run_forward(
     rollout: Rollout,
     *,
     keep_hidden: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Forward:
     """Log-probs, entropy and values of a rollout batch, by the update's own forward pass.
 
     Every model runs once. `keep_hidden` keeps the policy's hidden states.
     """
-    tokens = _with_frozen_states(ppo, policy, rollout.tokens)
+    parts = parts_of(ppo, rollout.tokens, ranks=ranks)
+    tokens = _with_frozen_states(policy, rollout.tokens, parts)
     found: dict[str, Tensor] = {}
-    for rows in parts_of(ppo, tokens):
+    for rows in parts:
         part = _forward(ppo, policy, reference, rollout, tokens.rows(rows))
         if not keep_hidden:
             del part["hidden"]
@@ -185,8 +190,10 @@ def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=scores.device).scatter(1, last, landed[:, None])
 
 
-def _with_frozen_states(ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatch) -> TokenBatch:
-    """The output of the policy's frozen blocks for every token, worked out in micro-batches.
+def _with_frozen_states(
+    policy: ActorCritic, tokens: TokenBatch, parts: Sequence[Tensor]
+) -> TokenBatch:
+    """The output of the policy's frozen blocks for every token, worked out in these micro-batches.
 
     It holds B * (P + T) * D numbers until the update is done.
     """
@@ -194,7 +201,7 @@ def _with_frozen_states(ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatc
         return tokens
     states: Tensor | None = None
     num_prompt, num_response = tokens.prompt_ids.shape[1], tokens.response_ids.shape[1]
-    for rows in parts_of(ppo, tokens):
+    for rows in parts:
         part = policy.lm.with_frozen_states(tokens.rows(rows))
         assert part.frozen_states is not None
         if states is None:
@@ -216,17 +223,30 @@ def behavior_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
     return rollout.behavior_logprobs
 
 
-def parts_of(ppo: PPOSettings, tokens: TokenBatch, rows: Tensor | None = None) -> list[Tensor]:
-    """Rows of a batch, all by default, in micro-batches as the settings want them."""
+def parts_of(
+    ppo: PPOSettings,
+    tokens: TokenBatch,
+    rows: Tensor | None = None,
+    *,
+    ranks: Ranks = ONE_PROCESS,
+) -> list[Tensor]:
+    """Rows of a batch, all by default, in micro-batches as the settings want them.
+
+    Processes with as many rows as each other have as many micro-batches: where weights are
+    sharded, every pass is one of all processes.
+    """
     if rows is None:
         rows = torch.arange(len(tokens), device=tokens.response_ids.device)
-    return micro_batches(
+    parts = micro_batches(
         rows,
         tokens.prompt_mask,
         tokens.response_mask,
         size=ppo.micro_batch_size,
         budget=ppo.micro_batch_tokens,
     )
+    if ppo.micro_batch_tokens is None:
+        return parts
+    return split_up(parts, max(ranks.gather(len(parts))))
 
 
 def _value_after(values: Tensor, rollout: Rollout) -> Tensor:

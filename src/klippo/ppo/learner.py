@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.policy.sharding import part_like, settle
 from klippo.ppo.experience import Experience, Forward, build_experience, run_forward
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ppo.update import ppo_update
@@ -59,13 +60,16 @@ class Learner:
 
     def forward(self, rollout: Rollout) -> Forward:
         """What policy, critic and reference say of this rollout, while scores are on their way."""
-        return run_forward(
+        found = run_forward(
             self.ppo,
             self.policy,
             self.reference,
             rollout,
             keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
+            ranks=self.ranks,
         )
+        settle(self.policy, self.reference.lm)
+        return found
 
     def experience(
         self, rollout: Rollout, scores: Scores, forward: Forward | None = None
@@ -112,7 +116,7 @@ class Learner:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What training has changed, by name: the trainable weights, and AdamW's state of each.
 
-        They are the learner's own, not copies.
+        They are the learner's own, not copies; of sharded ones this process has its part.
         """
         named = self._trainable()
         states = {
@@ -124,15 +128,21 @@ class Learner:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `tensors` gave. Raises ConfigError where they are another model's."""
+        """Take over what `tensors` gave, whole; every process needs all of it.
+
+        Raises ConfigError where they are another model's.
+        """
         named, weights = self._trainable(), tensors["weights"]
         require_same_shapes(named, weights)
         for name, parameter in named.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(part_like(weights[name], parameter))
         self.optimizer.state.clear()
         for key, value in tensors["optimizer"].items():
             field, _, name = key.partition("/")
-            self.optimizer.state[named[name]][field] = value.to(named[name].device)
+            parameter = named[name]
+            if value.shape == parameter.shape:  # a moment, and no count of steps
+                value = part_like(value, parameter)
+            self.optimizer.state[parameter][field] = value.to(parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
         """All other state, as JSON holds it."""

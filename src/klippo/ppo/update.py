@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience, parts_of
 from klippo.ppo.gather import gather_experience
 from klippo.ppo.objective import NAMES, Loss, PPOLoss, WarmupLoss
 from klippo.ppo.settings import PPOSettings
-from klippo.ranks import Ranks
+from klippo.ranks import Ranks, whole_tensor
 from klippo.types import Metrics
 
 
@@ -71,7 +72,7 @@ def ppo_update(
         for rows in torch.split(order, size):
             num_tokens = float(experience.mask[rows].sum())
             share = ranks.share(len(rows))
-            own = parts_of(settings, experience.tokens, rows[share.start : share.stop])
+            own = parts_of(settings, experience.tokens, rows[share.start : share.stop], ranks=ranks)
             means = _gradients(loss, own, num_tokens, ranks)
             _step(optimizer, means, settings.ratio_threshold, max_grad_norm, tally, ranks)
             stopped_early = settings.target_kl is not None and (
@@ -121,7 +122,7 @@ def _step(
     if math.isfinite(ratio) and (ratio_threshold is None or ratio <= ratio_threshold):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ranks.sum_gradients(parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        norm = float(whole_tensor(clip_grad_norm_(parameters, max_grad_norm or math.inf)))
         if math.isfinite(norm):
             optimizer.step()
             tally.grad_norms.append(norm)

@@ -7,7 +7,8 @@ that a short response costs no more than its own tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,13 +31,16 @@ class HFEngine:
         batch_size: int | None = None,
         record_logprobs: bool = False,
         autocast: bool = False,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """Inside `whole()` the model has all of its weights in this process."""
         self.model = model
         self.stop_ids = stop_ids
         self.sampling = sampling
         self.batch_size = batch_size
         self.record_logprobs = record_logprobs
         self.autocast = autocast
+        self._whole = whole
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def sync(self) -> None:
@@ -58,17 +62,18 @@ class HFEngine:
         # Prompts of like length share a batch: little padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         done: dict[int, Completion] = {}
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            decoding = self._decode(
-                [prompts[i] for i in rows],
-                [max_lengths[i] for i in rows],
-                [seeds[i] for i in rows],
-            )
-            for row, completion in decoding:
-                done[rows[row]] = completion
-                if on_done is not None:
-                    on_done(rows[row], completion)
+        with self._whole():
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                decoding = self._decode(
+                    [prompts[i] for i in rows],
+                    [max_lengths[i] for i in rows],
+                    [seeds[i] for i in rows],
+                )
+                for row, completion in decoding:
+                    done[rows[row]] = completion
+                    if on_done is not None:
+                        on_done(rows[row], completion)
         return [done[i] for i in range(len(prompts))]
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from klippo.config.schema import RunConfig
 from klippo.errors import PreflightError
 from klippo.policy.loading import LoadedPolicy
 from klippo.policy.merged import merged_weights
+from klippo.policy.sharding import whole
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
@@ -73,6 +74,7 @@ def build_engine(
             batch_size=rollout.generation_batch_size,
             record_logprobs=rollout.record_logprobs,
             autocast=config.policy.autocast,
+            whole=partial(whole, policy.lm),
         )
     length = longest(rollout.response_length)
     opening = Opening.of(

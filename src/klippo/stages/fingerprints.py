@@ -60,9 +60,9 @@ def of_weights(model: Any) -> str:
     for name, weight in sorted(model.named_parameters()):
         if not weight.requires_grad:
             flat = weight.detach().flatten()
-            few = flat[:: max(len(flat) // _NUM_WEIGHTS, 1)].to(torch.float32).cpu()
+            few = flat[:: max(len(flat) // _NUM_WEIGHTS, 1)].to("cpu", torch.float32, copy=True)
             whole.update(f"{name} {tuple(weight.shape)}".encode())
-            whole.update(few.numpy().tobytes())
+            whole.update(few.numpy().tobytes())  # NumPy must not hold the weight itself
     return whole.hexdigest()[:_LENGTH]
 
 

@@ -54,7 +54,7 @@ class Keeper:
                 told = [(told[0][0], self._interruptions.pending, randoms)]
         signals = [number for _, number, _ in told if number is not None]
         if told[0][0] or signals:
-            session.ranks.on_main(self.write)
+            self.write()
         self._interruptions.raise_pending(signals[0] if signals else None)
 
     @contextmanager
@@ -64,34 +64,33 @@ class Keeper:
         with self._interruptions.waiting():
             yield
 
-    def write(self) -> Path | None:
-        """Write the moment, unless there is none, or the run began there or has it already."""
+    def write(self) -> None:
+        """Write the moment, unless there is none, or the run began there or has it already.
+
+        Every process must call it.
+        """
         moment = self._moment
         if moment is None or moment.step in (self.newest, self._begun_at):
-            return None
-        sync_lines(self._run)
-        path = write(moment, self._session.learner, self._checkpoints, self._settings.keep)
+            return
+        self._session.ranks.on_main(lambda: sync_lines(self._run))
+        write(moment, self._session.learner, self._checkpoints, self._settings.keep)
         self.newest, self._written_at = moment.step, time.monotonic()
-        return path
 
-    def rescue(self, error: BaseException) -> Path | None:
+    def rescue(self, error: BaseException) -> None:
         """After a failure: the moment before the step that failed, where it can be had.
 
         Several processes ended wherever they were, so none is written of them.
         """
-        if isinstance(error, DivergedError) or self._session.ranks.world_size > 1:
-            return None
-        return self.write()
+        if not isinstance(error, DivergedError) and self._session.ranks.world_size == 1:
+            self.write()
 
     def done(self) -> None:
-        """The run is done: its checkpoints go, or the last one stays."""
-        if not self._session.ranks.is_main:
-            return
-        if self._settings.keep_when_done:
+        """The run is done: its checkpoints go, or the last one stays. Every process calls it."""
+        keeps = self._settings.keep_when_done
+        if keeps:
             self.write()
-            self._checkpoints.prune(1)
-        else:
-            self._checkpoints.remove()
+        found = self._checkpoints
+        self._session.ranks.on_main(lambda: found.prune(1) if keeps else found.remove())
 
     def _is_due(self, step: int) -> bool:
         settings = self._settings

@@ -58,6 +58,9 @@ class Machine:
     kept_share: float = 0.0
     """Of what a phase holds in small blocks, the share that the allocator keeps back."""
     num_processes: int = 1
+    num_shards: int = 1
+    """Processes that share out gradients and optimizer states. Weights count in full: they are
+    whole while responses are sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,7 @@ def estimate_memory(
         loaded = shape_policy(compute, config.critic, model and model.bfloat16())
     of_policy, of_critic = loaded.policy.trainable()
     trained = sum(p.numel() * _stored_size(p, config) for p in (*of_policy, *of_critic))
-    weights["optimizer states"] = ADAM_STATES * trained
+    weights["optimizer states"] = ADAM_STATES * trained // machine.num_shards
     sizes = _Sizes.of(config, machine.num_processes, prompt)
     policy, reference, response = loaded.policy, loaded.reference, sizes.response
     traced = {
@@ -121,6 +124,7 @@ def estimate_memory(
             with_entropy=config.ppo.entropy_coef > 0,
         ),
     }
+    traced["update"]["gradients"] //= machine.num_shards
     kept = frozen_state_bytes(policy, config.ppo.batch_size, prompt, response)
     for phase in ("forward", "update"):
         traced[phase] |= kept

@@ -18,6 +18,7 @@ from klippo.ranks import Ranks
 from klippo.rewards.settings import ClassifierSettings, EnsembleSettings, SumSettings
 from klippo.runs.memory import GIB, device_memory, framework_bytes, kept_share
 from klippo.stages.build import room_for_prompts, warn
+from klippo.stages.launch import is_to_shard
 from klippo.stages.memory import Machine, MemoryEstimate, estimate_memory
 
 NUM_LONGEST = 64
@@ -143,11 +144,13 @@ def estimate_of(config: RunConfig, data: Data, device: torch.device) -> MemoryEs
 
 def estimate_on(config: RunConfig, model: Any, prompt: int, device: torch.device) -> MemoryEstimate:
     """The estimate of a policy on the meta device, with prompts of at most `prompt` tokens."""
+    ranks = Ranks.from_environment(device)
     machine = Machine(
         device=device.type,
         framework=framework_bytes(device),
         kept_share=kept_share(device),
-        num_processes=Ranks.from_environment(device).world_size,
+        num_processes=ranks.world_size,
+        num_shards=ranks.world_size if is_to_shard(config, ranks) else 1,
     )
     try:
         return estimate_memory(config, machine, prompt=prompt, model=model)

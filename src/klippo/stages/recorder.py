@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from klippo.config.load import to_yaml
 from klippo.config.schema import RunConfig
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
+from klippo.policy.sharding import has_shards, whole
 from klippo.ppo.experience import parts_of
 from klippo.ranks import Ranks
 from klippo.runs.folder import (
@@ -121,7 +122,8 @@ class RunRecorder:
             warn(note)
         write_text(folder.path / CONFIG_FILE, to_yaml(self.session.config))
         if self.session.ranks.world_size > 1:
-            self.progress.say(f"{self.session.ranks.world_size} processes")
+            how = ", each with its part of the weights" if has_shards(self.session.policy) else ""
+            self.progress.say(f"{self.session.ranks.world_size} processes{how}")
         if start.is_resumed:
             changed = f", with {', '.join(start.changed)}" if start.changed else ""
             self.progress.say(
@@ -170,10 +172,17 @@ class RunRecorder:
             return self._diagnose(session.offline, step)
         if not session.evaluation_prompts:
             return False
+        models: list[nn.Module] = [session.policy.lm, session.reference.lm]
+        if self.guard is not None:
+            models.append(session.policy.critic)  # it is saved with the policy
+        with explaining_memory("evaluate", session), whole(*models):
+            return self._evaluate(step)
+
+    def _evaluate(self, step: int) -> bool:
+        session = self.session
         own = []
         if session.evaluation_share:
-            with explaining_memory("evaluate", session):
-                own = self._rows(session.answer_evaluation(), step)
+            own = self._rows(session.answer_evaluation(), step)
         rows = [row for part in session.ranks.gather(own) for row in part]
         stop = False
         if self.is_main:

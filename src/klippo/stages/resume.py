@@ -18,6 +18,8 @@ from klippo.runs.folder import CONFIG_FILE, STATUS_FILE, RunFolder
 SAFE = (
     "device",
     "num_threads",
+    "sharding",
+    "peer_timeout_s",
     "max_memory_gib",
     "checkpoint",
     "ppo.num_steps",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from klippo.errors import ConfigError, DivergedError
+from klippo.policy.sharding import gathered
 from klippo.ppo.learner import Learner
 from klippo.runs.checkpoints import Checkpoint, Checkpoints
 from klippo.stages.session import Session
@@ -47,21 +48,27 @@ def take(session: Session, extra: Mapping[str, Any], randoms: list[dict[str, Any
     )
 
 
-def write(moment: Moment, learner: Learner, checkpoints: Checkpoints, keep: int) -> Path:
-    """Write a checkpoint of this moment, then remove old ones.
+def write(moment: Moment, learner: Learner, checkpoints: Checkpoints, keep: int) -> None:
+    """Write a checkpoint of this moment, then remove old ones; every process must call it.
 
     Raises DivergedError where a weight is not finite: older checkpoints stay, and none is written.
     """
-    tensors = learner.tensors()
+    ranks = learner.ranks
+    tensors = {name: gathered(part, ranks) for name, part in learner.tensors().items()}
+    ranks.on_main(lambda: _write(moment, tensors, checkpoints, keep))
+
+
+def _write(
+    moment: Moment, tensors: Mapping[str, Mapping[str, Tensor]], checkpoints: Checkpoints, keep: int
+) -> None:
     for name, weight in tensors["weights"].items():
         if not bool(weight.isfinite().all()):
             raise DivergedError(
                 f"{name} is not finite after {moment.step} steps; no checkpoint was written of "
                 "that, and older ones stay; lower optimizer.learning_rate"
             )
-    path = checkpoints.write(moment.step, tensors, moment.state)
+    checkpoints.write(moment.step, tensors, moment.state)
     checkpoints.prune(keep)
-    return path
 
 
 def restore(session: Session, checkpoint: Checkpoint) -> list[str]:

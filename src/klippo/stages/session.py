@@ -18,6 +18,7 @@ from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
+from klippo.policy.sharding import whole
 from klippo.ppo.learner import Learner, require_equal_shares
 from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward, yardstick
@@ -29,6 +30,7 @@ from klippo.rollouts.online import OnlineSource
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.engines import build_engine, check_engine_settings
 from klippo.stages.fingerprints import of_prompts, of_weights
+from klippo.stages.launch import is_to_shard
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
@@ -105,7 +107,8 @@ def open_session(
     What is cheap to check comes first: the data before the models.
     """
     device = choose_device(config.device)
-    ranks = Ranks.from_environment(device)
+    ranks = Ranks.from_environment(device, config.peer_timeout_s)
+    shards = is_to_shard(config, ranks)
     require_equal_shares(config.ppo, ranks)
     check_engine_settings(config.rollout, device, ranks)
     if config.num_threads is not None:
@@ -121,7 +124,15 @@ def open_session(
     if config.gold is not None:
         check_reward(config.gold, rows[0].columns)
     seed_everything(config.seed)
-    loaded = load_policy(config.policy, config.critic, device, model=model, tokenizer=tokenizer)
+    loaded = load_policy(
+        config.policy,
+        config.critic,
+        device,
+        model=model,
+        tokenizer=tokenizer,
+        shard_over=ranks if shards else None,
+    )
+    ranks.meet("models")
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
     longest = config.rollout.response_length if config.offline is None else 1
     room = room_for_prompts(hf_model, longest, config.data.max_prompt_tokens)
@@ -156,7 +167,8 @@ def open_session(
         "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
         "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     }
-    model_digest = of_weights(loaded.reference.lm.model)
+    with whole(loaded.reference.lm):
+        model_digest = of_weights(loaded.reference.lm.model)
     if offline is not None:
         responses = offline.sampler(ranks)
         return Session(

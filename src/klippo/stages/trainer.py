@@ -14,8 +14,9 @@ from klippo.config.load import LoadedConfig, config_from_mapping
 from klippo.config.schema import RunConfig
 from klippo.data.rows import Data
 from klippo.errors import ConfigError, DivergedError, KlippoError, StorageError
+from klippo.policy.sharding import has_shards, whole
 from klippo.ppo import trainer as ppo_trainer
-from klippo.ranks import Ranks
+from klippo.ranks import Ranks, explaining_peers
 from klippo.rollouts.collate import collate, truncate_after_stop
 from klippo.runs.folder import MODEL_DIR, RunFolder
 from klippo.stages.interruptions import undisturbed
@@ -89,10 +90,11 @@ class PPOTrainer:
                 write_started(
                     folder, session, self.config, self.name, self._origins, recorder.start
                 )
-            with recorder.progress, recorder.interruptions:
+            with recorder.progress, recorder.interruptions, explaining_peers():
                 ppo_trainer.train(session.learner, session.source, session.score, recorder)
-            if session.ranks.is_main:
-                save_model(session, recorder.folder)
+            with whole(session.policy):
+                if session.ranks.is_main:
+                    save_model(session, recorder.folder)
             outcome = conclude(
                 session, recorder.folder, recorder.console, recorder.guard, recorder.stopped
             )
@@ -129,10 +131,16 @@ class PPOTrainer:
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory."""
+        """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory.
+
+        With sharding every process must call it, and the first one writes.
+        """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        save_model(self.session, RunFolder(path))
+        policy = self.session.policy
+        with whole(policy):
+            if self.session.ranks.is_main or not has_shards(policy):
+                save_model(self.session, RunFolder(path))
 
     def _rollout(self, prompts: list[Prompt], responses: Sequence[Any], num_scores: int) -> Rollout:
         sizes = (len(prompts), len(responses), num_scores)
@@ -178,7 +186,7 @@ class PPOTrainer:
             details |= {"resume": command, "checkpoint_step": checkpoint}
             with self._second_failure(recorder):
                 recorder.folder.write_status(state, **details, ended=now())
-        if done > 0:
+        if done > 0 and not has_shards(self.session.policy):  # its parts are lost with the others
             self._save_as_it_is(recorder, error, done)
         if checkpoint is not None:
             recorder.progress.say(f"This goes on after step {checkpoint}: {details['resume']}")

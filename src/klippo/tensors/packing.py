@@ -39,6 +39,18 @@ def micro_batches(
     return [rows[torch.tensor(group, device=rows.device)] for group in best]
 
 
+def split_up(groups: Sequence[Tensor], num: int) -> list[Tensor]:
+    """The groups in `num` smaller ones: the largest is halved, again and again.
+
+    They must have at least `num` rows together.
+    """
+    found = list(groups)
+    while len(found) < num:
+        place = max(range(len(found)), key=lambda i: len(found[i]))
+        found[place : place + 1] = found[place].tensor_split(2)
+    return found
+
+
 def padded_tokens(groups: Sequence[Sequence[int]], lengths: Sequence[Lengths]) -> int:
     """Tokens that go through the models, padding included."""
     return sum(len(group) * _width(lengths[i] for i in group) for group in groups)
