@@ -93,6 +93,20 @@ def test_what_ran_comes_from_the_run(make_run, page_of) -> None:
         assert told in page.text
 
 
+def test_a_run_that_went_on_says_after_which_steps_and_with_what(make_run, page_of) -> None:
+    lines = [line | {"time/step_s": 4.0} for line in metric_lines(5)]
+    run = make_run(ended="2026-01-03T03:04:00+00:00", metrics=lines)
+    resumed = [
+        {"at": "2026-01-02T05:00:00+00:00", "after_steps": 4, "changed": []},
+        {"at": "2026-01-03T03:00:00+00:00", "after_steps": 7, "changed": ["num_threads=2 (was 1)"]},
+    ]
+    started = {"started": "2026-01-02T03:04:00+00:00", "resumed": resumed}
+    (run / "started.json").write_text(json.dumps(started))
+    text = page_of(run).text
+    assert "Went on after 4 steps; after 7 steps with num_threads=2 (was 1)" in text
+    assert "Took 20 s in PPO steps" in text, "not the day that it stood still"
+
+
 def test_without_recorded_origins_defaults_are_told_by_the_schema(make_run, page_of) -> None:
     text = page_of(make_run()).text
     assert re.search(r"\bseed 7 recorded", text)

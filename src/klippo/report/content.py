@@ -135,9 +135,12 @@ def num_steps_done(run: RunData) -> int:
 
 
 def seconds_taken(run: RunData) -> tuple[float | None, str]:
-    """Wall-clock from the first to the last word of the run, or else the sum of its steps."""
+    """Wall-clock from the first to the last word of the run, or else the sum of its steps.
+
+    Of a run that stood still on the way only the steps say what it took.
+    """
     begun, ended = _time(run.started.get("started")), _time(run.status.get("ended"))
-    if begun is not None and ended is not None:
+    if begun is not None and ended is not None and not run.started.get("resumed"):
         return (ended - begun).total_seconds(), ""
     mean = mean_metric(run, "time/step_s")
     return (None if mean is None else mean * len(run.metrics)), " in PPO steps"
@@ -146,6 +149,15 @@ def seconds_taken(run: RunData) -> tuple[float | None, str]:
 def started_at(run: RunData) -> str:
     begun = _time(run.started.get("started"))
     return "not recorded" if begun is None else f"{begun:%Y-%m-%d %H:%M} {begun.tzname() or ''}"
+
+
+def went_on(run: RunData) -> str:
+    """`after 4 steps; after 7 steps with key=value (was value)`: after it had ended too early."""
+    times = []
+    for one in run.started["resumed"]:
+        changed = ", ".join(map(str, one.get("changed", [])))
+        times.append(f"after {one.get('after_steps')} steps" + (changed and f" with {changed}"))
+    return "; ".join(times)
 
 
 def reward_words(run: RunData, key: str) -> str:
@@ -227,6 +239,8 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
         str(config.get("seed", "—")) + ("" if rm_seed is None else f" (reward model: {rm_seed})"),
     )
     yield "Started", started_at(run)
+    if run.started.get("resumed"):
+        yield "Went on", went_on(run)
     seconds, what = seconds_taken(run)
     yield "Took", duration(seconds) + (what if seconds is not None else "")
     device = run.started.get("device")
