@@ -73,11 +73,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = resolve(name)
     remedy = "save the model's own tokenizer beside it with tokenizer.save_pretrained(folder)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve(name), revision=revision, **code_option(name)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, **code_option(name))
     except Exception as error:  # the tokenizers library raises nothing narrower for broken files
         _refuse_own_code(name, error)
         raise PreflightError(

@@ -94,11 +94,11 @@ def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path:
         ("rollout.response_length=[1, true]", "rollout.response_length"),
         ("data.validation_size=true", "data.validation_size=true"),
         ("optimizer.betas=[1, 0.9]", "optimizer.betas[0]=1: must be less than 1"),
-        ("score.missing_eos_value=-1e300", "missing_eos_value=-1e+300: must lie within float32"),
+        ("score.missing_eos_value=-1e300", "missing_eos_value=-1.0e+300: must lie within float32"),
         ("policy.lora.rank=100000", "policy.lora.rank=100000: must be less than or equal to"),
         ("ppo.num_epochs=9223372036854775807", "must be less than or equal to 1000000"),
         ("num_threads=2147483648", "must be less than or equal to 1024"),
-        ("max_memory_gib=1e38", "max_memory_gib=1e+38: must be less than or equal to 1000000000"),
+        ("max_memory_gib=1e38", "max_memory_gib=1.0e+38: must be less than or equal to 1000000000"),
         (
             "reward={kind: sum, parts: {a: {reward: {kind: column}}}}",
             "reward.parts.a.reward.kind=column: the data's scores",

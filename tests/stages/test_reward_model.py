@@ -143,7 +143,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(reward_model, tmp_path):
         (["data.label_noise=0.7"], "label_noise"),
         (["data.chosen_column=choosen"], "did you mean 'chosen'?"),
         (["training.micro_batch_size=3"], "must divide batch_size=16; try 2"),
-        (["model.name=/nowhere"], "cannot be loaded as a reward model"),
+        (["model.name=/nowhere"], "the model cannot be loaded"),
         (["template='{prompt}'"], "does not contain {response}"),
         (["max_tokens=1000"], "reads at most 64 tokens"),
     ],

@@ -208,7 +208,7 @@ def test_a_classifier_with_two_outputs_is_refused(roberta):
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(PreflightError, match="cannot be loaded as a reward model"):
+    with pytest.raises(PreflightError, match="nothing: the model cannot be loaded"):
         load_classifier(RewardModelSettings(name=str(tmp_path / "nothing")), 1)
 
 
