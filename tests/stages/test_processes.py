@@ -109,6 +109,7 @@ def test_one_and_two_processes_have_the_same_metrics_samples_and_weights(
     assert max(changes) > 1000 * WEIGHTS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it_from_its_config_file(whole_config: Path, tmp_path: Path) -> None:
     """One evaluation prompt for two processes: the first evaluates alone."""
     settings = tmp_path / "accelerate.yaml"

@@ -98,7 +98,10 @@ def test_a_killed_run_goes_on_by_itself_to_the_same_bytes(slow_config: Path, tmp
     assert [one["after_steps"] for one in resumed] == [4]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_leaves_a_checkpoint_and_the_command_that_goes_on(
     slow_config: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
