@@ -108,6 +108,7 @@ def test_smollm_page_says_what_its_results_file_says():
     assert run.README.read_text(encoding="utf-8") == run.render(results)
 
 
+@pytest.mark.slow
 def test_judging_while_sampling_takes_less_than_three_quarters_of_the_time():
     import judge_overlap
 
