@@ -145,11 +145,13 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one type after the other, in groups of at least `BUCKET_BYTES` but the last."""
     for _, group in groupby(tensors, key=lambda x: x.dtype):
         bucket: list[Tensor] = []
+        num_bytes = 0
         for tensor in group:
             bucket.append(tensor)
-            if sum(x.nbytes for x in bucket) >= BUCKET_BYTES:
+            num_bytes += tensor.nbytes
+            if num_bytes >= BUCKET_BYTES:
                 yield bucket
-                bucket = []
+                bucket, num_bytes = [], 0
         if bucket:
             yield bucket
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from klippo import ranks as ranks_module
 from klippo.errors import ConfigError
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
@@ -89,6 +90,13 @@ def test_a_batch_that_processes_cannot_share_is_refused(sizes, message):
     loaded = load()
     with pytest.raises(ConfigError, match=message):
         Learner(loaded.policy, loaded.reference, ppo=PPOSettings(**sizes), ranks=Ranks(0, 3))
+
+
+def test_gradients_travel_in_messages_of_one_type_that_are_large_but_the_last(monkeypatch):
+    monkeypatch.setattr(ranks_module, "BUCKET_BYTES", 16)
+    tensors = [torch.zeros(n) for n in (1, 2, 1, 9, 1)] + [torch.zeros(3, dtype=torch.bfloat16)]
+    found = [[x.numel() for x in bucket] for bucket in ranks_module._buckets(tensors)]
+    assert found == [[1, 2, 1], [9], [1], [3]]
 
 
 @pytest.mark.parametrize(("num", "world_size"), [(0, 2), (3, 2), (8, 3), (2, 5)])
