@@ -34,6 +34,7 @@ from klippo.policy.adapters import (
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
+from klippo.policy.norms import with_lean_norms
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
 from klippo.policy.sharding import settle, shard
 from klippo.ranks import Ranks
@@ -115,7 +116,7 @@ def assemble(
     tokenizer: Any,
 ) -> LoadedPolicy:
     """Policy, critic and reference of a causal LM, and of the classifier behind `critic.model`."""
-    turn_dropout_off(with_fused_activations(model))
+    turn_dropout_off(with_lean_norms(with_fused_activations(model)))
     separate = None
     if critic.kind == "separate":
         separate = _separate_critic(settings, critic, model, critic_model)
@@ -368,7 +369,7 @@ def _separate_critic(
             f"critic.model={critic.model} has a vocabulary of {vocabulary}, the policy one of "
             f"{model.config.get_text_config().vocab_size}: a critic must read the policy's tokens"
         )
-    turn_dropout_off(classifier)
+    turn_dropout_off(with_lean_norms(classifier))
     head = getattr(classifier, "score", None)
     if not isinstance(head, nn.Linear):
         raise PreflightError(
