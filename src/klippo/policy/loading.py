@@ -34,6 +34,7 @@ from klippo.policy.adapters import (
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
+from klippo.policy.lora import with_lean_adapters
 from klippo.policy.norms import with_lean_norms
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings, Sharding
 from klippo.policy.sharding import shard
@@ -78,6 +79,8 @@ def load_policy(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
     loaded = assemble(settings, critic, place, model, critic_model, tokenizer)
+    if sharding == "none":
+        with_lean_adapters(loaded.policy.lm.model)
     check_head(loaded.policy.lm)
     check_frozen(loaded.policy.lm, loaded.reference.lm)
     shard(sharding, loaded.policy, loaded.reference, device, ranks)
@@ -105,7 +108,9 @@ def shape_policy(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
     with device:
-        return assemble(settings, critic, device, model, critic_model, None)
+        loaded = assemble(settings, critic, device, model, critic_model, None)
+    with_lean_adapters(loaded.policy.lm.model)
+    return loaded
 
 
 def assemble(
