@@ -270,6 +270,22 @@ def test_other_errors_stay_as_they_are(write_config: Callable[..., Path], monkey
         trainer.train()
 
 
+def test_sampling_counts_the_weights_that_hold_the_adapter():
+    lora = {"tuning": "lora", "lora": {"rank": 2}}
+    products = 2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
+    held = {name: parts.get("merged weights") for name, parts in estimate(lora).phases.items()}
+    assert held.pop("generate") == 4 * products
+    assert not any(held.values())
+    without = {"response_length": 6, "merge_adapters": False}
+    assert "merged weights" not in estimate(lora, rollout=without).phases["generate"]
+    half = estimate_memory(
+        config(lora | {"dtype": "bfloat16"}), Machine(), prompt=5, model=shapes().bfloat16()
+    )
+    assert "merged weights" not in half.phases["generate"]
+    shards = estimate_memory(config(lora), Machine(num_shards=2), prompt=5, model=shapes())
+    assert "merged weights" not in shards.phases["generate"]
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_vllm_counts_with_its_merged_weights_and_its_cache(tuning: str) -> None:
     rollout = {"engine": "vllm", "response_length": 6, "vllm": {"kv_cache_gib": 0.5}}
