@@ -92,7 +92,7 @@ def _of_phase(config: RunConfig, phase: str) -> Iterator[str]:
         yield from _of_reward("reward", config.reward)
     if phase == "gold":
         yield from _of_reward("gold", config.gold)
-    if phase not in ("generate", "score", "gold", "load"):
+    if phase not in ("generate", "gold", "load"):
         size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
         if ppo.micro_batch_tokens is not None:
             yield f"ppo.micro_batch_tokens (below {ppo.micro_batch_tokens})"
