@@ -132,10 +132,8 @@ class Learner:
 
         Raises ConfigError where they are another model's.
         """
-        named, weights = self._trainable(), tensors["weights"]
-        require_same_shapes(named, weights)
-        for name, parameter in named.items():
-            parameter.copy_(part_like(weights[name], parameter))
+        self.load_weights(tensors["weights"])
+        named = self._trainable()
         self.optimizer.state.clear()
         for key, value in tensors["optimizer"].items():
             field, _, name = key.partition("/")
@@ -143,6 +141,17 @@ class Learner:
             if value.shape == parameter.shape:  # a moment, and no count of steps
                 value = part_like(value, parameter)
             self.optimizer.state[parameter][field] = value.to(parameter.device)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over whole weights: in every process, or in one where the policy's are `whole`.
+
+        Raises ConfigError where they are another model's.
+        """
+        named = self._trainable()
+        require_same_shapes(named, weights)
+        for name, parameter in named.items():
+            parameter.copy_(part_like(weights[name], parameter))
 
     def state_dict(self) -> dict[str, Any]:
         """All other state, as JSON holds it."""
