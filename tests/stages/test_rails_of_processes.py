@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from klippo.runs.folder import read_rows
 from tests.stages.test_guard_rails import checkpoints_of, status_of, stopping
 from tests.stages.test_processes import finish, torchrun, without_times
-from tests.stages.test_resume import EVERY_STEP, train
+from tests.stages.test_resume import EVERY_STEP
 
 BOUND_S = 60
 SATURATES = """
@@ -193,7 +193,7 @@ def test_a_first_process_that_keeps_long_is_not_cut_off_by_the_others(
 
 @pytest.mark.slow
 def test_a_checkpoint_of_sharded_processes_of_which_one_died_becomes_a_model(
-    config, tmp_path: Path
+    cli, config, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     dies = NAN_IN_ONE.replace('scores[5] = float("nan")', "os.kill(os.getpid(), 9)")
@@ -206,9 +206,9 @@ def test_a_checkpoint_of_sharded_processes_of_which_one_died_becomes_a_model(
     assert "No model is saved: each process had its part of the weights" in ended.stdout
     more = ["ppo.num_steps=1", "checkpoint.keep_when_done=true"]
     assert " ".join(more) in ended.stdout
-    ended = train(run / "config.yaml", "--resume", *more)
-    assert ended.returncode == 0, ended.stderr
+    code, _, err = cli("train", run / "config.yaml", "--resume", *more)
+    assert code == 0, err
     assert_model_is_that_of(run, "step-00000001")
     assert len(read_rows(run / "metrics.jsonl")) == 1
-    ended = train(run / "config.yaml", "--resume", "ppo.num_steps=2")
-    assert ended.returncode == 0, ended.stderr
+    code, _, err = cli("train", run / "config.yaml", "--resume", "ppo.num_steps=2")
+    assert code == 0, err
