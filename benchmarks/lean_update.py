@@ -144,7 +144,7 @@ def step(loaded: LoadedPolicy, rollout: Rollout, work: Workload) -> dict[str, An
             found = {n: p.grad for n, p in loaded.policy.named_parameters() if p.grad is not None}
             gradients.append({name: grad.clone() for name, grad in found.items()})
 
-    learner.optimizer.register_step_pre_hook(keep)
+    learner.optimizer.adam.register_step_pre_hook(keep)
     forward, forward_s, _ = timed(lambda: learner.forward(rollout))
     reward = torch.randn(work.batch_size, generator=torch.Generator().manual_seed(1))
     experience = learner.experience(rollout, Scores(reward=reward), forward)

@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from klippo.policy.loading import load_policy
+from klippo.policy.loading import ONE_PROCESS, load_policy
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
-from klippo.policy.sharding import part_like
 from klippo.rollouts.collate import collate
 from klippo.types import Completion, Prompt
 
@@ -57,7 +56,7 @@ def llama(seed=0, vocab_size=VOCABULARY, num_layers=2, **config):
 FAMILIES = {"gpt2": gpt2, "llama": llama}
 
 
-def load(model=None, *, critic=None, shard_over=None, **policy):
+def load(model=None, *, critic=None, sharding="none", ranks=ONE_PROCESS, **policy):
     """What `load_policy` makes of a model (a GPT-2 by default)."""
     settings = PolicySettings(**({"model": "toy", "lora": LORA} | policy))
     return load_policy(
@@ -66,7 +65,8 @@ def load(model=None, *, critic=None, shard_over=None, **policy):
         CPU,
         model=gpt2() if model is None else model,
         tokenizer=NO_TOKENIZER,
-        shard_over=shard_over,
+        sharding=sharding,
+        ranks=ranks,
     )
 
 
@@ -75,8 +75,7 @@ def disturb(parameters, scale=0.1, seed=5):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
-            noise = scale * torch.randn(parameter.shape, generator=generator)
-            parameter += part_like(noise, parameter)
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def prompt(*token_ids, id=0):

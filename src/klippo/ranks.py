@@ -141,6 +141,10 @@ class Ranks:
             dist.all_gather_object(items, item)
         return items
 
+    def for_main(self, x: Tensor) -> Tensor:
+        """x on the CPU in the first process, and a tensor of no size in the others."""
+        return x.cpu() if self.is_main else x.new_empty(0, device="cpu")
+
     def on_main(self, work: Callable[[], object]) -> None:
         """Let the first process do this; where it fails there, the others raise PeerError."""
         error: Exception | None = None

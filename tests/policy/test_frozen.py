@@ -74,7 +74,7 @@ def learn(loaded, *, ppo=None, kl=None, num_steps=2):
         optimizer=OptimizerSettings(learning_rate=1e-3, max_grad_norm=None),
     )
     seen = []
-    learner.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(loaded.policy)))
+    learner.optimizer.adam.register_step_pre_hook(lambda *_: seen.append(gradients(loaded.policy)))
     metrics = [learner.learn(learner.experience(ROLLOUT, SCORES)) for _ in range(num_steps)]
     return metrics, seen
 

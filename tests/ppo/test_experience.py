@@ -54,7 +54,9 @@ def learner(loaded=None, *, ppo=None, kl=None, score=None, optimizer=None, moved
 def learnt_gradients(one, rollout, reward):
     """Gradients at the first optimizer step of learning from this rollout, with the metrics."""
     seen = []
-    handle = one.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(one.policy)))
+    handle = one.optimizer.adam.register_step_pre_hook(
+        lambda *_: seen.append(gradients(one.policy))
+    )
     metrics = one.learn(one.experience(rollout, Scores(reward=reward)))
     handle.remove()
     return seen[0], metrics

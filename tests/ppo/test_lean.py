@@ -173,7 +173,7 @@ def test_a_warm_up_runs_the_policy_in_the_forward_phase_alone(kind):
         if not known:
             experience = dataclasses.replace(experience, hidden=None)
         runs, seen = trunk_runs(one.policy.lm), []
-        one.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(one.policy)))
+        one.optimizer.adam.register_step_pre_hook(lambda *_: seen.append(gradients(one.policy)))
         metrics = one.learn(experience)
         return metrics, seen, len(runs)
 

@@ -119,7 +119,7 @@ def test_a_whole_step_agrees_with_a_float64_double_loop(family):
     )  # fmt: skip
     model, head = one.policy.lm.model, one.policy.critic.head
     steps = []
-    one.optimizer.register_step_pre_hook(
+    one.optimizer.adam.register_step_pre_hook(
         lambda *_: steps.append((Oracle(model, head), gradients(one.policy)))
     )
     expected = remember(Oracle(model, head), Oracle(one.reference.lm.model, head))

@@ -17,11 +17,23 @@ from klippo.ranks import Ranks
 from tests.ppo.two_ranks import CASES, go_on, learn
 from tests.toys import assert_same_tensors, load
 
+WEIGHTS_TOLERANCE = {"none": 1e-6, "fsdp": 1e-6, "zero3": 2e-6}
+"""The twelve steps of `minibatches` are furthest off, as AdamW divides gradients that are almost
+zero by themselves: 8e-7 with FSDP2 and with whole models, and 1.3e-6 with ZeRO-3, which adds norms
+up in another order; other cases are below 7e-7."""
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(
+    scope="module", params=["none", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)]
+)
+def held(request):
+    """How the two processes hold the models."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(held, tmp_path_factory):
     """Every case, learnt by two processes: NAME.RANK.pt."""
     path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
@@ -30,7 +42,7 @@ def folder(tmp_path_factory):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.ppo.two_ranks", str(path)],
+            [sys.executable, "-m", "tests.ppo.two_ranks", held, str(path)],
             cwd=ROOT,
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -45,24 +57,22 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("held", ["whole", "sharded"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name, held):
-    alone = learn(CASES[name], Ranks())
-    first, second = (torch.load(folder / f"{name}.{held}.{rank}.pt") for rank in (0, 1))
+    alone = learn(CASES[name], Ranks(), "none")
+    first, second = (torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1))
     assert_same_tensors(first["weights"], second["weights"], atol=0)
     assert first["metrics"] == second["metrics"], "so that guard rails decide the same"
-    assert_same_tensors(first["weights"], alone["weights"], atol=1e-6)
+    assert_same_tensors(first["weights"], alone["weights"], atol=WEIGHTS_TOLERANCE[held])
     assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5, abs=1e-5)
     assert first["kl_coef"] == pytest.approx(alone["kl_coef"], rel=1e-6)
     assert first["moments"] == pytest.approx(alone["moments"])
 
 
-def test_the_state_of_shards_is_that_of_one_process_and_starts_new_shards(folder):
-    alone = go_on(Ranks())
+def test_the_state_of_two_is_that_of_one_process_and_starts_new_ones(folder, held):
+    alone = go_on(Ranks(), "none")
     first, second = (torch.load(folder / f"state.{rank}.pt") for rank in (0, 1))
-    assert all(first["sharded"]), "each weight was in parts"
-    assert not any(alone["sharded"])
+    assert first["in parts"] is (held != "none")
     for part in ("weights", "optimizer"):
         assert_same_tensors(first["then"][part], alone["then"][part], atol=1e-6)
     assert_same_tensors(first["now"], alone["now"], atol=1e-6)
@@ -71,7 +81,7 @@ def test_the_state_of_shards_is_that_of_one_process_and_starts_new_shards(folder
 
 def test_the_cases_do_what_their_names_say():
     counts = {
-        name: learn(CASES[name], Ranks())["metrics"]
+        name: learn(CASES[name], Ranks(), "none")["metrics"]
         for name in ("guard by one process", "target kl", "nobody has scores")
     }
     assert counts["guard by one process"]["update/num_skipped_minibatches"] == 2

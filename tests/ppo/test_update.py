@@ -80,7 +80,7 @@ def test_the_entropy_bonus_raises_the_entropy():  # rule 22
 
 
 def optimizer_state(one):
-    return copy.deepcopy(one.optimizer.state_dict()["state"])
+    return copy.deepcopy(one.optimizer.adam.state_dict()["state"])
 
 
 def same_state(left, right):
@@ -178,7 +178,7 @@ def test_only_the_bad_minibatch_is_skipped():  # rules 24 and 27
 )
 def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(settings, steps):  # rule 27
     one, counted = learner(ppo=settings), []
-    one.optimizer.register_step_post_hook(lambda *_: counted.append(1))
+    one.optimizer.adam.register_step_post_hook(lambda *_: counted.append(1))
     metrics = run(one)
     assert metrics["update/num_optimizer_steps"] == len(counted) == steps
     assert one.num_steps_done == 1
@@ -227,8 +227,8 @@ def test_the_global_gradient_norm_is_clipped_and_reported_unclipped():  # rule 2
 
 def test_adam_follows_its_settings():  # rule 25
     one = learner(optimizer={"critic_learning_rate": 5e-3})
-    assert [group["lr"] for group in one.optimizer.param_groups] == [1e-3, 5e-3]
-    assert {group["eps"] for group in one.optimizer.param_groups} == {1e-5}
+    assert [group["lr"] for group in one.optimizer.adam.param_groups] == [1e-3, 5e-3]
+    assert {group["eps"] for group in one.optimizer.adam.param_groups} == {1e-5}
     assert OptimizerSettings().max_grad_norm == 1.0
 
 

@@ -1,6 +1,6 @@
 """PPO steps that are the same work for one process and for two; run by test_ranks.py.
 
-python -m tests.ppo.two_ranks FOLDER    (with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+python -m tests.ppo.two_ranks HELD FOLDER    (with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
 """
 
 import copy
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from klippo.policy.settings import CriticSettings
-from klippo.policy.sharding import gathered, whole
+from klippo.policy.settings import CriticSettings, Sharding
+from klippo.policy.sharding import has_shards, shard, whole
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.ranks import Ranks, is_sharded
+from klippo.ranks import Ranks
 from klippo.types import Scores
 from tests.toys import CPU, LORA, RAGGED, disturb, llama, load, make_rollout, weights
 
@@ -70,7 +70,7 @@ CASES = {
 }
 
 
-def learn(case: Case, ranks: Ranks, *, shard: bool = False) -> dict:
+def learn(case: Case, ranks: Ranks, held: Sharding) -> dict:
     """Weights, metrics and state after the case's steps in this process."""
     rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
     loaded = load(
@@ -79,9 +79,9 @@ def learn(case: Case, ranks: Ranks, *, shard: bool = False) -> dict:
         critic=case.critic,
         num_unfrozen_layers=1,
         gradient_checkpointing=case.gradient_checkpointing,
-        shard_over=ranks if shard else None,
     )
     disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
+    shard(held, loaded.policy, loaded.reference, CPU, ranks)
     learner = Learner(
         loaded.policy,
         loaded.reference,
@@ -111,49 +111,45 @@ def learn(case: Case, ranks: Ranks, *, shard: bool = False) -> dict:
     }
 
 
-def go_on(ranks: Ranks) -> dict:
+def go_on(ranks: Ranks, held: Sharding) -> dict:
     """One step, all state through the first process and back into new shards, and another step."""
     optimizer = OptimizerSettings(learning_rate=1e-3)
     rows = [i for i in range(4) if i * ranks.world_size // 4 == ranks.rank]
     rollout = make_rollout([RAGGED[i] for i in rows])
     scores = Scores(reward=torch.tensor([REWARD[i] for i in rows]))
-    sharded = ranks if ranks.world_size > 1 else None
 
     def start() -> Learner:
-        loaded = load(llama(), critic=CriticSettings(kind="separate"), shard_over=sharded)
+        critic = CriticSettings(kind="separate")
+        loaded = load(llama(), critic=critic, sharding=held, ranks=ranks)
         ppo = PPOSettings(batch_size=4, num_epochs=1)
         return Learner(loaded.policy, loaded.reference, ppo=ppo, optimizer=optimizer, ranks=ranks)
 
     first = start()
     first.learn(first.experience(rollout, scores))
-    own = {name: gathered(part, ranks) for name, part in first.tensors().items()}
-    then = ranks.gather(own)[0]
+    then = ranks.gather(first.tensors())[0]
     second = start()
     second.load_tensors(copy.deepcopy(then))  # it goes on in what it loads
     second.load_state_dict(first.state_dict())
     second.learn(second.experience(rollout, scores))
-    has_part = [is_sharded(weight) for group in second.policy.trainable() for weight in group]
     with whole(second.policy):
         return {
             "then": then,
             "now": weights(second.policy),
-            "sharded": has_part,
+            "in parts": has_shards(second.policy),
         }
 
 
-def main(folder: Path) -> None:
+def main(held: Sharding, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.from_environment(CPU)
     assert ranks.world_size == 2
     own = torch.tensor([ranks.rank + 1.0])
     assert ranks.all_sum(own).item() == 3.0
     assert own.item() == ranks.rank + 1.0, "a sum leaves its input alone"
-    torch.save(go_on(ranks), folder / f"state.{ranks.rank}.pt")
+    torch.save(go_on(ranks, held), folder / f"state.{ranks.rank}.pt")
     for name, case in CASES.items():
-        for held in ("whole", "sharded"):
-            found = learn(case, ranks, shard=held == "sharded")
-            torch.save(found, folder / f"{name}.{held}.{ranks.rank}.pt")
+        torch.save(learn(case, ranks, held), folder / f"{name}.{ranks.rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""FSDP2 under launchers: the run of whole models, in parts."""
+"""FSDP2 and ZeRO-3 under launchers: the run of whole models, in parts."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from klippo.errors import PreflightError
 from klippo.runs.folder import read_rows
 from tests.stages.test_processes import (
     KL_TOLERANCE_NATS,
@@ -21,6 +22,7 @@ from tests.stages.test_processes import (
     torchrun,
     without_times,
 )
+from tests.toys import gpt2, load
 
 METRICS_TOLERANCE = 1e-4
 """Relative to max(1, value); 1.7e-5 was measured, in a gradient norm of LoRA at step 2."""
@@ -28,11 +30,6 @@ LORA_WEIGHTS_TOLERANCE = 1e-5
 """Adam divides LoRA's first gradients, which are almost zero, by themselves: two processes with
 whole weights ended 1.7e-6 from one, two with parts 1.4e-6."""
 EXAMPLES = Path(__file__).parents[2] / "examples/launch"
-ACCELERATE = (
-    "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\n"
-    "machine_rank: 0\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: false\n"
-    "fsdp_config:\n  fsdp_version: {version}\n  fsdp_reshard_after_forward: true\n"
-)
 SEPARATE: dict[str, Any] = {"critic": {"kind": "separate"}, "kl": {"coef": 0.1}}
 LORA: dict[str, Any] = {
     "critic": {"kind": "lora", "lora": {"rank": 2}},
@@ -56,8 +53,9 @@ def accelerate(settings: Path, *arguments: object) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
 def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
-    write_config: Callable[..., Path], gpt2: Path, tmp_path: Path, kind: str
+    write_config: Callable[..., Path], gpt2: Path, tmp_path: Path, sharding: str, kind: str
 ) -> None:
     """One process; two with a part each, whose evaluation prompts do not divide; and the guard."""
     config = write_config(
@@ -72,7 +70,7 @@ def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
     )
     one, two = tmp_path / "one", tmp_path / "two"
     for num, folder in ((1, one), (2, two)):
-        ended = finish(torchrun(num, config, f"output_dir={folder}", "sharding=fsdp"))
+        ended = finish(torchrun(num, config, f"output_dir={folder}", f"sharding={sharding}"))
         assert ended.returncode == 0, ended.stderr
         assert "Warning" not in ended.stderr
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (one, two))
@@ -112,7 +110,7 @@ def good(responses, calls=[]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", ["none", "fsdp", "zero3"])
 def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes(
     write_config: Callable[..., Path], reward_file: Path, tmp_path: Path, sharding: str
 ) -> None:
@@ -144,12 +142,13 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
 def test_a_checkpoint_of_two_sharded_processes_starts_one_and_that_of_one_starts_two(
-    write_config: Callable[..., Path], tmp_path: Path
+    write_config: Callable[..., Path], tmp_path: Path, sharding: str
 ) -> None:
     config = write_config(
         device="cpu",
-        sharding="fsdp",
+        sharding=sharding,
         ppo={"num_steps": 2, "batch_size": 8},
         evaluation={"num_prompts": 2, "num_shown": 0},
         checkpoint={"keep_when_done": True},
@@ -167,10 +166,11 @@ def test_a_checkpoint_of_two_sharded_processes_starts_one_and_that_of_one_starts
         assert float((weight - ends[2][name]).abs().max()) < WEIGHTS_TOLERANCE, name
 
 
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "zero3.yaml"])
 def test_accelerate_shards_from_its_config_file_and_the_model_is_a_plain_one(
-    write_config: Callable[..., Path], tmp_path: Path, gpt2: Path
+    write_config: Callable[..., Path], tmp_path: Path, gpt2: Path, file: str
 ) -> None:
-    settings = EXAMPLES / "fsdp2.yaml"
+    settings = EXAMPLES / file
     config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
     ended = finish(accelerate(settings, config, "ppo.num_steps=1"))
     assert ended.returncode == 0, ended.stderr
@@ -246,13 +246,37 @@ def test_the_slurm_script_starts_what_it_says(
     assert "2 processes, each with its part of the weights" in ended.stdout
 
 
+@pytest.mark.parametrize(
+    ("file", "setting", "value"),
+    [
+        ("fsdp2.yaml", "fsdp_version", "1"),
+        ("zero3.yaml", "zero_stage", "2"),
+        ("zero3.yaml", "offload_optimizer_device", "cpu"),
+    ],
+)
 @pytest.mark.slow
-def test_accelerates_other_engines_are_refused(
-    write_config: Callable[..., Path], tmp_path: Path
+def test_what_klippo_does_not_do_is_refused(
+    write_config: Callable[..., Path], tmp_path: Path, file: str, setting: str, value: str
 ) -> None:
     settings = tmp_path / "accelerate.yaml"
-    settings.write_text(ACCELERATE.format(version=1))
+    lines = (EXAMPLES / file).read_text().splitlines()
+    changed = [f"  {setting}: {value}" if setting in line else line for line in lines]
+    assert changed != lines
+    settings.write_text("\n".join(changed))
     ended = finish(accelerate(settings, write_config(device="cpu")))
     assert ended.returncode != 0
-    assert ended.stderr.count("accelerate's config file has fsdp_version: 1") == 1
+    assert ended.stderr.count(f"accelerate's config file has {setting}: {value}") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_zero3_without_deepspeed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(PreflightError, match=r"pip install 'klippo\[deepspeed\]'"):
+        load(sharding="zero3")
+
+
+def test_zero3_refuses_to_train_weights_of_two_types() -> None:
+    with pytest.raises(
+        PreflightError, match=r"some here are bfloat16 and float32; set policy\.dty"
+    ):
+        load(gpt2().bfloat16(), sharding="zero3")

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from klippo.data.settings import DataSettings, OfflineSettings, PreferenceSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
-from klippo.policy.settings import CriticSettings, PolicySettings
+from klippo.policy.settings import CriticSettings, PolicySettings, Sharding
 from klippo.ppo.settings import (
     GuardRailSettings,
     KLSettings,
@@ -60,9 +60,10 @@ class RunConfig(WholeConfig):
     """Where to compute; `auto` takes the GPU where there is one."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
-    sharding: Literal["auto", "none", "fsdp"] = "auto"
-    """With several processes: `none` gives each a whole model, `fsdp` (FSDP2) a part of weights,
-    gradients and optimizer states; `auto` does what accelerate's config file says, or else none."""
+    sharding: Sharding | Literal["auto"] = "auto"
+    """With several processes: `none` gives each a whole model; `fsdp` (FSDP2) or `zero3`
+    (DeepSpeed) a part of weights, gradients and optimizer states; `auto` does what accelerate's
+    config file says, or else none."""
     peer_timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Longest that a process of a running run waits for another, in seconds."""
     max_memory_gib: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -201,8 +202,10 @@ class RunConfig(WholeConfig):
                 f"rollout.vllm.servers: rollout.engine={self.rollout.engine} asks no server; use "
                 "rollout.engine=vllm, or remove them"
             )
-        if self.sharding == "fsdp" and policy.quantize_4bit:
-            yield "sharding=fsdp cannot cut 4-bit weights; set policy.quantize_4bit=false"
+        if self.sharding in ("fsdp", "zero3") and policy.quantize_4bit:
+            yield (
+                f"sharding={self.sharding} cannot cut 4-bit weights; set policy.quantize_4bit=false"
+            )
         if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):
                 value = getattr(self.ppo, name)

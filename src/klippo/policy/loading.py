@@ -34,10 +34,12 @@ from klippo.policy.adapters import (
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
-from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
-from klippo.policy.sharding import settle, shard
+from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings, Sharding
+from klippo.policy.sharding import shard
 from klippo.ranks import Ranks
 from klippo.types import TokenBatch
+
+ONE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +56,20 @@ def load_policy(
     *,
     model: Any | None = None,
     tokenizer: Any | None = None,
-    shard_over: Ranks | None = None,
+    sharding: Sharding = "none",
+    ranks: Ranks = ONE_PROCESS,
 ) -> LoadedPolicy:
     """Load (or wrap a given Hugging Face `model` and `tokenizer`) as the settings say.
 
-    With `shard_over` each of these processes keeps its part of the weights; all must call it, and
-    each reads the whole model, into the CPU's memory.
+    With `sharding` each process keeps its part of the weights; all must call it, and each reads the
+    whole model, into the CPU's memory.
 
     Raises PreflightError where the model, its tokenizer or this machine cannot do it.
     """
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = tokenizer or load_tokenizer(settings.model, settings.revision)
-    place = torch.device("cpu") if shard_over is not None else device
+    place = device if sharding == "none" else torch.device("cpu")
     model = model or load_causal_lm(settings, place)
     critic_model = None
     if critic.model is not None:
@@ -74,11 +77,9 @@ def load_policy(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
     loaded = assemble(settings, critic, place, model, critic_model, tokenizer)
-    if shard_over is not None:
-        shard(loaded.policy, loaded.reference, device, shard_over)
     check_head(loaded.policy.lm)
     check_frozen(loaded.policy.lm, loaded.reference.lm)
-    settle(loaded.policy, loaded.reference.lm)
+    shard(sharding, loaded.policy, loaded.reference, device, ranks)
     return loaded
 
 

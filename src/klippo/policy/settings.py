@@ -6,6 +6,9 @@ from pydantic import Field, PositiveInt
 
 from klippo.settings import CodeSettings, Settings
 
+Sharding = Literal["none", "fsdp", "zero3"]
+"""How several processes hold the models: each the whole, or a part (FSDP2, DeepSpeed's ZeRO-3)."""
+
 
 class LoraSettings(Settings):
     rank: int = Field(default=16, ge=1, le=16_384)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.policy.sharding import part_like, settle
+from klippo.policy.sharding import whole_shape
 from klippo.ppo.experience import Experience, Forward, build_experience, run_forward
+from klippo.ppo.optimizer import Tensors, build_optimizer
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ppo.update import ppo_update
 from klippo.ranks import Ranks
@@ -53,23 +53,25 @@ class Learner:
             horizon=self.kl.horizon,
         )
         self.score_moments = RunningMoments()
-        self.optimizer = build_optimizer(policy, self.optimizer_settings)
-        self.scheduler = build_schedule(self.optimizer, self.optimizer_settings, self.ppo.num_steps)
+        self.optimizer = build_optimizer(policy, reference, self.optimizer_settings, self.ranks)
+        self.scheduler = build_schedule(
+            self.optimizer.adam, self.optimizer_settings, self.ppo.num_steps
+        )
         self.generator = torch.Generator().manual_seed(seed)  # the same on every process
         self.num_steps_done = 0
 
     def forward(self, rollout: Rollout) -> Forward:
         """What policy, critic and reference say of this rollout, while scores are on their way."""
-        found = run_forward(
-            self.ppo,
-            self.policy,
-            self.reference,
-            rollout,
-            keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
-            ranks=self.ranks,
+        return self.optimizer.run(
+            lambda: run_forward(
+                self.ppo,
+                self.policy,
+                self.reference,
+                rollout,
+                keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
+                ranks=self.ranks,
+            )
         )
-        settle(self.policy, self.reference.lm)
-        return found
 
     def experience(
         self, rollout: Rollout, scores: Scores, forward: Forward | None = None
@@ -102,56 +104,42 @@ class Learner:
                 experience,
                 kl_in_loss_coef=0.0 if self.kl.placement == "reward" else self.kl_controller.coef,
                 exact_kl_to=self.reference if self.kl.placement == "exact" else None,
-                max_grad_norm=self.optimizer_settings.max_grad_norm,
                 critic_only=self._is_warming_up,
                 generator=self.generator,
                 ranks=self.ranks,
             )
             self.kl_controller.update(experience.sequence_kl, experience.num_scored)
-        stats["update/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        stats["update/learning_rate"] = float(self.optimizer.adam.param_groups[0]["lr"])
         self._advance_schedule()
         self.num_steps_done += 1
         return experience.metrics | stats
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> Tensors:
         """What training has changed, by name: the trainable weights, and AdamW's state of each.
 
-        They are the learner's own, not copies; of sharded ones this process has its part.
+        They are the learner's own, not copies; but where each process has a part, the first gets
+        whole ones, and the others tensors of no size. Every process must call it.
         """
-        named = self._trainable()
-        states = {
-            f"{key}/{name}": value
-            for name, parameter in named.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        return {"weights": dict(named), "optimizer": states}
+        return self.optimizer.tensors()
 
-    @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_tensors(self, tensors: Tensors) -> None:
         """Take over what `tensors` gave, whole; every process needs all of it.
 
         Raises ConfigError where they are another model's.
         """
-        self.load_weights(tensors["weights"])
-        named = self._trainable()
-        self.optimizer.state.clear()
-        for key, value in tensors["optimizer"].items():
-            field, _, name = key.partition("/")
-            parameter = named[name]
-            if value.shape == parameter.shape:  # a moment, and no count of steps
-                value = part_like(value, parameter)
-            self.optimizer.state[parameter][field] = value.to(parameter.device)
+        require_same_shapes(self._trainable(), tensors["weights"])
+        self.optimizer.load_tensors(tensors)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over whole weights: in every process, or in one where the policy's are `whole`.
+        """Take over the weights alone, in this process, where the policy's are `whole`.
 
         Raises ConfigError where they are another model's.
         """
         named = self._trainable()
         require_same_shapes(named, weights)
         for name, parameter in named.items():
-            parameter.copy_(part_like(weights[name], parameter))
+            parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
         """All other state, as JSON holds it."""
@@ -169,7 +157,7 @@ class Learner:
         self.score_moments.load_state_dict(state["score_moments"])
         self.generator.set_state(torch.tensor(state["shuffling"], dtype=torch.uint8))
         self.scheduler = build_schedule(
-            self.optimizer, self.optimizer_settings, self.ppo.num_steps, self.num_steps_done
+            self.optimizer.adam, self.optimizer_settings, self.ppo.num_steps, self.num_steps_done
         )
 
     def _trainable(self) -> dict[str, Parameter]:
@@ -183,25 +171,8 @@ class Learner:
     def _advance_schedule(self) -> None:
         # PyTorch warns when a schedule moves before the first optimizer step (all rows unscored,
         # or the guard skipped everything); the schedule counts PPO steps and moves all the same.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.optimizer.adam._opt_called = True  # type: ignore[attr-defined]
         self.scheduler.step()
-
-
-def build_optimizer(policy: ActorCritic, settings: OptimizerSettings) -> AdamW:
-    """AdamW over the policy's and the critic's trainable weights, each with its learning rate."""
-    of_policy, of_critic = policy.trainable()
-    critic_rate = settings.critic_learning_rate or settings.learning_rate
-    groups: list[dict[str, Any]] = [
-        {"params": of_policy, "lr": settings.learning_rate},
-        {"params": of_critic, "lr": critic_rate},
-    ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def build_schedule(
@@ -230,8 +201,8 @@ def build_schedule(
 
 def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise ConfigError where tensors of a checkpoint are not those of this policy and critic."""
-    here = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    here = {name: whole_shape(tensor) for name, tensor in expected.items()}
+    there = {name: whole_shape(tensor) for name, tensor in found.items()}
     if here == there:
         return
     name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))

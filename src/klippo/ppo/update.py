@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience, parts_of
 from klippo.ppo.gather import gather_experience
 from klippo.ppo.objective import NAMES, Loss, PPOLoss, WarmupLoss
+from klippo.ppo.optimizer import Optimizer
 from klippo.ppo.settings import PPOSettings
-from klippo.ranks import Ranks, whole_tensor
+from klippo.ranks import Ranks
 from klippo.types import Metrics
 
 Skip = Literal["empty", "loss", "ratio", "gradient"]
@@ -39,12 +40,11 @@ class _Tally:
 def ppo_update(
     settings: PPOSettings,
     policy: ActorCritic,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     experience: Experience,
     *,
     kl_in_loss_coef: float,
     exact_kl_to: Reference | None = None,
-    max_grad_norm: float | None,
     critic_only: bool,
     generator: torch.Generator,
     ranks: Ranks,
@@ -71,15 +71,14 @@ def ppo_update(
     size = settings.minibatch_size or settings.batch_size
     stopped_early = False
     policy.train()
-    optimizer.zero_grad(set_to_none=True)
     for _ in range(settings.num_epochs):
         order = torch.randperm(num_rows, generator=generator).to(experience.mask.device)
         for rows in torch.split(order, size):
             num_tokens = float(experience.mask[rows].sum())
             share = ranks.share(len(rows))
             own = parts_of(settings, experience.tokens, rows[share.start : share.stop], ranks=ranks)
-            means = _gradients(loss, own, num_tokens, ranks)
-            _step(optimizer, means, settings.ratio_threshold, max_grad_norm, tally, ranks)
+            means = _gradients(loss, optimizer, own, num_tokens, ranks)
+            _step(optimizer, means, settings.ratio_threshold, tally)
             stopped_early = settings.target_kl is not None and (
                 means.get("update_kl", 0.0) > settings.target_kl
             )
@@ -94,7 +93,7 @@ def ppo_update(
 
 
 def _gradients(
-    loss: Loss, parts: list[Tensor], num_tokens: float, ranks: Ranks
+    loss: Loss, optimizer: Optimizer, parts: list[Tensor], num_tokens: float, ranks: Ranks
 ) -> dict[str, float]:
     """Add this process's gradients up over the micro-batches; returns means over all tokens.
 
@@ -102,10 +101,14 @@ def _gradients(
     any token there are no means, and the step will be skipped.
     """
     sums = torch.zeros(len(NAMES), dtype=torch.float64, device=parts[0].device)
-    for rows in parts:
+
+    def mean_loss(rows: Tensor) -> Tensor:
         total, logged = loss(rows)
-        (total / max(num_tokens, 1)).backward()  # type: ignore[no-untyped-call]
-        sums += logged.stack()
+        sums.add_(logged.stack())
+        return total / max(num_tokens, 1)
+
+    for rows in parts:
+        optimizer.backward(partial(mean_loss, rows))
     totals = ranks.all_sum(sums).tolist()
     if num_tokens == 0:
         return {}
@@ -113,29 +116,21 @@ def _gradients(
 
 
 def _step(
-    optimizer: torch.optim.Optimizer,
-    means: dict[str, float],
-    ratio_threshold: float | None,
-    max_grad_norm: float | None,
-    tally: _Tally,
-    ranks: Ranks,
+    optimizer: Optimizer, means: dict[str, float], ratio_threshold: float | None, tally: _Tally
 ) -> None:
     """One optimizer step, or none where it would do harm."""
     tally.seen.append(means)
     skip = _why_skip(means, ratio_threshold)
-    if skip is None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        ranks.sum_gradients(parameters)
-        norm = float(whole_tensor(clip_grad_norm_(parameters, max_grad_norm or math.inf)))
-        if math.isfinite(norm):
-            optimizer.step()
-            tally.grad_norms.append(norm)
-            tally.means.append(means)
-        else:
-            skip = "gradient"
     if skip is not None:
+        optimizer.forget()
         tally.skipped.append(skip)
-    optimizer.zero_grad(set_to_none=True)
+        return
+    norm = optimizer.step()
+    if math.isfinite(norm):
+        tally.grad_norms.append(norm)
+        tally.means.append(means)
+    else:
+        tally.skipped.append("gradient")
 
 
 def _why_skip(means: dict[str, float], ratio_threshold: float | None) -> Skip | None:

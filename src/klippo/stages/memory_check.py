@@ -18,7 +18,7 @@ from klippo.ranks import Ranks
 from klippo.rewards.settings import ClassifierSettings, EnsembleSettings, SumSettings
 from klippo.runs.memory import GIB, device_memory, framework_bytes, kept_share
 from klippo.stages.build import room_for_prompts, warn
-from klippo.stages.launch import is_to_shard
+from klippo.stages.launch import choose_sharding
 from klippo.stages.memory import Machine, MemoryEstimate, estimate_memory
 
 NUM_LONGEST = 64
@@ -150,7 +150,7 @@ def estimate_on(config: RunConfig, model: Any, prompt: int, device: torch.device
         framework=framework_bytes(device),
         kept_share=kept_share(device),
         num_processes=ranks.world_size,
-        num_shards=ranks.world_size if is_to_shard(config, ranks) else 1,
+        num_shards=1 if choose_sharding(config, ranks) == "none" else ranks.world_size,
     )
     try:
         return estimate_memory(config, machine, prompt=prompt, model=model)

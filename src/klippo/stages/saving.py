@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from klippo.errors import ConfigError, DivergedError
-from klippo.policy.sharding import gathered
 from klippo.ppo.learner import Learner
 from klippo.runs.checkpoints import Checkpoint, Checkpoints
 from klippo.stages.session import Session
@@ -53,9 +52,8 @@ def write(moment: Moment, learner: Learner, checkpoints: Checkpoints) -> None:
 
     Raises DivergedError where a weight is not finite: older checkpoints stay, and none is written.
     """
-    ranks = learner.ranks
-    tensors = {name: gathered(part, ranks) for name, part in learner.tensors().items()}
-    ranks.on_main(lambda: _write(moment, tensors, checkpoints))
+    tensors = learner.tensors()
+    learner.ranks.on_main(lambda: _write(moment, tensors, checkpoints))
 
 
 def _write(

@@ -30,7 +30,7 @@ from klippo.rollouts.online import OnlineSource
 from klippo.stages.build import build_reward, choose_device, room_for_prompts
 from klippo.stages.engines import build_engine, check_engine_settings
 from klippo.stages.fingerprints import of_prompts, of_weights
-from klippo.stages.launch import is_to_shard
+from klippo.stages.launch import choose_sharding
 from klippo.stages.moments import REFERENCE_SEED, measure_members
 from klippo.stages.offline import OfflineData, read_logged
 from klippo.stages.reward_names import check_reward
@@ -109,7 +109,7 @@ def open_session(
     device = choose_device(config.device)
     skips_not_finite = config.guard_rails.reward_not_finite == "skip"
     ranks = Ranks.from_environment(device, config.peer_timeout_s)
-    shards = is_to_shard(config, ranks)
+    sharding = choose_sharding(config, ranks)
     require_equal_shares(config.ppo, ranks)
     check_engine_settings(config.rollout, device, ranks)
     if config.num_threads is not None:
@@ -131,7 +131,8 @@ def open_session(
         device,
         model=model,
         tokenizer=tokenizer,
-        shard_over=ranks if shards else None,
+        sharding=sharding,
+        ranks=ranks,
     )
     ranks.meet("models")
     tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model

@@ -10,7 +10,7 @@ from klippo.ranks import Ranks
 from klippo.stages.build import choose_device
 from klippo.stages.dry_run import agree_to_cost
 from klippo.stages.gold_eval import gold_missing
-from klippo.stages.launch import is_to_shard
+from klippo.stages.launch import choose_sharding
 from klippo.stages.memory_check import check_memory
 from klippo.stages.resume import find_start
 from klippo.stages.trainer import PPOTrainer
@@ -30,7 +30,7 @@ def train(
     trust_code(config, trust_remote_code)
     device = choose_device(config.device)
     ranks = Ranks.from_environment(device, config.peer_timeout_s)
-    is_to_shard(config, ranks)
+    choose_sharding(config, ranks)
     folder = Path(config.output_dir)
     ranks.on_main(lambda: find_start(folder, config, overwrite=overwrite, resume=resume))
     data = load_rows(config.data, config.seed)
