@@ -65,9 +65,9 @@ def _keep(
             _save_model(session, recorder, error)
     elif checkpoint is not None:
         recorder.progress.say(
-            "No model is saved: each process had its part of the weights, and the others are gone. "
-            f"The checkpoint has all; with ppo.num_steps={checkpoint} checkpoint.keep_when_done="
-            "true the command below makes a model of it and trains no further."
+            "No model is saved: each process had its part of the weights. The checkpoint has all; "
+            f"with ppo.num_steps={checkpoint} checkpoint.keep_when_done=true the command below "
+            "makes a model of it and trains no further."
         )
     if rail is not None:
         refresh_report(folder.path, recorder.console)
