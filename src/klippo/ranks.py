@@ -187,7 +187,12 @@ class Ranks:
     def _gather_or_fail(self, item: T, error: KlippoError | None = None) -> list[T]:
         """Every process's item; an error in place of one is raised in all."""
         own = item if error is None else _Failure.of(self.rank, error)
-        found = self.gather(own)
+        try:
+            found = self.gather(own)
+        except PeerError:
+            if error is None:
+                raise
+            raise error from None
         failures = [one for one in found if isinstance(one, _Failure)]
         if failures:
             error = error or failures[0].error()

@@ -153,10 +153,10 @@ def test_a_folder_that_is_taken_is_said_once_and_left_alone(
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.slow
 def test_a_failure_of_one_process_ends_all_with_its_message(
     whole_config: Path, reward_file: Path, tmp_path: Path
 ) -> None:
+    """Where the other one waits for its part of a sum's moments."""
     reward_file.write_text(
         "import os\n\ndef good(responses, step=[]):\n    step.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(step) > 2:\n        raise ValueError('not I')\n"
