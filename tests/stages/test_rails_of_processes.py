@@ -185,9 +185,10 @@ def test_a_learning_rate_a_hundred_times_too_high_stops_both_processes(
 def test_a_first_process_that_keeps_long_is_not_cut_off_by_the_others(
     config, tmp_path: Path
 ) -> None:
-    """Others hold their own message back for five seconds, and then a launcher ends all."""
+    """Others end by themselves five seconds after they failed, and then a launcher ends all."""
     ended = finish(torchrun(2, config(SATURATES + SLOW_REPORT, **stopping("reward_saturation"))))
     assert exit_codes(ended.stderr)[-1] == 6
+    assert re.findall(r"rank\s+: (\d)", ended.stderr)[-1] == "0", "the first to end"
     assert ended.stderr.count("guard rail reward_saturation at step 3") == 1
     assert (tmp_path / "run/report.html").is_file()
 
