@@ -4,12 +4,14 @@ B sequences, T response tokens.
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 import klippo.tensors.head as head_module
 from klippo.policy.settings import CriticSettings
+from klippo.ppo.experience import FirstPass
 from klippo.ppo.objective import PPOLoss
 from klippo.ppo.settings import PPOSettings
 from klippo.tensors.kl import k2
@@ -190,3 +192,57 @@ def test_no_states_are_kept_once_the_critic_is_warm():
     one = learner(load(llama()), ppo={"num_critic_warmup_steps": 1})
     assert one.learn(one.experience(ROLLOUT, SCORES))["update/num_optimizer_steps"] == 1
     assert one.forward(ROLLOUT).hidden is None
+
+
+@pytest.mark.parametrize(
+    ("tuning", "critic"),
+    [*itertools.product(["full", "last_layers", "lora"], ["trunk", "separate"]), ("lora", "lora")],
+)
+def test_the_first_pass_of_the_update_is_that_of_the_forward_phase(tuning, critic):
+    def learn(kept, **more):
+        loaded = load(
+            llama(),
+            tuning=tuning,
+            num_unfrozen_layers=1,
+            critic=CriticSettings(kind=critic, lora=LORA),
+            **more,
+        )
+        disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
+        one = learner(loaded, ppo={"num_epochs": 3, "bootstrap_truncated": True})
+        experience = one.experience(ROLLOUT, SCORES)
+        assert experience.first_pass is not None
+        if not kept:
+            experience = dataclasses.replace(experience, first_pass=None)
+        runs, seen = trunk_runs(one.policy.lm), []
+        one.optimizer.adam.register_step_pre_hook(lambda *_: seen.append(gradients(one.policy)))
+        metrics = one.learn(experience)
+        return metrics, seen, len(runs)
+
+    metrics, seen, num_runs = learn(kept=True)
+    expected_metrics, expected, num_expected = learn(kept=False)
+    per_epoch = 2 if critic == "lora" else 1
+    assert (num_runs, num_expected) == (2 * per_epoch, 3 * per_epoch)
+    assert metrics == pytest.approx(expected_metrics, abs=1e-6)
+    for mine, theirs in zip(seen, expected, strict=True):
+        assert_same_tensors(mine, theirs, atol=1e-6)
+    again, same, _ = learn(kept=True, gradient_checkpointing=True)
+    assert again == pytest.approx(metrics, abs=1e-6)
+    for mine, theirs in zip(same, seen, strict=True):
+        assert_same_tensors(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "ppo", [{"minibatch_size": 2}, {"micro_batch_size": 2}, {"num_critic_warmup_steps": 1}]
+)
+def test_a_pass_over_less_than_the_whole_batch_is_not_kept(ppo):
+    assert learner(load(llama()), ppo=ppo).forward(ROLLOUT).first_pass is None
+
+
+def test_a_first_pass_is_taken_once_in_the_order_of_the_rows():
+    order = torch.tensor([2, 0, 1])  # its rows are rows 2, 0 and 1 of the batch
+    values = torch.tensor([[2.0, -2.0], [0.0, -0.0], [1.0, -1.0]])  # of two states each
+    one = FirstPass(order, (values[:, :, None], values))
+    assert one.take(torch.tensor([0, 1]), 1) is None
+    taken = one.take(torch.tensor([1, 0, 2]), 1)
+    assert [x.tolist() for x in taken] == [[[[1]], [[0]], [[2]]], [[1], [0], [2]]]
+    assert one.take(order, 1) is None

@@ -18,6 +18,7 @@ from klippo.policy.tracing import LiveBytes
 from klippo.runs.folder import STATUS_FILE
 from klippo.stages.memory import KEPT, Machine, MemoryEstimate, estimate_memory
 from klippo.stages.memory_phases import (
+    FIRST_PASS,
     generation_bytes,
     total_bytes,
     update_bytes,
@@ -106,9 +107,20 @@ def test_outputs_of_frozen_blocks_stay_from_the_forward_phase_to_the_update():
     phases = estimate({"tuning": "last_layers", "num_unfrozen_layers": 1}).phases
     # 4 rows, 5 + 6 tokens, width 8, 4 bytes.
     held = {name: parts.get("outputs of frozen blocks") for name, parts in phases.items()}
-    assert held.pop("forward") == held.pop("update") == 4 * 11 * 8 * 4
+    assert held.pop("forward") == held.pop("score") == held.pop("update") == 4 * 11 * 8 * 4
     assert not any(held.values())
     assert "outputs of frozen blocks" not in estimate().phases["update"]
+
+
+def test_the_first_pass_over_a_whole_batch_waits_for_its_scores():
+    def held(**ppo: Any) -> list[Any]:
+        phases = estimate(ppo={"batch_size": 4} | ppo).phases
+        return [phases[name].get(FIRST_PASS, 0) for name in ("forward", "score", "update")]
+
+    forward, score, update = held()
+    assert forward == score > 0 == update, "in the update it is among the activations"
+    assert score < estimate().phases["update"]["activations"]
+    assert held(minibatch_size=2) == held(micro_batch_size=2) == [0, 0, 0]
 
 
 def test_frozen_blocks_in_4_bits_need_4_and_an_eighth_bits():
@@ -256,6 +268,22 @@ def test_other_errors_stay_as_they_are(write_config: Callable[..., Path], monkey
     monkeypatch.setattr(trainer.session.source, "next", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.train()
+
+
+def test_sampling_counts_the_weights_that_hold_the_adapter():
+    lora = {"tuning": "lora", "lora": {"rank": 2}}
+    products = 2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
+    held = {name: parts.get("merged weights") for name, parts in estimate(lora).phases.items()}
+    assert held.pop("generate") == 4 * products
+    assert not any(held.values())
+    without = {"response_length": 6, "merge_adapters": False}
+    assert "merged weights" not in estimate(lora, rollout=without).phases["generate"]
+    half = estimate_memory(
+        config(lora | {"dtype": "bfloat16"}), Machine(), prompt=5, model=shapes().bfloat16()
+    )
+    assert "merged weights" not in half.phases["generate"]
+    shards = estimate_memory(config(lora), Machine(num_shards=2), prompt=5, model=shapes())
+    assert "merged weights" not in shards.phases["generate"]
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -34,6 +34,8 @@ from klippo.policy.adapters import (
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.frozen import FrozenBlocks
+from klippo.policy.lora import with_lean_adapters
+from klippo.policy.norms import with_lean_norms
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings, Sharding
 from klippo.policy.sharding import shard
 from klippo.ranks import Ranks
@@ -77,6 +79,8 @@ def load_policy(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
     loaded = assemble(settings, critic, place, model, critic_model, tokenizer)
+    if sharding == "none":
+        with_lean_adapters(loaded.policy.lm.model)
     check_head(loaded.policy.lm)
     check_frozen(loaded.policy.lm, loaded.reference.lm)
     shard(sharding, loaded.policy, loaded.reference, device, ranks)
@@ -104,7 +108,9 @@ def shape_policy(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
     with device:
-        return assemble(settings, critic, device, model, critic_model, None)
+        loaded = assemble(settings, critic, device, model, critic_model, None)
+    with_lean_adapters(loaded.policy.lm.model)
+    return loaded
 
 
 def assemble(
@@ -116,7 +122,7 @@ def assemble(
     tokenizer: Any,
 ) -> LoadedPolicy:
     """Policy, critic and reference of a causal LM, and of the classifier behind `critic.model`."""
-    turn_dropout_off(with_fused_activations(model))
+    turn_dropout_off(with_lean_norms(with_fused_activations(model)))
     separate = None
     if critic.kind == "separate":
         separate = _separate_critic(settings, critic, model, critic_model)
@@ -369,7 +375,7 @@ def _separate_critic(
             f"critic.model={critic.model} has a vocabulary of {vocabulary}, the policy one of "
             f"{model.config.get_text_config().vocab_size}: a critic must read the policy's tokens"
         )
-    turn_dropout_off(classifier)
+    turn_dropout_off(with_lean_norms(classifier))
     head = getattr(classifier, "score", None)
     if not isinstance(head, nn.Linear):
         raise PreflightError(

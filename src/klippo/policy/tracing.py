@@ -46,6 +46,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.at_peak: Bytes = {}
         """By kind, and what of them is IN_BLOCKS."""
 
+    @property
+    def now(self) -> Bytes:
+        """What is alive, as in `at_peak`."""
+        return dict(self._live) | {IN_BLOCKS: self._in_blocks}
+
     def had(self, tensor: Tensor) -> bool:
         """True for a tensor that is alive now and was already there at the peak."""
         return 0 < self._born.get(_key(tensor), 0) <= self._peak_born
@@ -75,7 +80,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, self._end, key, kind, size)
         if self._live.total() > self._peak:
             self._peak = self._live.total()
-            self.at_peak = dict(self._live) | {IN_BLOCKS: self._in_blocks}
+            self.at_peak = self.now
             self._peak_born = self._num_born
 
     def _end(self, key: int, kind: str, size: int) -> None:

@@ -30,6 +30,27 @@ NGRAM = 3
 """Tokens of what counts as repeated."""
 
 
+@dataclass(slots=True)
+class FirstPass:
+    """The trunk's and the critic's pass over a whole batch, with its graph.
+
+    The update's first minibatch, where it is the whole batch, would compute the same once more: no
+    weight has moved since.
+    """
+
+    order: Tensor  # (B,) which row of the batch each of its rows is
+    outputs: tuple[Tensor, Tensor] | None  # hidden states and values of at least T states
+
+    def take(self, rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Hidden states (B, T, D) and values (B, T) of all rows, in this order; only once."""
+        if self.outputs is None or len(rows) != len(self.order):
+            return None
+        at = self.order.argsort()[rows]
+        hidden, values = self.outputs
+        self.outputs = None
+        return hidden[at, :num_tokens], values[at, :num_tokens]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
     """What the models say of a rollout batch; no score is needed for it."""
@@ -41,6 +62,7 @@ class Forward:
     ref_logprobs: Tensor
     exact_kl: Tensor | None = None  # from the reference, where others wrote the responses
     hidden: Tensor | None = None  # (B, T, D) of the policy, where it was asked for
+    first_pass: FirstPass | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +82,7 @@ class Experience:
     sequence_kl: float  # nats, mean over scored rows of all processes
     num_scored: int  # over all processes
     hidden: Tensor | None = None  # (B, T, D) of the policy, where the critic alone learns from it
+    first_pass: FirstPass | None = None
     metrics: Metrics
 
 
@@ -71,19 +94,28 @@ def run_forward(
     rollout: Rollout,
     *,
     keep_hidden: bool = False,
+    keep_graph: bool = False,
     ranks: Ranks = ONE_PROCESS,
 ) -> Forward:
     """Log-probs, entropy and values of a rollout batch, by the update's own forward pass.
 
-    Every model runs once. `keep_hidden` keeps the policy's hidden states.
+    Every model runs once. `keep_hidden` keeps the policy's hidden states, and `keep_graph` the
+    graph that the update's first pass needs, where the batch is one micro-batch.
     """
     parts = parts_of(ppo, rollout.tokens, ranks=ranks)
     tokens = _with_frozen_states(policy, rollout.tokens, parts)
     found: dict[str, Tensor] = {}
+    first_pass = None
     for rows in parts:
-        part = _forward(ppo, policy, reference, rollout, tokens.rows(rows))
-        if not keep_hidden:
-            del part["hidden"]
+        own = tokens.rows(rows)
+        width = own.response_mask.shape[1]
+        hidden, values = _trunk_and_critic(ppo, policy, own, keep_graph and len(parts) == 1)
+        if values.requires_grad:
+            first_pass = FirstPass(rows, (hidden, values))
+        hidden, values = hidden.detach(), values.detach()
+        part = {"values": values} | _log_probs(policy, reference, rollout, own, hidden)
+        if keep_hidden:
+            part["hidden"] = hidden[:, :width]
         for name, values in part.items():
             if name not in found:
                 width = tokens.response_ids.shape[1] + int(
@@ -91,26 +123,33 @@ def run_forward(
                 )
                 found[name] = values.new_zeros(len(tokens), width, *values.shape[2:])
             found[name][rows, : values.shape[1]] = values
-    return Forward(tokens=tokens, **found)
+    return Forward(tokens=tokens, first_pass=first_pass, **found)
 
 
-def _forward(
-    ppo: PPOSettings,
+def _trunk_and_critic(
+    ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatch, keep_graph: bool
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, D) and values (B, T), or of T+1 states where cut responses need it."""
+    policy.train(keep_graph)  # gradient checkpointing looks at it
+    with torch.set_grad_enabled(keep_graph):
+        hidden = policy.lm.hidden(tokens, after_last=ppo.bootstrap_truncated)
+        values = policy.critic(tokens, hidden, after_last=ppo.bootstrap_truncated)
+    policy.eval()
+    return hidden, values
+
+
+def _log_probs(
     policy: ActorCritic,
     reference: Reference,
     rollout: Rollout,
     tokens: TokenBatch,
+    hidden: Tensor,
 ) -> dict[str, Tensor]:
-    """The fields of `Forward` for some rows, as wide as their longest response."""
+    """What policy and reference say of the responses, each (B, T)."""
     temperature = rollout.temperature
-    hidden = policy.lm.hidden(tokens, after_last=ppo.bootstrap_truncated)
-    found = {
-        "values": policy.critic(tokens, hidden, after_last=ppo.bootstrap_truncated),
-        "hidden": hidden[:, : tokens.response_mask.shape[1]],
-    }
     if rollout.behavior != "policy":
         both = reference.compare(policy.lm, tokens, temperature, hidden)
-        return found | {
+        return {
             "logprobs": both.logprobs,
             "entropy": both.entropy,
             "ref_logprobs": both.ref_logprobs,
@@ -118,7 +157,7 @@ def _forward(
         }
     logprobs, entropy = policy.lm.logprobs(tokens, hidden, temperature, with_entropy=True)
     ref_logprobs = reference.logprobs(tokens, temperature)
-    return found | {"logprobs": logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
+    return {"logprobs": logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
 
 
 def build_experience(
@@ -182,6 +221,7 @@ def build_experience(
         weights=weights,
         sequence_kl=sequence_kl,
         hidden=forward.hidden,
+        first_pass=forward.first_pass,
         num_scored=int(ranks.all_sum(scored.sum())),
         metrics={"kl/sequence_nats": sequence_kl, "kl/coef": kl_coef} | metrics | mismatch,
     )

@@ -57,14 +57,16 @@ class PPOLoss:
         settings, experience = self.settings, self.experience
         temperature = experience.temperature
         tokens = experience.tokens.rows(rows)
-        of = _columns(rows, tokens.response_mask.shape[1])
+        num_tokens = tokens.response_mask.shape[1]
+        of = _columns(rows, num_tokens)
         mask = of(experience.mask)
-        hidden = self.policy.lm.hidden(tokens)
+        known = experience.first_pass and experience.first_pass.take(rows, num_tokens)
+        hidden = known[0] if known else self.policy.lm.hidden(tokens)
         actor = _actor_terms(self, of, tokens.response_mask)
         loss, logprobs = self.policy.lm.loss(
             tokens, hidden, temperature, actor, with_entropy=settings.entropy_coef > 0
         )
-        values = self.policy.critic(tokens, hidden, after_last=False)
+        values = known[1] if known else self.policy.critic(tokens, hidden, after_last=False)
         critic = masked_sum(_critic_loss(settings, experience, values, of), mask)
         loss = loss + settings.value_coef * critic
         if self.kl_coef > 0 and self.reference is not None:

@@ -31,16 +31,16 @@ class HFEngine:
         batch_size: int | None = None,
         record_logprobs: bool = False,
         autocast: bool = False,
-        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Inside `whole()` the model has all of its weights in this process."""
+        """Responses are sampled inside `around()`, where the model is ready for it."""
         self.model = model
         self.stop_ids = stop_ids
         self.sampling = sampling
         self.batch_size = batch_size
         self.record_logprobs = record_logprobs
         self.autocast = autocast
-        self._whole = whole
+        self._around = around
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def sync(self) -> None:
@@ -62,7 +62,7 @@ class HFEngine:
         # Prompts of like length share a batch: little padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         done: dict[int, Completion] = {}
-        with self._whole():
+        with self._around():
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 decoding = self._decode(

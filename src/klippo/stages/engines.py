@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 
 from klippo.config.schema import RunConfig
 from klippo.errors import PreflightError
+from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.loading import LoadedPolicy
-from klippo.policy.merged import merged_weights
-from klippo.policy.sharding import whole
+from klippo.policy.merged import merged_adapters, merged_weights
+from klippo.policy.sharding import has_shards, whole
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
@@ -74,7 +76,7 @@ def build_engine(
             batch_size=rollout.generation_batch_size,
             record_logprobs=rollout.record_logprobs,
             autocast=config.policy.autocast,
-            whole=partial(whole, policy.lm),
+            around=partial(ready_to_sample, config, policy),
         )
     length = longest(rollout.response_length)
     opening = Opening.of(
@@ -97,6 +99,26 @@ def build_engine(
         engine = open_vllm(opening, weights, policy.device)
     check_engine(engine, config, loaded, prompts[0], min(length, CHECKED_TOKENS), urls)
     return engine
+
+
+@contextmanager
+def ready_to_sample(config: RunConfig, policy: ActorCritic) -> Iterator[None]:
+    """All weights of a policy in this process, its adapter folded in where `merges_adapters`."""
+    merges = merges_adapters(config, sharded=has_shards(policy.lm))
+    with whole(policy.lm), merged_adapters(policy.lm.model) if merges else nullcontext():
+        yield
+
+
+def merges_adapters(config: RunConfig, *, sharded: bool) -> bool:
+    """Whether responses are sampled with the policy's adapter folded into its weights.
+
+    Not where products are in bfloat16: a weight's rounding there is larger than what a young
+    adapter adds, and the responses would be those of the start.
+    """
+    policy, rollout = config.policy, config.rollout
+    asked = policy.tuning == "lora" and rollout.engine == "hf" and rollout.merge_adapters
+    in_float32 = policy.dtype == "float32" and not policy.autocast and not policy.quantize_4bit
+    return asked and in_float32 and not sharded
 
 
 def check_engine(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from klippo.config.schema import RunConfig
 from klippo.hub import shape_model
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.loading import LoadedPolicy, shape_policy
+from klippo.policy.merged import merged_adapters, merged_bytes
 from klippo.policy.tracing import IN_BLOCKS, Bytes, storage_bytes
 from klippo.rewards.scorers import STACKED_ELEMENTS, load_scorer
 from klippo.rewards.settings import (
@@ -28,8 +30,11 @@ from klippo.rewards.settings import (
     ensembles,
 )
 from klippo.stages.build import longest
+from klippo.stages.engines import merges_adapters
 from klippo.stages.memory_phases import (
+    both,
     evaluation_bytes,
+    first_pass_bytes,
     forward_bytes,
     frozen_state_bytes,
     generation_bytes,
@@ -112,7 +117,7 @@ def estimate_memory(
     sizes = _Sizes.of(config, machine.num_processes, prompt)
     policy, reference, response = loaded.policy, loaded.reference, sizes.response
     traced = {
-        "generate": generation_bytes(policy, sizes.generate, prompt, response),
+        "generate": _generation(config, machine, policy, sizes, prompt),
         "score": _scoring(rewards, sizes.score, prompt, response, machine),
         "forward": forward_bytes(policy, reference, sizes.forward, prompt, response),
         "update": update_bytes(
@@ -125,8 +130,12 @@ def estimate_memory(
         ),
     }
     traced["update"]["gradients"] //= machine.num_shards
+    if sizes.keeps_first_pass:
+        first_pass = first_pass_bytes(policy, sizes.update, prompt, response)
+        for phase in ("forward", "score"):
+            traced[phase] = both(traced[phase], first_pass)
     kept = frozen_state_bytes(policy, config.ppo.batch_size, prompt, response)
-    for phase in ("forward", "update"):
+    for phase in ("forward", "score", "update"):
         traced[phase] |= kept
     if config.offline is not None or config.rollout.engine == "vllm":
         del traced["generate"]
@@ -170,6 +179,17 @@ def vllm_bytes(config: RunConfig, loaded: LoadedPolicy, machine: Machine) -> Byt
         return {"weights for the servers": size * numbers if machine.device == "cpu" else 0}
     cache = round(config.rollout.vllm.kv_cache_gib * 2**30) if machine.device == "cpu" else 0
     return {"vLLM's weights": size * numbers, "vLLM's key-value cache": cache}
+
+
+def _generation(
+    config: RunConfig, machine: Machine, policy: ActorCritic, sizes: _Sizes, prompt: int
+) -> Bytes:
+    """Sampling, with the weights into which the adapter is folded for it."""
+    model = policy.lm.model
+    merges = merges_adapters(config, sharded=machine.num_shards > 1)
+    merged = {"merged weights": merged_bytes(model)} if merges else {}
+    with merged_adapters(model) if merges else nullcontext():
+        return merged | generation_bytes(policy, sizes.generate, prompt, sizes.response)
 
 
 def scorers(
@@ -234,6 +254,8 @@ class _Sizes:
     parts: int
     """Micro-batches per optimizer step."""
     evaluate: int
+    keeps_first_pass: bool
+    """A pass over the whole batch waits for its scores."""
 
     @classmethod
     def of(cls, config: RunConfig, num_processes: int, prompt: int) -> _Sizes:
@@ -257,6 +279,7 @@ class _Sizes:
             update=update,
             parts=-(-minibatch // update),
             evaluate=min(micro or ppo.batch_size, evaluated),
+            keeps_first_pass=num_processes == 1 and update == ppo.batch_size,
         )
 
 

@@ -18,6 +18,7 @@ from klippo.ranks import Ranks
 from klippo.rewards.settings import ClassifierSettings, EnsembleSettings, SumSettings
 from klippo.runs.memory import GIB, device_memory, framework_bytes, kept_share
 from klippo.stages.build import room_for_prompts, warn
+from klippo.stages.engines import merges_adapters
 from klippo.stages.launch import choose_sharding
 from klippo.stages.memory import Machine, MemoryEstimate, estimate_memory
 
@@ -85,11 +86,13 @@ def _of_phase(config: RunConfig, phase: str) -> Iterator[str]:
         size = rollout.generation_batch_size or ppo.batch_size
         if size > 1:
             yield f"rollout.generation_batch_size (below {size})"
+    if phase == "generate" and merges_adapters(config, sharded=False):
+        yield "rollout.merge_adapters=false"
     if phase in ("score", "load"):
         yield from _of_reward("reward", config.reward)
     if phase == "gold":
         yield from _of_reward("gold", config.gold)
-    if phase not in ("generate", "score", "gold", "load"):
+    if phase not in ("generate", "gold", "load"):
         size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
         if ppo.micro_batch_tokens is not None:
             yield f"ppo.micro_batch_tokens (below {ppo.micro_batch_tokens})"

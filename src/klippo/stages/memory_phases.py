@@ -18,6 +18,7 @@ from klippo.rollouts.sampling import Sampling, draw
 from klippo.types import TokenBatch
 
 META = torch.device("meta")
+FIRST_PASS = "the update's first pass"
 
 
 def generation_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
@@ -69,6 +70,19 @@ def forward_bytes(
         policy(batch, 1.0)
         reference.logprobs(batch, 1.0)
     return live.at_peak
+
+
+def first_pass_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
+    """The graph of trunk and critic over B=`rows` sequences, kept until the update."""
+    policy.train()
+    with _traced(policy) as live:
+        batch = policy.lm.with_frozen_states(_batch(rows, prompt, response))
+        hidden = policy.lm.hidden(batch)
+        values = policy.critic(batch, hidden, after_last=False)
+        found = live.now
+    del hidden, values
+    policy.eval()
+    return {FIRST_PASS: total_bytes(found), IN_BLOCKS: found[IN_BLOCKS]}
 
 
 def frozen_state_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
@@ -151,6 +165,11 @@ def _batch(rows: int, prompt: int, response: int) -> TokenBatch:
         response_ids=_ids(rows, response),
         response_mask=_ids(rows, response).bool(),
     )
+
+
+def both(one: Bytes, other: Bytes) -> Bytes:
+    """What is held by two at once."""
+    return {kind: one.get(kind, 0) + other.get(kind, 0) for kind in {**one, **other}}
 
 
 def _largest(*phases: Bytes) -> Bytes:

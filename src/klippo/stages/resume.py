@@ -30,6 +30,7 @@ SAFE = (
     "ppo.ratio_threshold",
     "ppo.target_kl",
     "rollout.generation_batch_size",
+    "rollout.merge_adapters",
     "rollout.engine",
     "rollout.vllm",
     "evaluation.every",
