@@ -7,6 +7,8 @@ class KlippoError(Exception):
     exit_code = 1
     rail: str | None = None
     """The guard rail that it speaks for, where it does."""
+    everywhere: bool = False
+    """Every process of the run ends with it at the same place, and they can still work together."""
 
 
 class ConfigError(KlippoError):
@@ -41,6 +43,8 @@ class DivergedError(KlippoError):
 
 class GuardRailError(DivergedError):
     """A guard rail whose action is `stop` fired."""
+
+    everywhere = True
 
     def __init__(self, rail: str, text: str) -> None:
         super().__init__(text)

@@ -42,6 +42,25 @@ class PeerError(KlippoError):
 
 
 @dataclass(frozen=True, slots=True)
+class _Failure:
+    """What other processes learn of an error; not every one can travel."""
+
+    rank: int
+    text: str
+    exit_code: int
+    rail: str | None
+
+    @classmethod
+    def of(cls, rank: int, error: KlippoError) -> _Failure:
+        return cls(rank, str(error), error.exit_code, error.rail)
+
+    def error(self) -> PeerError:
+        error = PeerError(f"process {self.rank}: {self.text}")
+        error.exit_code, error.rail = self.exit_code, self.rail
+        return error
+
+
+@dataclass(frozen=True, slots=True)
 class Ranks:
     """One process by default; several when a launcher (torchrun, accelerate) started them."""
 
@@ -139,6 +158,47 @@ class Ranks:
             raise error
         if said is not None:
             raise PeerError(f"the first process failed: {said}")
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Do this in every process; a KlippoError that ends it in one ends it in all.
+
+        Where it went well they raise PeerError with the first such error's message, exit code and
+        guard rail. Inside, processes may meet in `all_sum_or_fail` alone.
+        """
+        if self.world_size == 1:
+            return work()
+        done: list[T] = []
+        error: KlippoError | None = None
+        try:
+            done.append(work())
+        except KlippoError as raised:
+            if raised.everywhere:
+                raise
+            error = raised
+        self._gather_or_fail(None, error)
+        return done[0]
+
+    def all_sum_or_fail(self, x: Tensor) -> Tensor:
+        """`all_sum` of a small tensor inside `everywhere`; raises where another process failed."""
+        if self.world_size == 1:
+            return x
+        return torch.stack(self._gather_or_fail(x.cpu())).sum(dim=0).to(x.device)
+
+    def _gather_or_fail(self, item: T, error: KlippoError | None = None) -> list[T]:
+        """Every process's item; an error in place of one is raised in all."""
+        own = item if error is None else _Failure.of(self.rank, error)
+        try:
+            found = self.gather(own)
+        except PeerError:
+            if error is None:
+                raise
+            raise error from None
+        failures = [one for one in found if isinstance(one, _Failure)]
+        if failures:
+            error = error or failures[0].error()
+            error.everywhere = True
+            raise error
+        return [one for one in found if not isinstance(one, _Failure)]
 
     def share(self, num: int) -> range:
         """This process's part of `num` things: the parts one after the other are all of them."""

@@ -59,10 +59,12 @@ def median_seconds(*command: str) -> float:
     return statistics.median(seconds() for _ in range(3))
 
 
+@pytest.mark.timed
 def test_help_answers_in_under_0_7_seconds():
     assert median_seconds("-m", "klippo", "--help") < 0.7
 
 
+@pytest.mark.timed
 def test_import_of_klippo_takes_under_0_5_seconds():
     assert median_seconds("-c", "import klippo") < 0.5
 

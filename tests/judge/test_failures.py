@@ -255,6 +255,7 @@ def test_a_body_over_the_cap_is_not_read_to_its_end() -> None:
     assert (answer.text, answer.cause, num_hits) == (None, "too_large", 1)
 
 
+@pytest.mark.timed
 def test_a_gzip_bomb_is_capped_while_it_unpacks() -> None:
     bomb = zipped(Step(body=b'{"choices": "' + b"0" * 300_000_000))
     assert len(bomb.body) < 400_000

@@ -393,6 +393,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert totals(cache)[0] == 2
 
 
+@pytest.mark.timed
 def test_sigterm_issues_nothing_more_and_lets_calls_in_flight_finish(tmp_path: Path) -> None:
     cache = tmp_path / "judge.sqlite"
     with FaultServer(otherwise=ok(delay_s=0.3)) as server:
@@ -406,6 +407,7 @@ def test_sigterm_issues_nothing_more_and_lets_calls_in_flight_finish(tmp_path: P
     assert process.returncode == 0
 
 
+@pytest.mark.timed
 def test_what_is_still_in_flight_after_the_drain_counts_as_spent(tmp_path: Path) -> None:
     cache = tmp_path / "judge.sqlite"
 

@@ -76,6 +76,7 @@ def test_what_was_begun_is_not_asked_again_and_scores_are_the_same() -> None:
     assert judge.count("first") == 2
 
 
+@pytest.mark.timed
 def test_answers_come_in_while_the_caller_is_busy() -> None:
     judge, batch = SlowJudge(0.3), rollout()
     source = JudgeReward(settings(score_source="json"), judge)
@@ -183,6 +184,7 @@ def test_a_run_asks_while_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert server.hits == hits
 
 
+@pytest.mark.timed
 def test_a_process_that_waits_holds_up_the_other_by_no_more_than_its_slowest_answer(
     tmp_path: Path,
 ) -> None:

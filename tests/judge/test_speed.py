@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.judge.helpers import ask_all, question
 from tests.judge.server import FaultServer, ok
 
 
+@pytest.mark.timed
 def test_256_calls_of_200_ms_at_64_at_a_time_take_little_more_than_four_rounds(
     tmp_path: Path,
 ) -> None:
@@ -22,6 +25,7 @@ def test_256_calls_of_200_ms_at_64_at_a_time_take_little_more_than_four_rounds(
     assert took_s < 3 * 4 * 0.2  # four rounds, with a server in the same process and other load
 
 
+@pytest.mark.timed
 def test_a_call_costs_milliseconds_at_most(tmp_path: Path) -> None:
     with FaultServer() as server:
         requests = [question(i) for i in range(512)]

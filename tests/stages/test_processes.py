@@ -75,15 +75,18 @@ def without_times(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def test_one_and_two_processes_have_the_same_metrics_samples_and_weights(
-    whole_config: Path, gpt2: Path, tmp_path: Path
+    cli, whole_config: Path, gpt2: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    for num, folder in ((1, one), (2, two)):
-        ended = finish(torchrun(num, whole_config, f"output_dir={folder}"))
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("evaluation at step 0") == 1
-        assert ("2 processes" in ended.stdout) is (num == 2)
-        assert "Warning" not in ended.stderr
+    ended = finish(torchrun(2, whole_config, f"output_dir={two}"))
+    assert ended.stdout.startswith("2 processes")
+    for code, out, err in (
+        cli("train", whole_config, f"output_dir={one}"),
+        (ended.returncode, ended.stdout, ended.stderr),
+    ):
+        assert code == 0, err
+        assert out.count("evaluation at step 0") == 1
+        assert "Warning" not in err
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (one, two))
     assert len(ours) == len(theirs) == 5
     for a, b in zip(ours, theirs, strict=True):
@@ -150,10 +153,10 @@ def test_a_folder_that_is_taken_is_said_once_and_left_alone(
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.slow
 def test_a_failure_of_one_process_ends_all_with_its_message(
     whole_config: Path, reward_file: Path, tmp_path: Path
 ) -> None:
+    """Where the other one waits for its part of a sum's moments."""
     reward_file.write_text(
         "import os\n\ndef good(responses, step=[]):\n    step.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(step) > 2:\n        raise ValueError('not I')\n"
@@ -166,8 +169,9 @@ def test_a_failure_of_one_process_ends_all_with_its_message(
     assert ended.stderr.count("raised ValueError: not I") == 1
     assert "bug in Klippo" not in ended.stderr
     status = json.loads((tmp_path / "run/run_status.json").read_text())
-    assert status["state"] in ("interrupted", "failed")
-    assert "another process" in status["reason"]
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("process 1: ")
+    assert status["checkpoint_step"] == 1
     assert (tmp_path / "run/model/model.safetensors").is_file(), "the policy so far is kept"
 
 
@@ -200,7 +204,7 @@ def test_a_signal_to_the_launcher_ends_the_run_and_keeps_the_policy(
 
 
 def test_offline_runs_are_the_same_for_one_and_two_processes(
-    write_config: Callable[..., Path], tmp_path: Path
+    cli, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [
         {"prompt": "the movie was", "response": "good " * (i % 5 + 1), "reward": i % 7}
@@ -217,9 +221,9 @@ def test_offline_runs_are_the_same_for_one_and_two_processes(
         ppo={"batch_size": 8, "num_epochs": 2, "minibatch_size": 4},
     )
     one, two = tmp_path / "one", tmp_path / "two"
-    for num, folder in ((1, one), (2, two)):
-        ended = finish(torchrun(num, config, f"output_dir={folder}"))
-        assert ended.returncode == 0, ended.stderr
+    assert cli("train", config, f"output_dir={one}")[0] == 0
+    ended = finish(torchrun(2, config, f"output_dir={two}"))
+    assert ended.returncode == 0, ended.stderr
     ours, theirs = (read_rows(folder / "diagnostics.jsonl") for folder in (one, two))
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):

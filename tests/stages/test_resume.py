@@ -38,6 +38,7 @@ fingerprint = the_script().fingerprint
 
 
 def train(config: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: one that has done other things before may end a bit beside it."""
     return subprocess.run(
         [sys.executable, "-m", "klippo", "train", str(config), *more],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -103,7 +104,7 @@ def test_a_killed_run_goes_on_by_itself_to_the_same_bytes(slow_config: Path, tmp
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_signal_leaves_a_checkpoint_and_the_command_that_goes_on(
-    slow_config: Path, tmp_path: Path, number: signal.Signals, code: int
+    cli, slow_config: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
     process = begin(slow_config, "checkpoint.every=null")
@@ -119,19 +120,19 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_goes_on(
     command = f"klippo train {run / 'config.yaml'} --resume"
     assert status["resume"] == command
     assert f"This goes on after step {done}: {command}" in out
-    ended = train(run / "config.yaml", "--resume")
-    assert ended.returncode == 0, ended.stderr
-    assert f"Going on with {run} after {done} of 8 steps" in ended.stdout
+    code, out, err = cli("train", run / "config.yaml", "--resume")
+    assert code == 0, err
+    assert f"Going on with {run} after {done} of 8 steps" in out
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(8))
 
 
-def test_a_second_process_is_kept_off_a_run_that_is_on(slow_config: Path, tmp_path: Path) -> None:
+def test_a_second_process_is_kept_off_a_run_that_is_on(cli, slow_config, tmp_path) -> None:
     process = begin(slow_config, "ppo.num_steps=400")
     wait_for(tmp_path / "run/metrics.jsonl", process)
     for option in ([], ["--resume"], ["--overwrite"]):
-        ended = train(slow_config, "ppo.num_steps=400", *option)
-        assert ended.returncode == 2, ended.stderr
-        assert f"another process (process {process.pid}) trains there now" in ended.stderr
+        code, _, err = cli("train", slow_config, "ppo.num_steps=400", *option)
+        assert code == 2, err
+        assert f"another process (process {process.pid}) trains there now" in err
     process.kill()
     process.communicate()
 

@@ -38,7 +38,8 @@ def ending(command: Callable[P, int | None]) -> Callable[P, None]:
         try:
             code = _run(command, *args, **kwargs)
         except KlippoError as error:
-            complain(str(error))
+            if _is_first() or not error.everywhere:
+                complain(str(error))
             code = error.exit_code
         except (typer.Exit, typer.Abort):
             raise

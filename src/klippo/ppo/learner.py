@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
@@ -127,9 +128,19 @@ class Learner:
 
         Raises ConfigError where they are another model's.
         """
-        named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        require_same_shapes(named, tensors["weights"])
+        require_same_shapes(self._trainable(), tensors["weights"])
         self.optimizer.load_tensors(tensors)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights alone, in this process, where the policy's are `whole`.
+
+        Raises ConfigError where they are another model's.
+        """
+        named = self._trainable()
+        require_same_shapes(named, weights)
+        for name, parameter in named.items():
+            parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
         """All other state, as JSON holds it."""
@@ -149,6 +160,9 @@ class Learner:
         self.scheduler = build_schedule(
             self.optimizer.adam, self.optimizer_settings, self.ppo.num_steps, self.num_steps_done
         )
+
+    def _trainable(self) -> dict[str, Parameter]:
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
     @property
     def _is_warming_up(self) -> bool:

@@ -37,7 +37,7 @@ def build_reward(
     account: str | None = None,
 ) -> RewardSource:
     """The reward source that the settings describe; `account` is whose budget its judges have."""
-    all_sum = (ranks or Ranks()).all_sum
+    all_sum = (ranks or Ranks()).all_sum_or_fail
     match settings:
         case kinds.ClassifierSettings():
             return ClassifierReward(settings, device=device, prompt_column=prompt_column)

@@ -90,16 +90,14 @@ class Keeper:
         return True
 
     def set_aside(self, step: int) -> None:
-        """The policy of this step is not what the run should go on from."""
-        self._checkpoints.set_aside(step)
-        self.newest = self._checkpoints.newest_step()
+        """The policy of this step is not what the run should go on from. Every process calls it."""
+        self._session.ranks.on_main(lambda: self._checkpoints.set_aside(step))
+        if self._session.ranks.is_main:
+            self.newest = self._checkpoints.newest_step()
 
     def rescue(self, error: BaseException) -> None:
-        """After a failure: the moment before the step that failed, where it can be had.
-
-        Several processes ended wherever they were, so none is written of them.
-        """
-        if not isinstance(error, DivergedError) and self._session.ranks.world_size == 1:
+        """After a failure: the moment before the step that failed. Every process calls it."""
+        if not isinstance(error, DivergedError):
             self._write_unseen()
 
     def done(self) -> None:

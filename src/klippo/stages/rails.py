@@ -55,8 +55,8 @@ class RunRails:
         news = [alarm for alarm in alarms if alarm.is_new]
         for alarm in news:
             self._say(f"Guard rail {alarm}")
-        if news and self._ranks.is_main:
-            self._folder.write_status("running", **self.status())
+        if news:
+            self._ranks.on_main(lambda: self._folder.write_status("running", **self.status()))
         for alarm in alarms:
             if alarm.stops:
                 raise GuardRailError(alarm.rail, f"guard rail {alarm}")

@@ -187,9 +187,7 @@ class RunRecorder:
 
     def _evaluate(self, step: int) -> bool:
         session = self.session
-        own = []
-        if session.evaluation_share:
-            own = self._rows(session.answer_evaluation(), step)
+        own = session.ranks.everywhere(lambda: self._own_rows(step))
         rows = [row for part in session.ranks.gather(own) for row in part]
         stop = False
         if self.is_main:
@@ -229,6 +227,11 @@ class RunRecorder:
             f"length {summary['eval/length_tokens']:.1f}  ({len(rows)} prompts)"
         )
 
+    def _own_rows(self, step: int) -> list[SampleRow]:
+        """Rows of this process's share of the evaluation prompts."""
+        session = self.session
+        return self._rows(session.answer_evaluation(), step) if session.evaluation_share else []
+
     def _rows(self, rollout: Rollout, step: int) -> list[SampleRow]:
         """Rows of responses that this process sampled."""
         session = self.session
@@ -257,9 +260,10 @@ class RunRecorder:
         try:
             self.rails.look_at_rollout(step, metrics)
         except GuardRailError:
-            if self.is_main:
-                self.folder.append_metrics(self._place(step) | metrics)
-                self.keeper.set_aside(step)
+            self.session.ranks.on_main(
+                lambda: self.folder.append_metrics(self._place(step) | metrics)
+            )
+            self.keeper.set_aside(step)
             raise
 
     def _place(self, step: int) -> Metrics:

@@ -209,7 +209,7 @@ def open_session(
     engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts], ranks)
     evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
     share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
-    fixed = yardstick(source, evaluators.all_sum)
+    fixed = yardstick(source, evaluators.all_sum_or_fail)
 
     def source_with(next_prompts: Callable[[], list[Prompt]], seed: int) -> OnlineSource:
         return OnlineSource(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,18 @@ from klippo.config.load import LoadedConfig, config_from_mapping
 from klippo.config.schema import RunConfig
 from klippo.config.trust import trust_code
 from klippo.data.rows import Data
-from klippo.errors import (
-    ConfigError,
-    DivergedError,
-    GuardRailError,
-    KlippoError,
-    StorageError,
-)
+from klippo.errors import ConfigError
 from klippo.policy.sharding import has_shards, whole
 from klippo.ppo import trainer as ppo_trainer
-from klippo.ranks import Ranks, explaining_peers
+from klippo.ranks import explaining_peers
 from klippo.rollouts.collate import collate, truncate_after_stop
-from klippo.runs.checkpoints import Checkpoints
-from klippo.runs.folder import MODEL_DIR, RunFolder
+from klippo.runs.folder import RunFolder
 from klippo.stages.interruptions import undisturbed
-from klippo.stages.outcome import Outcome, conclude, refresh_report
+from klippo.stages.outcome import Outcome, conclude
 from klippo.stages.recorder import RunRecorder, save_model
-from klippo.stages.resume import resume_command
+from klippo.stages.rescue import rescue
 from klippo.stages.session import Session, open_session
-from klippo.stages.started import now, write_started
+from klippo.stages.started import write_started
 from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
 
 IN_MEMORY = "(given from Python)"
@@ -101,7 +93,7 @@ class PPOTrainer:
                     folder, session, self.config, self.name, self._origins, recorder.start
                 )
             with recorder.progress, recorder.interruptions, explaining_peers():
-                ppo_trainer.train(session.learner, session.source, session.score, recorder)
+                ppo_trainer.train(session.learner, session.source, self._score, recorder)
             with whole(session.policy):
                 if session.ranks.is_main:
                     save_model(session, recorder.folder)
@@ -116,7 +108,7 @@ class PPOTrainer:
             recorder.keeper.done()
         except BaseException as error:
             with undisturbed():
-                self._rescue(recorder, error)
+                rescue(session, recorder, error)
                 with suppress(Exception):  # what went wrong first is what is told
                     session.close_reward()
             raise
@@ -157,6 +149,9 @@ class PPOTrainer:
             if self.session.ranks.is_main or not has_shards(policy):
                 save_model(self.session, RunFolder(path))
 
+    def _score(self, rollout: Rollout) -> Scores:
+        return self.session.ranks.everywhere(lambda: self.session.score(rollout))
+
     def _rollout(self, prompts: list[Prompt], responses: Sequence[Any], num_scores: int) -> Rollout:
         sizes = (len(prompts), len(responses), num_scores)
         expected = self.config.ppo.batch_size // self.session.ranks.world_size
@@ -183,81 +178,6 @@ class PPOTrainer:
             temperature=self.config.rollout.temperature,
             device=self.session.device,
         )
-
-    def _rescue(self, recorder: RunRecorder, error: BaseException) -> None:
-        """After a failure: write down why the run ended, and keep all that it needs to go on."""
-        if not self.session.ranks.is_main:
-            return
-        done = self.session.learner.num_steps_done
-        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        recorder.rails.record(error, done)
-        details = {"reason": _reason(error, self.session.ranks), "num_steps_done": done}
-        rail = error.rail if isinstance(error, KlippoError) else None
-        details |= {"stopped_by": rail} if rail is not None else {}
-        details |= recorder.rails.status()
-        with self._second_failure(recorder):
-            recorder.folder.write_status(state, **details, ended=now())
-        with self._second_failure(recorder):
-            recorder.keeper.rescue(error)
-        checkpoint = recorder.keeper.newest
-        if checkpoint is not None:
-            command = resume_command(recorder.folder.path)
-            details |= {"resume": command, "checkpoint_step": checkpoint}
-            with self._second_failure(recorder):
-                recorder.folder.write_status(state, **details, ended=now())
-        if not has_shards(self.session.policy):  # its parts are lost with the others
-            self._save_model(recorder, error, done)
-        if rail is not None:
-            refresh_report(recorder.folder.path, recorder.console)
-        if checkpoint is not None:
-            recorder.progress.say(f"This goes on after step {checkpoint}: {details['resume']}")
-
-    def _save_model(self, recorder: RunRecorder, error: BaseException, done: int) -> None:
-        if isinstance(error, GuardRailError):
-            self._save_last_good(recorder)
-        elif done > 0:
-            self._save_as_it_is(recorder, error, done)
-
-    def _save_last_good(self, recorder: RunRecorder) -> None:
-        """The policy of the newest checkpoint: that in memory is what a guard rail stopped."""
-        checkpoint, _ = Checkpoints(recorder.folder.path).newest()
-        if checkpoint is None:
-            recorder.progress.say("There is no checkpoint from before, and no model is saved.")
-            return
-        with self._second_failure(recorder):
-            self.session.learner.load_tensors(
-                {name: checkpoint.tensors(name) for name in checkpoint.state["files"]}
-            )
-            save_model(self.session, recorder.folder)
-            recorder.progress.say(
-                f"The policy as it was after {checkpoint.step} steps, before that, is in "
-                f"{recorder.folder.path / MODEL_DIR}"
-            )
-
-    def _save_as_it_is(self, recorder: RunRecorder, error: BaseException, done: int) -> None:
-        folder = recorder.folder
-        if isinstance(error, StorageError):
-            folder = RunFolder(Path(tempfile.mkdtemp(prefix="klippo-rescued-")))
-        with self._second_failure(recorder):
-            save_model(self.session, folder)
-            recorder.progress.say(
-                f"The policy as it was after {done} steps is in {folder.path / MODEL_DIR}"
-            )
-
-    @contextmanager
-    def _second_failure(self, recorder: RunRecorder) -> Iterator[None]:
-        """What goes wrong while cleaning up must not hide what went wrong first."""
-        try:
-            yield
-        except (StorageError, DivergedError) as error:
-            recorder.progress.say(f"And then: {error}")
-
-
-def _reason(error: BaseException, ranks: Ranks) -> str:
-    text = str(error)
-    if isinstance(error, SystemExit) and ranks.world_size > 1:
-        return f"ended from outside ({text}), perhaps because another process of the run failed"
-    return text if isinstance(error, KlippoError) else f"{type(error).__name__}: {text}"
 
 
 def _ready(prompts: Sequence[Any]) -> list[Prompt] | None:
