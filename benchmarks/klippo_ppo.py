@@ -74,11 +74,20 @@ def run(
         parameters_policy_and_critic=shared.num_parameters(session.policy),
     )
     trunk = session.policy.critic.trunk if critic == "separate" else None
-    return (
-        result
-        | {"peak_rss_gb": round(peak, 3)}
-        | flops.of_update(workload, prompts, tokenizer, session.policy.lm.model, trunk)
+    counted = flops.of_update(
+        workload,
+        prompts,
+        tokenizer,
+        session.policy.lm.model,
+        trunk,
+        knows_first_pass=starts_with_whole_batch(workload) and session.ranks.world_size == 1,
     )
+    return result | {"peak_rss_gb": round(peak, 3)} | counted
+
+
+def starts_with_whole_batch(workload: Workload) -> bool:
+    """Whether the update's first pass is that of the forward phase, with one process."""
+    return workload.num_minibatches == 1 and workload.micro_batch_size is None
 
 
 def save_rewards(workload: Workload, tokenizer: Any, folder: Path) -> list[str]:

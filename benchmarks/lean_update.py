@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -147,7 +148,10 @@ def step(loaded: LoadedPolicy, rollout: Rollout, work: Workload) -> dict[str, An
     learner.optimizer.adam.register_step_pre_hook(keep)
     forward, forward_s, _ = timed(lambda: learner.forward(rollout))
     reward = torch.randn(work.batch_size, generator=torch.Generator().manual_seed(1))
-    experience = learner.experience(rollout, Scores(reward=reward), forward)
+    # Every pass of the update is run, so that the arms differ by the frozen blocks alone.
+    experience = replace(
+        learner.experience(rollout, Scores(reward=reward), forward), first_pass=None
+    )
     metrics, update_s, update_cpu_s = timed(lambda: learner.learn(experience))
     states = experience.tokens.frozen_states
     return {
