@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ def shard(policy: ActorCritic, reference: Reference, device: torch.device) -> No
             "policy.dtype=float32 (policy.autocast=true computes in bfloat16 all the same), "
             "policy.tuning=lora, or sharding=fsdp"
         )
-    deepspeed = _library(device)
+    deepspeed = _library()
     models = Models(policy, reference)
     deepspeed.zero.Init(module=models, config_dict_or_path=CONFIG, mem_efficient_linear=False)
     for module in models.modules():
@@ -239,9 +238,8 @@ class RestingAdamW(AdamW):
         return super().step(closure)
 
 
-def _library(device: torch.device) -> Any:
+def _library() -> Any:
     """DeepSpeed, quiet, and using the process group that is there."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
     except ImportError as error:

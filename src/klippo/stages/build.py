@@ -109,6 +109,8 @@ def choose_device(name: str) -> torch.device:
         raise PreflightError(
             f"device=cuda: PyTorch {torch.__version__} finds no CUDA GPU here; use device=auto"
         )
+    # Where DeepSpeed is installed, other libraries import it, and it warns that it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", name)
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
