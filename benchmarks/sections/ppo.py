@@ -24,8 +24,8 @@ DIFFERENCES = (
     "critic is a model of its own, as is that of the separate arm. Klippo's reward model reads "
     "decoded text through its own tokenizer; TRL's reads the policy's token ids. Klippo clips "
     "gradients by default, TRL's PPO does not. TRL learns from the log-probs of sampling, which it "
-    "takes from the logits of all sampled tokens; Klippo computes them again, in a pass that over a "
-    "whole batch is the update's first as well."
+    "takes from the logits of all sampled tokens; Klippo computes them again, in a pass that over "
+    "a whole batch is the update's first as well."
 )
 LORA = (
     "LoRA trains the policy alone, in every arm, and the reference is the base model without its "
