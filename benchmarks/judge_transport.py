@@ -25,9 +25,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from klippo.rewards.judge.client import JudgeClient
-from klippo.rewards.judge.messages import Request
-from klippo.rewards.judge.settings import TransportSettings
+from klippo.judge.client import JudgeClient
+from klippo.judge.messages import Request
+from klippo.judge.settings import TransportSettings
 
 CONCURRENCY = 64
 BODY = json.dumps(

@@ -111,9 +111,9 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     from klippo import PPOTrainer
     from klippo.config.load import config_from_mapping
     from klippo.data.rows import load_rows
+    from klippo.ranks import choose_device
     from klippo.runs.memory import peak_memory_gib
-    from klippo.stages.build import choose_device
-    from klippo.stages.memory_check import estimate_of
+    from klippo.train.memory_check import estimate_of
 
     with tempfile.TemporaryDirectory() as scratch:
         loaded = config_from_mapping(settings(CASES[name], folder, Path(scratch) / "run"))

@@ -35,8 +35,8 @@ from models import Answers, save_untrained, train_adapter, train_chat, train_tok
 from posts import CHAT_KINDS, SFT_KINDS, TOP_KINDS, Post, draw_answer, make_posts, split_deeds
 
 from klippo.evaluation.statistics import estimate
-from klippo.rewards.judge.settings import JudgeSettings
-from klippo.stages.judge import ScoreFile, judge_score
+from klippo.judge.settings import JudgeSettings
+from klippo.lab.judge_scores import ScoreFile, judge_score
 
 SHARE_HELD_OUT = 0.2
 RESPONSES_PER_POST = 4

@@ -15,9 +15,10 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from klippo.config.located import write_yaml
-from klippo.config.schema import RunConfig, SFTConfig
+from klippo.config.schema import RunConfig
 from klippo.config.walk import by_kind, child, members, sections_of
 from klippo.settings import Settings
+from klippo.supervised.settings import SFTConfig
 
 WORDS: dict[str, list[str]] = {
     "model": ["demo:policy", "demo:proxy", "demo:gold", "demo:nothing", "no/such-model", "model"],

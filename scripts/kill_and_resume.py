@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    import klippo.stages.trainer  # noqa: F401, for the children
+    import klippo.train.trainer  # noqa: F401, for the children
 
     events = Events()
     draw = random.Random(arguments.seed)
@@ -166,8 +166,8 @@ def is_done(folder: Path) -> bool:
 def train(folder: Path, events: Events) -> None:
     """In the child: one run, telling what it does."""
     from klippo.runs.checkpoints import Checkpoints
-    from klippo.stages.recorder import RunRecorder
-    from klippo.stages.trainer import PPOTrainer
+    from klippo.train.recorder import RunRecorder
+    from klippo.train.trainer import PPOTrainer
 
     def telling(name: str, function: Any) -> Any:
         def told(*args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from config_mutations import RandomConfig, random_config, write_files
 
 from klippo.config.load import load_config
-from klippo.config.schema import RewardModelConfig, RunConfig, SFTConfig, WholeConfig
+from klippo.config.schema import RunConfig, WholeConfig
+from klippo.supervised.settings import RewardModelConfig, SFTConfig
 
 LIMIT_S = 60.0
 """A config that takes longer hangs; a run is then interrupted as by Ctrl-C."""
@@ -205,8 +206,8 @@ def warm_up() -> None:
     )
 
     import klippo.cli.main
-    import klippo.stages.dry_run
-    import klippo.stages.train  # noqa: F401
+    import klippo.train.dry_run
+    import klippo.train.run  # noqa: F401
 
 
 def main() -> int:

@@ -10,3 +10,13 @@ import torch
 
 # Tiny tensors: threads cost more than they bring.
 torch.set_num_threads(1)
+
+from tests.small_models import (  # noqa: E402, F401
+    adapter,
+    cli,
+    gpt2,
+    prompts_file,
+    reward_file,
+    roberta,
+    write_config,
+)

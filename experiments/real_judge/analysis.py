@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from klippo.evaluation.pairs import wilson
-from klippo.rewards.judge.parsing import LABELS
+from klippo.judge.parsing import LABELS
 
 NUM_RESAMPLES = 2000
 MIN_GAP = 1.0  # of mean ratings, -4 to 4: pairs on which people clearly differ

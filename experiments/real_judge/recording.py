@@ -10,13 +10,13 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from klippo.rewards.judge.client import JudgeClient
-from klippo.rewards.judge.judging import Judge
-from klippo.rewards.judge.messages import Answer, Request
-from klippo.rewards.judge.rubric import Material
-from klippo.rewards.judge.scoring import make_request
-from klippo.rewards.judge.settings import JudgeSettings
-from klippo.rewards.judge.wire import WIRES, Learned
+from klippo.judge.client import JudgeClient
+from klippo.judge.judging import Judge
+from klippo.judge.messages import Answer, Request
+from klippo.judge.rubric import Material
+from klippo.judge.scoring import make_request
+from klippo.judge.settings import JudgeSettings
+from klippo.judge.wire import WIRES, Learned
 
 
 class Recorder:

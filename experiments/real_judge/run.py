@@ -41,12 +41,12 @@ from page import write_page
 from recording import Recorder, overhead
 
 from klippo.errors import JudgeError
-from klippo.rewards.judge.client import JudgeClient
-from klippo.rewards.judge.judging import together
-from klippo.rewards.judge.reward import JudgeReward
-from klippo.rewards.judge.rubric import Material
-from klippo.rewards.judge.settings import JudgeSettings
-from klippo.rewards.judge.watch import probe
+from klippo.judge.client import JudgeClient
+from klippo.judge.judging import together
+from klippo.judge.reward import JudgeReward
+from klippo.judge.rubric import Material
+from klippo.judge.settings import JudgeSettings
+from klippo.judge.watch import probe
 from tests.judge.injections import ALL as INJECTIONS
 
 RESULTS = HERE / "results.json"

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from klippo.config.load import config_from_mapping
-from klippo.config.schema import SFTConfig
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
 from klippo.data.settings import DataSettings
@@ -25,7 +24,8 @@ from klippo.rollouts.collate import decode, stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
-from klippo.stages.sft import sft
+from klippo.supervised.settings import SFTConfig
+from klippo.supervised.sft_run import sft
 
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")

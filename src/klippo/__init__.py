@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from klippo.config.load import LoadedConfig, config_from_mapping, load_config
     from klippo.config.schema import RunConfig
-    from klippo.stages.trainer import PPOTrainer
+    from klippo.train.trainer import PPOTrainer
     from klippo.types import Completion, Prompt, Rollout, Scores
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PPOTrainer": "klippo.stages.trainer",
+    "PPOTrainer": "klippo.train.trainer",
     "RunConfig": "klippo.config.schema",
     "LoadedConfig": "klippo.config.load",
     "load_config": "klippo.config.load",

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.distributed_c10d import _get_default_store
@@ -312,3 +314,25 @@ def _peer_error(error: RuntimeError) -> PeerError:
         "at the network; then start all processes again, and they go on from the newest "
         f"checkpoint ({str(error).splitlines()[0]})"
     )
+
+
+def warn(text: str) -> None:
+    """A warning on stderr, from the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(Text(f"Warning: {text}", style="yellow"))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process. Raises PreflightError for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(
+            f"device=cuda: PyTorch {torch.__version__} finds no CUDA GPU here; use device=auto"
+        )
+    # Where DeepSpeed is installed, other libraries import it, and it warns that it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", name)
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)

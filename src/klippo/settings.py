@@ -1,6 +1,6 @@
 """The base of every settings class: unknown keys are errors, values are frozen, docs in place."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
@@ -27,6 +27,13 @@ class CodeSettings(Settings):
     trust_remote_code: bool = False
     """Run the Python code that comes with the model, for classes that transformers does not have;
     the command needs --trust-remote-code as well (docs/security.md)."""
+    model_key: ClassVar[str] = "model"
+    """The field that names the model."""
+
+    def trusted_models(self) -> list[str]:
+        """The models whose code this section allows."""
+        name = getattr(self, self.model_key)
+        return [name] if self.trust_remote_code and name is not None else []
 
 
 def _ordered(pair: list[int]) -> list[int]:

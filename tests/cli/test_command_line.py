@@ -33,13 +33,13 @@ def run(
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
-def stage(body: str, name: str = "doctor") -> str:
+def stage(body: str, name: str = "doctor", module: str = "cli.doctor") -> str:
     """Code that puts a stage of this body in the place of a real one."""
     return (
         "import sys, types, os, signal, time\n"
         "from klippo.errors import *\n"
         f"def {name}(*args, **kwargs):\n    {body}\n"
-        f"sys.modules['klippo.stages.{name}'] = types.SimpleNamespace({name}={name})\n"
+        f"sys.modules['klippo.{module}'] = types.SimpleNamespace({name}={name})\n"
     )
 
 
@@ -171,7 +171,7 @@ def test_wrong_usage_exits_with_2(arguments):
 
 def test_train_gets_the_config_and_its_flags(config):
     body = "print(args[0].config.seed, args[0].name, kwargs)"
-    done = run("train", config, "seed=4", "--quiet", code=stage(body, "train"))
+    done = run("train", config, "seed=4", "--quiet", code=stage(body, "train", "train.run"))
     assert (
         done.stdout == "4 run {'overwrite': False, 'resume': False, 'quiet': True, 'yes': False, "
         "'trust_remote_code': False}\n"
@@ -180,18 +180,20 @@ def test_train_gets_the_config_and_its_flags(config):
 
 def test_generate_gets_every_prompt(config):
     arguments = ["generate", "m", "--prompt", "a", "--prompt", "b", "--temperature", "0.5"]
-    done = run(*arguments, code=stage("print(args, kwargs['temperature'])", "generate"))
+    done = run(
+        *arguments, code=stage("print(args, kwargs['temperature'])", "generate", "lab.generate")
+    )
     assert done.stdout == "('m', ['a', 'b'], None) 0.5\n"
 
 
 def test_generate_without_a_prompt_leaves_asking_to_the_stage():
-    done = run("generate", "m", code=stage("print(args)", "generate"))
+    done = run("generate", "m", code=stage("print(args)", "generate", "lab.generate"))
     assert done.stdout == "('m', None, None)\n"
 
 
 def test_compare_gets_all_models_and_rewards():
     arguments = ["compare", "a", "b", "c=d", "--reward", "demo:gold", "--reward", "x=y.yaml"]
-    done = run(*arguments, code=stage("print(args, kwargs['rewards'])", "compare"))
+    done = run(*arguments, code=stage("print(args, kwargs['rewards'])", "compare", "lab.compare"))
     assert done.stdout == "('a', ['b', 'c=d']) ['demo:gold', 'x=y.yaml']\n"
 
 
@@ -246,7 +248,7 @@ def test_doctor_tells_that_a_key_is_set_and_never_what_it_is():
 
 
 def test_doctor_exits_with_3_where_a_package_is_missing(monkeypatch, capsys):
-    from klippo.stages import doctor
+    from klippo.cli import doctor
 
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "surely-not-installed"))
     assert doctor.doctor() == 3

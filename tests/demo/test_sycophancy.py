@@ -20,17 +20,17 @@ from klippo.data.files import Row, read_file
 from klippo.data.prompts import build_prompts
 from klippo.data.settings import DataSettings
 from klippo.demo import demo_path
+from klippo.judge.rubric import Material, load_rubric, render
+from klippo.judge.scoring import INSTRUCTIONS
+from klippo.lab.judge_scores import find_judge
 from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
-from klippo.rewards.judge.rubric import Material, load_rubric, render
-from klippo.rewards.judge.scoring import INSTRUCTIONS
 from klippo.rollouts.collate import collate, decode, stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
-from klippo.stages.judge import find_judge
-from klippo.stages.models import open_model
-from klippo.stages.train import train
+from klippo.runs.models import open_model
+from klippo.train.run import train
 from klippo.types import Completion
 from tests.judge.fakes import ROOT
 

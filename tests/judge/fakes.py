@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from klippo.rewards.judge.messages import Answer, Request
-from klippo.rewards.judge.settings import JudgeSettings
+from klippo.judge.messages import Answer, Request
+from klippo.judge.settings import JudgeSettings
 
 ROOT = Path(__file__).parent.parent.parent
 API = {"provider": "local", "model": "fake", "base_url": "http://127.0.0.1:9/v1"}

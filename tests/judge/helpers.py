@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from klippo.rewards.judge.client import JudgeClient
-from klippo.rewards.judge.messages import Answer, Request
-from klippo.rewards.judge.settings import TransportSettings
-from klippo.rewards.judge.transport import Timing
+from klippo.judge.client import JudgeClient
+from klippo.judge.messages import Answer, Request
+from klippo.judge.settings import TransportSettings
+from klippo.judge.transport import Timing
 from tests.judge.server import FaultServer, Step
 
 QUICK = Timing(backoff_s=0.005, backoff_cap_s=0.02, pause_cap_s=0.15, drain_s=1.0, poll_s=0.005)

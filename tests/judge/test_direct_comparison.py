@@ -1,8 +1,8 @@
 """Two models' answers compared with each other by a pairwise judge."""
 
 from klippo.evaluation.comparison import duel
-from klippo.rewards.judge.reward import JudgeReward
-from klippo.stages.measures import Measure, matches
+from klippo.judge.reward import JudgeReward
+from klippo.lab.measures import Measure, matches
 from klippo.types import Prompt
 from tests.judge.fakes import FakeJudge, settings, shown
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from klippo.errors import JudgeError
-from klippo.rewards.judge.transport import BODY_CAP, retry_after_s
+from klippo.judge.transport import BODY_CAP, retry_after_s
 from tests.judge.helpers import answer_of, ask_all, question
 from tests.judge.server import FaultServer, Step, encoded, error, ok, zipped
 

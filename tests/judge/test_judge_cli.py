@@ -8,11 +8,11 @@ import pytest
 
 from klippo.config.load import load_config
 from klippo.errors import ConfigError, JudgeError, PreflightError
-from klippo.rewards.judge.messages import Answer
-from klippo.rewards.judge.settings import JudgeSettings
-from klippo.stages import judge as stage
-from klippo.stages.judge import ScoreFile, find_judge, judge_score
-from klippo.stages.reward_names import check_reward, reward_label, reward_named
+from klippo.judge.messages import Answer
+from klippo.judge.settings import JudgeSettings
+from klippo.lab import judge_scores as stage
+from klippo.lab.judge_scores import ScoreFile, find_judge, judge_score
+from klippo.lab.reward_names import check_reward, reward_label, reward_named
 from tests.judge.fakes import ROOT, FakeJudge, answer, settings, shown
 from tests.judge.servers import api, serving
 

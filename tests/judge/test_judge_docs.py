@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from klippo.rewards.judge.rubric import parse_rubric
+from klippo.judge.rubric import parse_rubric
 from tests.judge.fakes import ROOT
 
 TEXT = (ROOT / "docs/judge.md").read_text()

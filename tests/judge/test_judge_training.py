@@ -13,7 +13,7 @@ import pytest
 
 from klippo import PPOTrainer
 from klippo.errors import JudgeError
-from klippo.stages.gold_eval import gold_eval
+from klippo.lab.gold_eval import gold_eval
 from tests.judge.servers import api, serving
 
 

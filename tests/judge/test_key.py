@@ -17,9 +17,9 @@ import pytest
 from pydantic import ValidationError
 
 from klippo.errors import ConfigError, JudgeError, PreflightError
-from klippo.rewards.judge.client import JudgeClient
-from klippo.rewards.judge.security import Secret, check_address, hide_in_logs, unhide_logs
-from klippo.rewards.judge.settings import TransportSettings
+from klippo.judge.client import JudgeClient
+from klippo.judge.security import Secret, check_address, hide_in_logs, unhide_logs
+from klippo.judge.settings import TransportSettings
 from tests.judge.helpers import QUICK, ask_all, question, settings
 from tests.judge.server import FaultServer, Hit, Step, encoded, error, ok
 

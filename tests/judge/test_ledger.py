@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from klippo.errors import BudgetError, PreflightError
-from klippo.rewards.judge.client import JudgeClient
-from klippo.rewards.judge.store import Store
+from klippo.judge.client import JudgeClient
+from klippo.judge.store import Store
 from tests.judge.helpers import QUICK, ask_all, question, settings
 from tests.judge.server import FaultServer, Hit, Step, encoded, error, ok
 
@@ -277,7 +277,7 @@ import asyncio, json, sys
 from pathlib import Path
 from klippo.errors import BudgetError
 from tests.judge.helpers import QUICK, question, settings
-from klippo.rewards.judge.client import JudgeClient
+from klippo.judge.client import JudgeClient
 import signal
 
 url, cache, first, last, more = sys.argv[1:]

@@ -15,10 +15,11 @@ import pytest
 
 from klippo import PPOTrainer
 from klippo.errors import BudgetError
+from klippo.judge.messages import Answer, Request
+from klippo.judge.reward import JudgeReward
 from klippo.ranks import Ranks
 from klippo.rewards.combined import Part, SumReward
-from klippo.rewards.judge.messages import Answer, Request
-from klippo.rewards.judge.reward import JudgeReward, over_processes
+from klippo.rewards.judged import over_processes
 from klippo.rewards.penalties import LengthPenalty
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
 from klippo.types import Rollout

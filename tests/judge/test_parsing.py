@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klippo.rewards.judge.fencing import clean
-from klippo.rewards.judge.parsing import LABELS, SOURCES, parse_json, parse_line, read_answer
+from klippo.judge.fencing import clean
+from klippo.judge.parsing import LABELS, SOURCES, parse_json, parse_line, read_answer
 from tests.judge.fakes import answer
 from tests.judge.injections import ALL
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, JudgeError
+from klippo.judge.reward import JudgeReward, opening_rollout, prompt_text
+from klippo.judge.rubric import Material
+from klippo.judge.scoring import Judgement, absolute, both_orders, difference
+from klippo.judge.watch import Watch
 from klippo.rewards.combined import Part, SumReward
-from klippo.rewards.judge.reward import JudgeReward, judge_metrics, opening_rollout, prompt_text
-from klippo.rewards.judge.rubric import Material
-from klippo.rewards.judge.scoring import Judgement, absolute, both_orders, difference
-from klippo.rewards.judge.watch import Watch
+from klippo.rewards.judged import judge_metrics
 from klippo.rewards.resolve import resolve_scores
 from klippo.types import Prompt, Rollout, Scores, TokenBatch
 from tests.judge.fakes import FakeJudge, answer, mode_of, settings, shown

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.errors import ConfigError
-from klippo.rewards.judge.fencing import clean, cut, fence_for, is_blank
-from klippo.rewards.judge.rubric import (
+from klippo.judge.fencing import clean, cut, fence_for, is_blank
+from klippo.judge.rubric import (
     Material,
     check_settings,
     load_rubric,

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from klippo.config.load import load_config
 from klippo.data.rows import load_rows
 from klippo.evaluation.settings import MIN_PROMPTS
-from klippo.stages.judge import find_judge
+from klippo.lab.judge_scores import find_judge
 from tests.judge.fakes import ROOT, lexicon_judge
 from tests.judge.servers import serving
 

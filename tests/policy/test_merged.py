@@ -10,7 +10,7 @@ from klippo.config.schema import RunConfig
 from klippo.policy.merged import mergeable, merged_adapters, merged_bytes
 from klippo.policy.settings import CriticSettings
 from klippo.ranks import Ranks
-from klippo.stages.engines import build_engine, merges_adapters, ready_to_sample
+from klippo.train.engines import build_engine, merges_adapters, ready_to_sample
 from tests.policy.test_reference import adapter_state, start
 from tests.toys import FAMILIES, LORA, RAGGED, disturb, gpt2, llama, load, make_rollout, prompt
 
@@ -114,7 +114,7 @@ def test_adapters_are_merged_once_for_all_batches_of_a_sampling_phase(monkeypatc
         entered.append(arguments)
         return ready_to_sample(*arguments)
 
-    monkeypatch.setattr("klippo.stages.engines.ready_to_sample", around)
+    monkeypatch.setattr("klippo.train.engines.ready_to_sample", around)
     engine = build_engine(config, loaded, frozenset(), PROMPTS, Ranks())
     engine.generate(PROMPTS, [3] * 4, [1, 2, 3, 4])
     assert entered == [(config, loaded.policy)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from klippo.stages.report import write_report
+from klippo.report.write import write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

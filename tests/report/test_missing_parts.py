@@ -9,7 +9,7 @@ import pytest
 from klippo.errors import ConfigError
 from klippo.report.card import END, START
 from klippo.report.reading import read_run
-from klippo.stages.report import report
+from klippo.report.write import report
 from tests.report.conftest import noisy_rows, row
 
 

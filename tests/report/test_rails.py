@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from klippo.ppo.guard_rails import NAMES
+from klippo.ppo.health import NAMES
 from klippo.ppo.settings import GuardRailSettings
 from tests.report.conftest import metric_lines
 

@@ -21,7 +21,7 @@ from klippo.rollouts.remote import Timing
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.server import RolloutServer
 from klippo.rollouts.service import RolloutService
-from klippo.stages.serve_rollouts import serve
+from klippo.train.serve_rollouts import serve
 from klippo.types import Completion, OnDone, Prompt
 
 ROOT = Path(__file__).resolve().parents[2]

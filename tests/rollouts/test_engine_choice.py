@@ -14,7 +14,7 @@ from klippo.rollouts import vllm
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.opening import Opening
 from klippo.rollouts.settings import RolloutSettings, VLLMSettings
-from klippo.stages.engines import build_engine, check_engine, check_engine_settings
+from klippo.train.engines import build_engine, check_engine, check_engine_settings
 from klippo.types import Completion
 from tests.toys import CPU, FAMILIES, disturb, gpt2, load, prompt
 

@@ -25,8 +25,8 @@ from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
 from klippo.rollouts.servers import ServersEngine
 from klippo.rollouts.settings import RolloutSettings, VLLMSettings
-from klippo.stages.engines import build_engine, check_engine_settings, own_servers
-from klippo.stages.serve_rollouts import serve
+from klippo.train.engines import build_engine, check_engine_settings, own_servers
+from klippo.train.serve_rollouts import serve
 from tests.rollouts.serving import (
     QUICK,
     CopyEngine,

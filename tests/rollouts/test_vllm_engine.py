@@ -23,7 +23,7 @@ from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.seeds import response_seeds
 from klippo.rollouts.settings import VLLMSettings
 from klippo.rollouts.vllm import open_vllm, vllm_version
-from tests.stages.conftest import word_tokenizer
+from tests.small_models import word_tokenizer
 from tests.toys import CPU, EOS, NO_TOKENIZER, disturb, load, prompt, weights
 
 ROOT = Path(__file__).resolve().parents[2]

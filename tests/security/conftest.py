@@ -1,4 +1,4 @@
-"""Small models and configs of the stages' tests, and folders that try to run code."""
+"""Small models and configs of the tests, and folders that try to run code."""
 
 import json
 import shutil
@@ -8,16 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.stages.conftest import (  # noqa: F401
-    adapter,
-    cli,
-    gpt2,
-    prompts_file,
-    reward_file,
-    roberta,
-    write_config,
-)
 
 CODE = """
 from pathlib import Path
@@ -72,13 +62,13 @@ def with_code(tmp_path: Path, canary: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def own_policy(with_code: Callable[..., Path], gpt2: Path) -> Path:  # noqa: F811
+def own_policy(with_code: Callable[..., Path], gpt2: Path) -> Path:
     """A language model with code of its own."""
     return with_code(gpt2, "GPT2Config", "GPT2LMHeadModel")
 
 
 @pytest.fixture
-def own_reward(with_code: Callable[..., Path], roberta: Path) -> Path:  # noqa: F811
+def own_reward(with_code: Callable[..., Path], roberta: Path) -> Path:
     """A classifier with code of its own."""
     return with_code(roberta, "RobertaConfig", "RobertaForSequenceClassification")
 

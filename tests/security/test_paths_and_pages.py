@@ -9,9 +9,9 @@ import pytest
 from klippo.config.load import load_config
 from klippo.errors import ConfigError
 from klippo.hub import resolve
-from klippo.rewards.judge.rubric import load_rubric
+from klippo.judge.rubric import load_rubric
+from klippo.lab.best_of_n_plan import _key
 from klippo.rewards.settings import ClassifierSettings
-from klippo.stages.best_of_n_plan import _key
 
 ATTACK = '<script>document.title="taken"</script><img src=x onerror=alert(1)>'
 CLIMBING = ["../secret", "../../etc/passwd", "/etc/passwd", "policy/../../secret", "..\\secret"]

@@ -9,9 +9,6 @@ from klippo.data.preferences import load_preferences
 from klippo.data.settings import PreferenceSettings
 from klippo.supervised.reward_model import train_reward_model
 from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
-from tests.stages.conftest import adapter, cli, gpt2, roberta
-
-__all__ = ["adapter", "cli", "gpt2", "roberta"]
 
 SUBJECTS = ["the movie", "a movie", "the film", "a film", "it"]
 PAIRS = [

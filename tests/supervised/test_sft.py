@@ -110,7 +110,7 @@ def test_chat_messages_are_learnt_from_the_assistants_last(examples):
 
 
 def load_tokenizer_words(ids):
-    from tests.stages.conftest import word_tokenizer
+    from tests.small_models import word_tokenizer
 
     return word_tokenizer(pad=False).convert_ids_to_tokens(ids)
 

@@ -79,8 +79,8 @@ def baselines(
 
     from klippo.config.trust import trust_code
     from klippo.errors import ConfigError
-    from klippo.stages.baseline_plans import PlanOptions
-    from klippo.stages.baselines import baselines
+    from klippo.supervised.baseline_plans import PlanOptions
+    from klippo.supervised.baselines import baselines
 
     for option, value in (
         ("--best-share", best_share),

@@ -70,7 +70,7 @@ def compare(
     Did the weights and the responses change, and are the responses better? Every difference is
     paired, with a 95% interval; all models draw the same random numbers.
     """
-    from klippo.stages.compare import compare
+    from klippo.lab.compare import compare
 
     return compare(
         before,
@@ -101,6 +101,6 @@ def merge(
     ] = "float32",
 ) -> int:
     """Write a base and its LoRA adapter as one plain model, for programs that know no adapters."""
-    from klippo.stages.merge import merge
+    from klippo.lab.merge import merge
 
     return merge(source, output, dtype=dtype)

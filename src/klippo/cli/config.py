@@ -91,7 +91,8 @@ def schema(stage: Stage = "train") -> None:
 
 
 def _schema(stage: str) -> type[WholeConfig]:
-    from klippo.config.schema import RewardModelConfig, RunConfig, SFTConfig
+    from klippo.config.schema import RunConfig
+    from klippo.supervised.settings import RewardModelConfig, SFTConfig
 
     schemas: dict[str, type[WholeConfig]] = {
         "train": RunConfig,

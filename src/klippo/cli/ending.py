@@ -86,7 +86,7 @@ def _run(command: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) ->
 
 def _explain_memory(error: Exception) -> None:
     """Raise OutOfMemoryError where that is what happened, before a run could say in which phase."""
-    from klippo.stages.out_of_memory import is_out_of_memory
+    from klippo.train.out_of_memory import is_out_of_memory
 
     if is_out_of_memory(error):
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]

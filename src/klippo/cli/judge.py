@@ -12,7 +12,7 @@ from klippo.errors import ConfigError
 from klippo.hub import DEMO_PREFIX
 
 if TYPE_CHECKING:
-    from klippo.rewards.judge.settings import JudgeSettings
+    from klippo.judge.settings import JudgeSettings
 
 judge_app = typer.Typer(
     help="An LLM judge: try it, or score a file with it.",
@@ -77,7 +77,7 @@ def try_judge(
     ] = None,
 ) -> int:
     """A few real calls: what the judge can do, what it falls for, and what it costs."""
-    from klippo.stages.judge import judge_test
+    from klippo.lab.judge_scores import judge_test
 
     api = {
         "provider": provider,
@@ -129,7 +129,7 @@ def score(
 
     Goes on where an earlier command with the same --output ended; nothing is paid twice.
     """
-    from klippo.stages.judge import ScoreFile, judge_score
+    from klippo.lab.judge_scores import ScoreFile, judge_score
 
     api = {
         "provider": provider,
@@ -159,7 +159,7 @@ def _settings(
     own: dict[str, Any],
 ) -> JudgeSettings:
     """A judge from a config, with the options that were given on top; or from options alone."""
-    from klippo.stages.judge import find_judge, judge_of
+    from klippo.lab.judge_scores import find_judge, judge_of
 
     api = {key: value for key, value in api.items() if value is not None}
     own = {key: value for key, value in own.items() if value is not None}

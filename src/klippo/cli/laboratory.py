@@ -40,7 +40,7 @@ def gold_eval(
     ] = False,
 ) -> int:
     """Add gold scores to the samples that a run has recorded."""
-    from klippo.stages.gold_eval import gold_eval
+    from klippo.lab.gold_eval import gold_eval
 
     return gold_eval(
         eval_dir,
@@ -66,7 +66,7 @@ def report(
     ] = None,
 ) -> int:
     """Write what became of a run, or of several, as one HTML file."""
-    from klippo.stages.report import report
+    from klippo.report.write import report
 
     return report(runs, output=output, best_of_n=best_of_n)
 
@@ -130,7 +130,7 @@ def best_of_n(
 
     Goes on where an earlier command with the same --output ended; nothing is done twice.
     """
-    from klippo.stages.best_of_n import BestOfN, best_of_n
+    from klippo.lab.best_of_n import BestOfN, best_of_n
 
     return best_of_n(
         BestOfN(

@@ -95,11 +95,11 @@ def train(
     loaded: LoadedConfig = load(run, overrides, configs, config_dir, rm_seed, rng_seed)
 
     if dry_run:
-        from klippo.stages.dry_run import dry_run as tell_plan
+        from klippo.train.dry_run import dry_run as tell_plan
 
         return tell_plan(loaded.config, trust_remote_code=trust_remote_code)
 
-    from klippo.stages.train import train
+    from klippo.train.run import train
 
     return train(
         loaded,
@@ -146,7 +146,7 @@ def generate(
 
     Without --prompt and --file, prompts are read from standard input, or asked for.
     """
-    from klippo.stages.generate import generate
+    from klippo.lab.generate import generate
 
     return generate(
         source,
@@ -171,7 +171,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Versions, devices, storage, and which keys are set."""
-    from klippo.stages.doctor import doctor
+    from klippo.cli.doctor import doctor
 
     return doctor(as_json=as_json)
 

@@ -33,6 +33,6 @@ def serve_rollouts(
 
     Model, settings and weights come from the run; one run at a time.
     """
-    from klippo.stages.serve_rollouts import serve_rollouts
+    from klippo.train.serve_rollouts import serve_rollouts
 
     return serve_rollouts(host=host, port=port, device=device)

@@ -20,7 +20,7 @@ from klippo.cli.source import (
 
 if TYPE_CHECKING:
     from klippo.config.load import LoadedConfig
-    from klippo.config.schema import RewardModelConfig, SFTConfig
+    from klippo.supervised.settings import RewardModelConfig, SFTConfig
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Train again what stands there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
@@ -44,14 +44,14 @@ def sft(
     trust_remote_code: TrustCode = False,
 ) -> int:
     """Fine-tune a model on responses."""
-    from klippo.config.schema import SFTConfig
+    from klippo.supervised.settings import SFTConfig
 
     loaded: LoadedConfig[SFTConfig] = load(
         run, overrides, configs, config_dir, None, rng_seed, SFTConfig
     )
 
     from klippo.config.trust import trust_code
-    from klippo.stages.sft import sft
+    from klippo.supervised.sft_run import sft
 
     trust_code(loaded.config, trust_remote_code)
     return sft(loaded, overwrite=overwrite, quiet=quiet)
@@ -72,14 +72,14 @@ def reward_model(
 
     One member per seed; those that are there already are kept, and measured again.
     """
-    from klippo.config.schema import RewardModelConfig
+    from klippo.supervised.settings import RewardModelConfig
 
     loaded: LoadedConfig[RewardModelConfig] = load(
         run, overrides, configs, config_dir, None, rng_seed, RewardModelConfig
     )
 
     from klippo.config.trust import trust_code
-    from klippo.stages.reward_model import reward_model
+    from klippo.supervised.reward_model_run import reward_model
 
     trust_code(loaded.config, trust_remote_code)
     return reward_model(loaded, overwrite=overwrite, quiet=quiet)

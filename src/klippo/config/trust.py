@@ -7,10 +7,8 @@ from typing import Any
 
 from klippo.errors import ConfigError
 from klippo.hub import trust_code_of
-from klippo.policy.settings import CriticSettings, PolicySettings
-from klippo.rewards.settings import ClassifierSettings, EnsembleSettings
+from klippo.rewards.settings import EnsembleSettings
 from klippo.settings import CodeSettings, Settings
-from klippo.supervised.settings import ModelSettings, ReferenceSettings
 
 KEY, FLAG = "trust_remote_code", "--trust-remote-code"
 
@@ -39,7 +37,7 @@ def trust_code(config: Settings, flag: bool) -> None:
 
 def _trusted(value: Any, path: str) -> Iterator[tuple[str, list[str]]]:
     """Each key that is true, and the models that it is about."""
-    if isinstance(value, CodeSettings) and (names := _names(value)):
+    if isinstance(value, CodeSettings) and (names := value.trusted_models()):
         yield f"{path}.{KEY}", names
     if isinstance(value, Settings) and not isinstance(value, EnsembleSettings):
         for key, item in value:
@@ -47,18 +45,3 @@ def _trusted(value: Any, path: str) -> Iterator[tuple[str, list[str]]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _trusted(item, f"{path}.{key}")
-
-
-def _names(section: CodeSettings) -> list[str]:
-    match section:
-        case EnsembleSettings():
-            return [one.model for one in section.classifiers() if one.trust_remote_code]
-        case PolicySettings() | ClassifierSettings() if section.trust_remote_code:
-            return [section.model]
-        case CriticSettings() if section.trust_remote_code and section.model is not None:
-            return [section.model]
-        case ModelSettings() if section.trust_remote_code:
-            return [section.name]
-        case ReferenceSettings() if section.trust_remote_code:
-            return [section.policy]
-    return []

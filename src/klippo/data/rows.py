@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -144,3 +144,20 @@ def _load_hub(name: str, subset: str | None, split: str) -> list[Row]:
     if len(table) == 0:
         raise ConfigError(f"{name}: split={split!r} has no rows; at least one prompt is needed")
     return [Row(number, dict(columns)) for number, columns in enumerate(table)]
+
+
+def as_rows(prompts: Sequence[Any], prompt_columns: Sequence[str]) -> list[Row]:
+    """Prompts from Python (texts, chat messages, or mappings with all columns) as rows.
+
+    A bare prompt goes under the first prompt column, and the others stay empty.
+    """
+    first, *others = prompt_columns
+    return [
+        Row(
+            number=i,
+            columns=prompt
+            if isinstance(prompt, Mapping)
+            else {first: prompt} | dict.fromkeys(others),
+        )
+        for i, prompt in enumerate(prompts)
+    ]

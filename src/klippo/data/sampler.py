@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from klippo.errors import ConfigError
+from klippo.types import Prompt
 
 T = TypeVar("T")
 
@@ -92,3 +93,11 @@ class PromptSampler(Generic[T]):
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             self._orders[epoch] = order
         return self._prompts[self._orders[epoch][place]]
+
+
+def pick(prompts: list[Prompt], number: int, seed: int) -> list[Prompt]:
+    """A fixed choice of at most `number` prompts, in the data's order."""
+    if len(prompts) <= number:
+        return prompts
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), number))
+    return [prompts[i] for i in chosen]

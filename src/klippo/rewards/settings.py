@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from klippo.rewards.judge.settings import JudgeSettings
+from klippo.judge.settings import JudgeSettings
 from klippo.settings import CodeSettings, Count, Settings
 
 
@@ -145,6 +145,10 @@ class EnsembleSettings(ReadingSettings):
                 reading = shared | own | {"kind": "classifier", "model": name}
                 found.append(ClassifierSettings.model_validate(reading))
         return found
+
+    def trusted_models(self) -> list[str]:
+        """Those of the members that allow their code."""
+        return [one.model for one in self.classifiers() if one.trust_remote_code]
 
 
 class FunctionSettings(Settings):

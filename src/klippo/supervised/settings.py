@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from klippo.data.settings import DataSettings
+from klippo.config.schema import WholeConfig
+from klippo.data.settings import DataSettings, PreferenceSettings
 from klippo.policy.settings import LoraSettings
 from klippo.settings import CodeSettings, Count, LengthRange, Settings, near_divisors
 
 
 class ModelSettings(CodeSettings):
+    model_key: ClassVar[str] = "name"
     name: str
     """Folder, hub name, or `demo:policy` for the model that ships with Klippo."""
     revision: str | None = None
@@ -74,6 +76,8 @@ class RewardTrainingSettings(TrainingSettings):
 class ReferenceSettings(CodeSettings):
     """One shared set of responses, on which every member's mean and spread are measured."""
 
+    model_key: ClassVar[str] = "policy"
+
     policy: str
     """Whose responses: a model folder, a run folder, a hub name, or `demo:policy`; PPO's start."""
     prompts: str
@@ -116,3 +120,68 @@ class ExampleSettings(DataSettings):
                     "learns whole examples: remove it"
                 )
         return self
+
+
+class RewardModelConfig(WholeConfig):
+    """Reward models from one set of preferences: one member per seed."""
+
+    recipe_folder: ClassVar[str] = "reward-model"
+
+    seed: NonNegativeInt = 0
+    """Seed of the member: score head, order of the pairs, bagging."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """One member per seed, instead of the one of `seed`; 5 make an ensemble."""
+    output_dir: str = "runs/{name}"
+    """Members are the folders `{output_dir}_seed1` and so on; `{name}` is the config's name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads; default: PyTorch's choice."""
+    model: RewardModelSettings
+    """What the members start from."""
+    data: PreferenceSettings
+    """The preferences."""
+    template: str = "{prompt}{response}"
+    """Text that the model reads: written out with {prompt} and {response}, or `chat` (the model's
+    own chat template), `alpaca` or `open-assistant`. Stored with the model."""
+    max_tokens: PositiveInt | None = None
+    """Cut longer texts from the left; default: the model's context."""
+    training: RewardTrainingSettings = RewardTrainingSettings()
+    """Optimizer, batches and loss."""
+    reference: ReferenceSettings | None = None
+    """Responses on which mean and spread of every member are measured and stored with it."""
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        seeds = self.seeds or []
+        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if twice:
+            raise ValueError(
+                f"seeds={seeds}: {twice[0]} is there twice, and would train the same member twice; "
+                "remove one"
+            )
+        return self
+
+    @property
+    def member_seeds(self) -> list[int]:
+        """One seed per member."""
+        return [self.seed] if self.seeds is None else list(self.seeds)
+
+
+class SFTConfig(WholeConfig):
+    """Supervised fine-tuning of a causal language model."""
+
+    recipe_folder: ClassVar[str] = "sft"
+
+    output_dir: str = "runs/{name}"
+    """The folder that then is the model (or the adapter); `{name}` is the config's name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads; default: PyTorch's choice."""
+    model: ModelSettings
+    """The model that learns."""
+    data: ExampleSettings
+    """What it learns to write."""
+    training: TrainingSettings = TrainingSettings()
+    """Optimizer and batches."""

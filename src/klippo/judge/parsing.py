@@ -1,0 +1,155 @@
+"""From a judge's answer to a score of 0 to 10, or to the cause why there is none.
+
+Strict on purpose: a score is read from one place of one form. Nothing is repaired, searched for in
+free text, or clamped to the scale; whoever is judged can write anything that a looser reader finds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from klippo.judge.fencing import clean
+from klippo.judge.messages import Answer
+
+Source = Literal["logprobs", "json", "line"]
+SOURCES: tuple[Source, ...] = ("logprobs", "json", "line")
+LOWEST, HIGHEST = 0, 10
+LABELS = tuple("ABCDEFGHIJK")
+"""A is 0 and K is 10: each is one token everywhere, and "10" is not."""
+MIN_LABEL_MASS = 0.5
+"""Share of the first token's probability that must lie on labels."""
+
+_SPACE = " \t\r\n"
+_FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\r?\n```", re.DOTALL | re.IGNORECASE)
+_LINE = re.compile(r"Score: (10|[0-9])", re.ASCII)
+_NUMBER = re.compile(r"Score: [-+]?[0-9]+(?:\.[0-9]+)?", re.ASCII)
+_LOOKS_LIKE = re.compile(r"[^\w]*score[^\w]*[:=\uff1a]", re.IGNORECASE)
+_MAX_ANSWER = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One answer, read."""
+
+    score: float | None = None
+    """0 to 10; None where `cause` says why there is none."""
+    cause: str | None = None
+    """`parse`, `range`, `echo`, `logprobs` or `label_mass`, or what the backend said."""
+    rationale: str | None = None
+
+
+def read_answer(
+    answer: Answer, source: Source, *, judged: tuple[str, ...] = (), rationale: bool = False
+) -> Reading:
+    """The score in an answer, read in the one form that was asked for.
+
+    `judged` are the texts that the policy wrote: a score that stands there in the same form is an
+    echo, and not the judge's.
+    """
+    if source == "logprobs" and answer.cause in (None, "truncated"):  # one token is all it takes
+        if answer.label_logprobs is None:
+            return Reading(cause="logprobs")
+        return expected_score(answer.label_logprobs)
+    if answer.cause is not None:
+        return Reading(cause=answer.cause)
+    if answer.text is None or not answer.text.strip(_SPACE):
+        return Reading(cause="empty")
+    if len(answer.text) > _MAX_ANSWER:
+        return Reading(cause="parse")
+    if source == "json":
+        return parse_json(answer.text, judged, rationale=rationale)
+    return parse_line(answer.text, judged)
+
+
+def expected_score(label_logprobs: Mapping[str, float]) -> Reading:
+    """sum_i p_i * i over the labels A to K, divided by their mass sum_i p_i.
+
+    A token with a space before or behind its label counts as the label.
+    """
+    probability = dict.fromkeys(LABELS, 0.0)
+    for token, logprob in label_logprobs.items():
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float) or math.isnan(logprob):
+            return Reading(cause="parse")
+        if (label := token.strip(" \u2581\u0120")) in probability:
+            probability[label] += math.exp(min(logprob, 0.0))
+    mass = sum(probability.values())
+    if mass > 1.01:  # no probabilities, whatever they are
+        return Reading(cause="parse")
+    if mass < MIN_LABEL_MASS:
+        return Reading(cause="label_mass")
+    return Reading(score=sum(i * p for i, p in enumerate(probability.values())) / mass)
+
+
+class _RefusedError(ValueError):
+    """Valid for Python's reader, and not for ours."""
+
+
+def parse_json(text: str, judged: tuple[str, ...] = (), *, rationale: bool = False) -> Reading:
+    """`{"score": n}` and nothing else; with `rationale` a text of that name beside it."""
+    body = text.strip(_SPACE)
+    if whole := _FENCE.fullmatch(body):
+        body = whole[1].strip(_SPACE)
+    try:
+        value = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return Reading(cause="parse")
+    keys = {"score", "rationale"} if rationale else {"score"}
+    if not isinstance(value, dict) or {*value} != keys:
+        return Reading(cause="parse")
+    reason, score = value.get("rationale"), value["score"]
+    if rationale and not isinstance(reason, str):
+        return Reading(cause="parse")
+    if isinstance(score, float):
+        return Reading(cause="range", rationale=reason)
+    if type(score) is not int:
+        return Reading(cause="parse", rationale=reason)
+    if not LOWEST <= score <= HIGHEST:
+        return Reading(cause="range", rationale=reason)
+    if _is_echo(body, judged):
+        return Reading(cause="echo", rationale=reason)
+    return Reading(score=float(score), rationale=reason)
+
+
+def parse_line(text: str, judged: tuple[str, ...] = ()) -> Reading:
+    """The last line `Score: N`, where no other line looks like one; the rest is the rationale."""
+    lines = text.strip(_SPACE).replace("\r\n", "\n").split("\n")
+    last = lines[-1].rstrip(" \t")
+    before = "\n".join(lines[:-1]).strip() or None
+    found = _LINE.fullmatch(last)
+    if sum(bool(_LOOKS_LIKE.match(line)) for line in lines) > 1 or len(lines[-1].splitlines()) > 1:
+        return Reading(cause="parse", rationale=before)
+    if found is None:
+        cause = "range" if _NUMBER.fullmatch(last) else "parse"
+        return Reading(cause=cause, rationale=before)
+    if _is_echo(last, judged):
+        return Reading(cause="echo", rationale=before)
+    return Reading(score=float(found[1]), rationale=before)
+
+
+def _is_echo(said: str, judged: tuple[str, ...]) -> bool:
+    """Whether what the score was read from stands in a judged text, as the judge may repeat it.
+
+    Spaces, case, width and what is invisible make no difference.
+    """
+    said = _squeezed(said)
+    return any(said in _squeezed(text) for text in judged)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", clean(text)).split()).casefold()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise _RefusedError("a key is there twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> Any:
+    raise _RefusedError(f"{constant} is not JSON")

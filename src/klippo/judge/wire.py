@@ -1,0 +1,337 @@
+"""Wire formats: how a request is written for a server, and how its answer is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from klippo.judge.messages import Request
+
+NUM_LOGPROBS = 20
+FEWER_LOGPROBS = 5
+"""Some servers allow fewer; this is asked for after the first refusal."""
+ANTHROPIC_VERSION = "2023-06-01"
+
+
+class NoAnswerError(Exception):
+    """A body with status 200 that is no answer: HTML, an error, no choices."""
+
+
+class BrokenJSONError(Exception):
+    """A body that starts like JSON and is none: cut, most likely."""
+
+
+class DuplicateKeyError(Exception):
+    """JSON that names a key twice, so that two readers would read two things."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens as the server counted them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """One answer of a server."""
+
+    text: str | None
+    cause: str | None
+    """None, `truncated`, `empty` or `refusal`; then there is no text."""
+    label_logprobs: Mapping[str, float] | None = None
+    usage: Usage | None = None
+
+
+@dataclass
+class Learned:
+    """What this server and model do not take; found out from its refusals, once each."""
+
+    dropped: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    num_logprobs: int = NUM_LOGPROBS
+
+    def name(self, parameter: str) -> str:
+        """What the parameter is called here."""
+        return self.renamed.get(parameter, parameter)
+
+    def apply(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body without what is dropped, with what is renamed."""
+        return {self.name(key): value for key, value in body.items() if key not in self.dropped}
+
+
+class Wire(Protocol):
+    """A wire format."""
+
+    path: str
+    optional: tuple[str, ...]
+    """Parameters that a server may do without."""
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """The headers that carry the key, which is given as in its header."""
+        ...
+
+    def body(self, model: str, request: Request, max_tokens: int, learned: Learned) -> Any:
+        """The body of the call."""
+        ...
+
+    def read(self, body: Mapping[str, Any]) -> Reply:
+        """The answer in a body with status 200. Raises NoAnswerError when there is none."""
+        ...
+
+
+class OpenAIChat:
+    """`/chat/completions`: OpenAI, Gemini's compatible endpoint, vLLM, Ollama, transformers."""
+
+    path = "/chat/completions"
+    optional: tuple[str, ...] = ("temperature", "response_format", "top_logprobs", "logprobs")
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def body(self, model: str, request: Request, max_tokens: int, learned: Learned) -> Any:
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [dict(message) for message in request.messages],
+            "max_tokens": max_tokens,
+        }
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.schema is not None:
+            wrapped = {"name": "answer", "strict": True, "schema": request.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": wrapped}
+        if request.labels:
+            body |= {"logprobs": True, "top_logprobs": learned.num_logprobs}
+        return learned.apply(body)
+
+    def read(self, body: Mapping[str, Any]) -> Reply:
+        choice = _first(body, "choices")
+        message = choice.get("message")
+        if not isinstance(message, Mapping):
+            raise NoAnswerError("a choice without a message")
+        text, reason = _joined(message.get("content")), choice.get("finish_reason")
+        refused = bool(message.get("refusal")) or reason == "content_filter"
+        return _reply(
+            text,
+            refused=refused,
+            cut=reason == "length",
+            label_logprobs=None if refused else _first_logprobs(choice.get("logprobs")),
+            usage=_usage(body, ("prompt_tokens",), "completion_tokens"),
+        )
+
+
+class AnthropicMessages:
+    """`/messages`, Anthropic's own format: it takes a schema, and gives no log-probs."""
+
+    path = "/messages"
+    optional: tuple[str, ...] = ("temperature", "output_config")
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        version = {"anthropic-version": ANTHROPIC_VERSION}
+        return version if key is None else version | {"x-api-key": key}
+
+    def body(self, model: str, request: Request, max_tokens: int, learned: Learned) -> Any:
+        system = [m["content"] for m in request.messages if m["role"] == "system"]
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [dict(m) for m in request.messages if m["role"] != "system"],
+            "max_tokens": max_tokens,
+        }
+        if system:
+            body["system"] = "\n\n".join(system)
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.schema is not None:
+            wrapped = {"type": "json_schema", "schema": request.schema}
+            body["output_config"] = {"format": wrapped}
+        return learned.apply(body)
+
+    def read(self, body: Mapping[str, Any]) -> Reply:
+        content, reason = body.get("content"), body.get("stop_reason")
+        if body.get("type") == "error" or not isinstance(content, list):
+            raise NoAnswerError("no content")
+        cached = ("cache_creation_input_tokens", "cache_read_input_tokens")
+        return _reply(
+            _joined(content),
+            refused=reason == "refusal",
+            cut=reason in ("max_tokens", "model_context_window_exceeded", "pause_turn"),
+            label_logprobs=None,
+            usage=_usage(body, ("input_tokens", *cached), "output_tokens"),
+        )
+
+
+WIRES: Mapping[str, Wire] = {
+    "openai_chat": OpenAIChat(),
+    "anthropic_messages": AnthropicMessages(),
+}
+
+
+def parse_json(body: bytes) -> Mapping[str, Any]:
+    """The JSON object in a body.
+
+    Raises NoAnswerError for what never was JSON (HTML) or is no object, BrokenJSONError for what is
+    cut, DuplicateKeyError.
+    """
+    start = body.lstrip()[:1]
+    try:
+        found = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        if start == b"{":
+            raise BrokenJSONError("JSON that is cut or broken") from None
+        raise NoAnswerError("HTML" if start == b"<" else "no JSON") from None
+    if not isinstance(found, dict):
+        raise NoAnswerError("JSON that is no object")
+    return found
+
+
+def read_reply(wire: Wire, body: bytes) -> Reply:
+    """The answer in a body with status 200; raises like `parse_json`."""
+    found = parse_json(body)
+    if found.get("error"):
+        raise NoAnswerError(f"an error with status 200: {error_text(found)}")
+    return wire.read(found)
+
+
+def error_text(body: Mapping[str, Any], limit: int = 300) -> str:
+    """The server's own words for an error."""
+    error = body.get("error", body)
+    if isinstance(error, Mapping):
+        error = error.get("message") or body.get("detail") or error
+    text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def error_codes(body: Mapping[str, Any]) -> set[str]:
+    """`code`, `type` and `status` of an error, in lower case."""
+    error = body.get("error", body)
+    if not isinstance(error, Mapping):
+        return set()
+    found = (error.get(name) for name in ("code", "type", "status"))
+    return {value.lower() for value in found if isinstance(value, str)}
+
+
+def learn(
+    wire: Wire, learned: Learned, sent: Mapping[str, Any], error: Mapping[str, Any]
+) -> str | None:
+    """Draw a lesson from a refused body: what was changed, in words, or None where nothing was.
+
+    `max_tokens` is renamed when it is called unsupported; an optional parameter is dropped when it
+    is named at all.
+    """
+    named = _named(error, [*wire.optional, "max_tokens", "max_completion_tokens"])
+    for name in named:
+        if name in wire.optional and name not in learned.dropped and name in sent:
+            if _is_too_many(name, error) and learned.num_logprobs > FEWER_LOGPROBS:
+                learned.num_logprobs = FEWER_LOGPROBS
+                return f"asks for {FEWER_LOGPROBS} log-probs, not {NUM_LOGPROBS}"
+            learned.dropped |= {"logprobs", "top_logprobs"} if "logprobs" in name else {name}
+            return f"leaves out {name}"
+        if name == "max_tokens" and name in sent and not learned.renamed and _unsupported(error):
+            learned.renamed["max_tokens"] = "max_completion_tokens"
+            return "says max_completion_tokens for max_tokens"
+    return None
+
+
+def _named(error: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Which of the names an error is about; its `param` comes first."""
+    holder = error.get("error", error)
+    parameter = holder.get("param") if isinstance(holder, Mapping) else None
+    if isinstance(parameter, str):
+        parameter = parameter.split(".")[0].split("[")[0]
+        if parameter in names:
+            return [parameter]
+    text = error_text(error, limit=600) + " " + json.dumps(error.get("detail", ""))[:600]
+    if re.search(r"context length|too (large|long)", text, re.IGNORECASE):
+        return []
+    found = [(m.start(), n) for n in names if (m := re.search(rf"\b{re.escape(n)}\b", text))]
+    return [name for _, name in sorted(found)]
+
+
+def _unsupported(error: Mapping[str, Any]) -> bool:
+    """True when an error says that a parameter is not known, and not that its value is wrong."""
+    words = "support|unknown|unrecogni|unexpected|permitted|allowed|extra|deprecated|instead"
+    return re.search(words, error_text(error) + json.dumps(error), re.IGNORECASE) is not None
+
+
+def _is_too_many(name: str, error: Mapping[str, Any]) -> bool:
+    """True when fewer log-probs may do; vLLM calls their number `logprobs`, as it does the flag."""
+    if name == "logprobs":
+        return re.search(r"greater than|at most|maximum", error_text(error)) is not None
+    return name == "top_logprobs"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise DuplicateKeyError("a key is there twice")
+    return found
+
+
+def _first(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = body.get(name)
+    if not isinstance(found, list) or not found or not isinstance(found[0], Mapping):
+        raise NoAnswerError(f"no {name}")
+    return found[0]
+
+
+def _joined(content: Any) -> str:
+    """Text from a string, or from a list of parts of which some are text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [p.get("text") for p in parts if isinstance(p, Mapping) and p.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _reply(
+    text: str,
+    *,
+    refused: bool,
+    cut: bool,
+    label_logprobs: Mapping[str, float] | None,
+    usage: Usage | None,
+) -> Reply:
+    """A part of an answer is no text; log-probs of its first token are whole all the same."""
+    cause = "refusal" if refused else "truncated" if cut else None
+    if cause is None and not text.strip():
+        cause = "empty"
+    whole = text if cause is None else None
+    if label_logprobs is not None:
+        cause = None
+    return Reply(text=whole, cause=cause, label_logprobs=label_logprobs, usage=usage)
+
+
+def _first_logprobs(logprobs: Any) -> dict[str, float] | None:
+    """Token text -> log-prob of the first token; None where they are missing or make no sense."""
+    try:
+        first = logprobs["content"][0]
+        listed = [*(first.get("top_logprobs") or []), first]
+        pairs = [(entry["token"], float(entry["logprob"])) for entry in listed]
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+        return None
+    found: dict[str, float] = {}
+    for token, value in pairs:
+        if not isinstance(token, str) or math.isnan(value) or value > 1e-3:
+            return None
+        if math.isfinite(value):
+            found[token] = max(value, found.get(token, -math.inf))
+    return found or None
+
+
+def _usage(body: Mapping[str, Any], read: Sequence[str], written: str) -> Usage | None:
+    """None where the server counted nothing, or nonsense."""
+    usage = body.get("usage")
+    if not isinstance(usage, Mapping):
+        return None
+    counts = [usage.get(name) or 0 for name in (*read, written)]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 or n > 10**9 for n in counts):
+        return None
+    if not any(counts):
+        return None
+    return Usage(prompt_tokens=sum(counts[:-1]), completion_tokens=counts[-1])

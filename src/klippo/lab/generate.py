@@ -1,0 +1,109 @@
+"""The stage behind `klippo generate`: answers from any model, to any prompts."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from klippo.data.prompts import build_prompts
+from klippo.data.rows import as_rows
+from klippo.errors import ConfigError
+from klippo.lengths import room_for_prompts
+from klippo.ranks import choose_device
+from klippo.report.tables import clean
+from klippo.rollouts.sampling import Sampling
+from klippo.rollouts.seeds import response_seeds
+from klippo.runs.models import OpenModel, open_model
+from klippo.types import Prompt
+
+
+def generate(
+    source: str,
+    prompts: Sequence[str] | None,
+    file: Path | None,
+    *,
+    num_samples: int = 1,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> int:
+    """Print answers to prompts from arguments, a file, standard input, or a prompt line."""
+    console = Console()
+    texts = list(prompts or []) + (_lines(file) if file is not None else [])
+    interactive = not texts and sys.stdin.isatty()
+    if not texts and not interactive:
+        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not texts:
+            raise ConfigError("standard input has no prompt; give --prompt TEXT or --file FILE")
+    device = choose_device("auto")
+    opened = open_model(source, device)
+    limit = opened.max_tokens if max_tokens is None else max_tokens
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    numbers = itertools.count()
+    batches: Iterable[list[str]] = _typed(console) if interactive else [texts]
+    for batch in batches:
+        ready = as_prompts(opened, batch, limit)
+        for _ in range(num_samples):
+            seeds = response_seeds(seed, itertools.islice(numbers, len(ready)))
+            for prompt, answer in zip(
+                ready, answers(opened, ready, sampling, limit, seeds), strict=True
+            ):
+                console.print(
+                    Text(clean(prompt.text), style="bold") + Text(" → ") + Text(clean(answer)),
+                    soft_wrap=True,
+                )
+    return 0
+
+
+def answers(
+    opened: OpenModel,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    max_tokens: int,
+    seeds: Sequence[int],
+) -> list[str]:
+    """One decoded answer per prompt."""
+    completions = opened.engine(sampling).generate(prompts, [max_tokens] * len(prompts), seeds)
+    rows = [completion.token_ids for completion in completions]
+    decoded: list[str] = opened.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return decoded
+
+
+def as_prompts(opened: OpenModel, texts: Sequence[str], max_tokens: int) -> list[Prompt]:
+    """Texts as this model reads prompts: with the template of its run; never cut."""
+    settings = opened.data.model_copy(update={"cut_tokens": None})
+    rows = as_rows(texts, settings.prompt_columns)
+    room = room_for_prompts(opened.model, max_tokens, None)
+    return build_prompts(
+        rows, settings, opened.tokenizer, max_prompt_tokens=room, seed=0, source="prompts"
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{file} has no prompt; write one per line")
+    return lines
+
+
+def _typed(console: Console) -> Iterator[list[str]]:
+    """Prompts from a prompt line, until an empty line or end of input."""
+    while True:
+        try:
+            text = console.input("prompt> ")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        yield [text]

@@ -1,0 +1,68 @@
+"""Held-out prompts of a run, as a model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from klippo.data.files import Row
+from klippo.data.prompts import build_prompts
+from klippo.data.rows import load_rows, train_source, validation_source
+from klippo.data.sampler import pick
+from klippo.data.settings import DataSettings
+from klippo.lengths import room_for_prompts
+from klippo.runs.models import OpenModel
+from klippo.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Rows that the run did not train on, or all rows where it held none out."""
+
+    rows: Sequence[Row]
+    data: DataSettings
+    source: str
+
+    def prompts(
+        self,
+        opened: OpenModel,
+        max_tokens: int,
+        seed: int,
+        among: Collection[int] | None = None,
+    ) -> list[Prompt]:
+        """The prompts of all rows, or of those with numbers in `among`, as the model reads them."""
+        room = room_for_prompts(opened.model, max_tokens, self.data.max_prompt_tokens)
+        return build_prompts(
+            [row for row in self.rows if among is None or row.number in among],
+            self.data,
+            opened.tokenizer,
+            max_prompt_tokens=room,
+            seed=seed,
+            source=self.source,
+        )
+
+
+def held_out(data: DataSettings, data_seed: int) -> HeldOut:
+    """The rows; `data_seed` held them out when the run trained."""
+    rows, kept = load_rows(data, data_seed)
+    source = validation_source(data) if kept else train_source(data)
+    return HeldOut(rows=kept or rows, data=data, source=source)
+
+
+def own_prompts(data: DataSettings, source: str) -> DataSettings:
+    """The same reading of prompts, of another file or data set as a whole."""
+    whole = {"train": source, "subset": None, "split": "train"}
+    return data.model_copy(update=whole | {"validation": None, "validation_size": 0})
+
+
+def held_out_prompts(
+    opened: OpenModel,
+    data: DataSettings,
+    data_seed: int,
+    num_prompts: int,
+    max_tokens: int,
+    seed: int,
+) -> list[Prompt]:
+    """At most `num_prompts` held-out prompts, chosen by `seed`."""
+    prompts = held_out(data, data_seed).prompts(opened, max_tokens, seed)
+    return pick(prompts, num_prompts, seed)

@@ -1,0 +1,221 @@
+"""What `klippo compare` measures answers by: rewards by name, and judges that compare directly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+
+from klippo.config.problems import nearest
+from klippo.config.schema import RunConfig
+from klippo.data.files import Row
+from klippo.errors import ConfigError
+from klippo.evaluation.comparison import Match
+from klippo.evaluation.style import STYLE
+from klippo.judge.fencing import is_blank
+from klippo.judge.reward import JudgeReward
+from klippo.judge.rubric import load_rubric
+from klippo.judge.scoring import Judgement
+from klippo.judge.settings import JudgeSettings
+from klippo.lab.reward_names import check_reward, judges_in, reward_named
+from klippo.rewards.build import build_reward
+from klippo.rewards.resolve import resolve_scores, wait_for
+from klippo.rewards.settings import ColumnSettings, RewardSettings, SumSettings
+from klippo.types import Prompt, RewardSource, Rollout
+
+BUILT_IN = ("length", "finished", *STYLE)
+MAX_GROUPS = 12
+_NAME = re.compile(r"\w[\w .-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """A reward under its name."""
+
+    name: str
+    settings: RewardSettings
+    source: RewardSource
+    scores_alone: bool
+    """Whether it can score one answer by itself."""
+
+    @property
+    def compares_directly(self) -> bool:
+        return _is_pairwise(self.settings)
+
+
+def _is_pairwise(settings: RewardSettings) -> TypeGuard[JudgeSettings]:
+    return isinstance(settings, JudgeSettings) and settings.mode == "pairwise"
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """`helpful=judge.yaml` as (name, rest); (None, text) where it has no name."""
+    name, equals, rest = text.partition("=")
+    if not equals or Path(text).exists() or not _NAME.fullmatch(name):
+        return None, text
+    return name, rest
+
+
+def rewards_by_name(
+    given: Sequence[str], runs: Iterable[RunConfig | None]
+) -> dict[str, RewardSettings]:
+    """The rewards asked for; without any, the gold reward (or else the reward) of the first run.
+
+    The rewards of an offline run are columns of its data, and say nothing of new answers.
+
+    Raises ConfigError for a reward that is not there, and for two of one name.
+    """
+    found: dict[str, RewardSettings] = {}
+    for text in given:
+        name, rest = split_name(text)
+        name = name or _own_name(rest)
+        if name in found or name in BUILT_IN:
+            what = "two measures have this name" if name in found else "is a measure of its own"
+            raise ConfigError(
+                f"--reward {text}: {name}: {what}; give another, as in --reward NAME={rest}"
+            )
+        found[name] = reward_named(rest)
+    if given:
+        return found
+    run = next((run for run in runs if run is not None), None)
+    if run is None or isinstance(run.reward, ColumnSettings):
+        return {}
+    return {"reward": run.reward} if run.gold is None else {"gold": run.gold}
+
+
+def _own_name(text: str) -> str:
+    """`gold` of demo:gold, org/gold, gold.yaml, rewards.yaml:gold and rewards.py:gold."""
+    last = text.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return re.sub(r"\.ya?ml$", "", last)
+
+
+def check_rewards(rewards: dict[str, RewardSettings], columns: Collection[str]) -> None:
+    """Raise ConfigError or PreflightError for what shows before any model is loaded."""
+    for settings in rewards.values():
+        known = set(columns)
+        if _is_pairwise(settings):
+            known.add(settings.reference_column or "")
+        check_reward(settings, known)
+
+
+def open_measures(
+    rewards: dict[str, RewardSettings],
+    columns: Collection[str],
+    *,
+    device: torch.device,
+    prompt_column: str,
+) -> list[Measure]:
+    """The rewards, loaded. A pairwise judge scores alone where the data has its references."""
+    measures = []
+    for name, settings in rewards.items():
+        measures.append(
+            Measure(
+                name=name,
+                settings=settings,
+                source=build_reward(settings, device=device, prompt_column=prompt_column),
+                scores_alone=not _is_pairwise(settings) or settings.reference_column in columns,
+            )
+        )
+    return measures
+
+
+def lower_is_better(rewards: dict[str, RewardSettings]) -> list[str]:
+    """Names of the rewards with a judge whose rubric has its good end at 0."""
+    return [
+        name
+        for name, settings in rewards.items()
+        if any(load_rubric(judge.rubric_name).lower_is_better for judge in judges_in(settings))
+    ]
+
+
+def score_alone(measures: Sequence[Measure], rollout: Rollout) -> dict[str, list[float | None]]:
+    """Name -> a score per answer; criteria and parts of a sum as NAME/PART."""
+    found: dict[str, list[float | None]] = {}
+    for measure in measures:
+        if measure.scores_alone:
+            scores = resolve_scores(measure.source, rollout)
+            found[measure.name] = _numbers(scores.reward)
+            for part in _parts(measure.settings):
+                if part in scores.parts:
+                    found[f"{measure.name}/{part}"] = _numbers(scores.parts[part])
+    return found
+
+
+def _parts(settings: RewardSettings) -> list[str]:
+    """Names of the criteria of a judge, or of the parts of a sum."""
+    if isinstance(settings, SumSettings):
+        return list(settings.parts)
+    return list(settings.criteria or ()) if isinstance(settings, JudgeSettings) else []
+
+
+def _numbers(values: torch.Tensor) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def matches(
+    measure: Measure, prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]
+) -> list[Match]:
+    """Each answer after against the one before, asked in both orders.
+
+    Equal answers are a draw and an empty one loses, both without a question.
+    """
+    judge = measure.source
+    assert isinstance(judge, JudgeReward)
+    decided = [_without_judge(old, new) for old, new in zip(before, after, strict=True)]
+    rows = [i for i, match in enumerate(decided) if match is None]
+    judgements = wait_for(
+        judge.compare(
+            [prompts[i] for i in rows], [after[i] for i in rows], [before[i] for i in rows]
+        )
+    )
+    judged = dict(zip(rows, judgements, strict=True))
+    return [match or _match(judged[i]) for i, match in enumerate(decided)]
+
+
+def _without_judge(before: str, after: str) -> Match | None:
+    if before == after or (is_blank(before) and is_blank(after)):
+        return Match(margin=0.0)
+    if is_blank(after):
+        return Match(margin=-1.0)
+    return Match(margin=1.0) if is_blank(before) else None
+
+
+def _match(judgement: Judgement) -> Match:
+    orders = judgement.orders.values()
+    return Match(
+        margin=judgement.reward,
+        num_questions=len(orders),
+        num_turned=sum((first - 5) * (second - 5) < 0 for first, second in orders),
+    )
+
+
+def groups_of(rows: Sequence[Row], column: str | None, source: str) -> dict[int, str]:
+    """Row number -> `COLUMN = value`.
+
+    Raises ConfigError for a column that is not there, or has too many values to split the data.
+    """
+    if column is None:
+        return {row.number: "" for row in rows}
+    if column not in rows[0].columns:
+        near = nearest(column, rows[0].columns)
+        raise ConfigError(
+            f"--by {column}: {source} has no such column; there are {', '.join(rows[0].columns)}"
+            + (f": did you mean {near}?" if near else "")
+        )
+    values = {row.number: _shown(row.columns[column]) for row in rows}
+    num = len(set(values.values()))
+    if num > MAX_GROUPS:
+        raise ConfigError(
+            f"--by {column}: has {num} different values, and each becomes a table; name a column "
+            f"with at most {MAX_GROUPS}"
+        )
+    return {number: f"{column} = {value}" for number, value in values.items()}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "(none)" if value is None else str(value)

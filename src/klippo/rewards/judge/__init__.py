@@ -1,1 +1,0 @@
-"""A chat model behind an API as the reward."""

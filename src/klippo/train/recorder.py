@@ -1,0 +1,294 @@
+"""The loop's recorder: run folder, metrics, evaluations, checkpoints, the line on the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from klippo.config.load import to_yaml
+from klippo.config.schema import RunConfig
+from klippo.errors import GuardRailError
+from klippo.evaluation.samples import SampleRow, evaluate, summarize
+from klippo.policy.saving import save_policy
+from klippo.policy.sharding import has_shards, whole
+from klippo.ppo.experience import parts_of
+from klippo.ranks import Ranks, warn
+from klippo.runs.folder import (
+    CONFIG_FILE,
+    CRITIC_DIR,
+    METRICS_FILE,
+    MODEL_DIR,
+    RunFolder,
+    write_text,
+)
+from klippo.runs.lock import RunLock
+from klippo.runs.memory import peak_memory_gib
+from klippo.runs.progress import Progress
+from klippo.runs.rewind import rewind
+from klippo.train.early_stop import RunGuard
+from klippo.train.health import RunRails
+from klippo.train.interruptions import Interruptions
+from klippo.train.keeper import Keeper
+from klippo.train.offline import OfflineData
+from klippo.train.out_of_memory import explaining_memory
+from klippo.train.resume import Start, find_start
+from klippo.train.saving import restore
+from klippo.train.session import Session
+from klippo.types import Metrics, Rollout
+
+
+class RunRecorder:
+    """The loop's recorder: run folder, metrics, evaluations, the line on the screen."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: RunConfig,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        """Open the run's folder, and put the session where its newest checkpoint was taken.
+
+        `config` is the run's as it was given, before anything was measured. Raises ConfigError
+        where the folder may not be used.
+        """
+        self.session = session
+        self.is_main = session.ranks.is_main
+        self.console = Console(quiet=quiet or not self.is_main)
+        self.progress = Progress(
+            self.console, session.config.ppo.num_steps, quiet=quiet or not self.is_main
+        )
+        self._seconds: dict[str, float] = {}
+        self.stopped: str | None = None
+        """Why diagnostics ended the run early."""
+        self._diagnosed = -1
+        self.guard: RunGuard | None = None
+        if session.config.guard.is_on:
+            self.guard = RunGuard(session, self._rows, lambda folder: save_model(session, folder))
+        self.folder = RunFolder(Path(config.output_dir))
+        self.rails = RunRails(session, self.folder, self.progress.say)
+        self._lock: RunLock | None = None
+        self.start = Start()
+        try:
+            session.ranks.on_main(lambda: self._open_folder(config, overwrite, resume))
+            self.start = session.ranks.gather(self.start)[0]
+            self._go_on()
+        except BaseException:
+            self.close()
+            raise
+        self.interruptions = Interruptions(self.progress.say, together=session.ranks.world_size > 1)
+        self.keeper = Keeper(
+            session, self.folder.path, self.interruptions, self._state, self.start.checkpoint
+        )
+
+    def _open_folder(self, config: RunConfig, overwrite: bool, resume: bool) -> None:
+        path = self.folder.path
+        if path.is_dir() and any(path.iterdir()):  # not to be taken from a run that is on
+            self._lock = RunLock(path, warn)
+        self.start = find_start(path, config, overwrite=overwrite, resume=resume)
+        if self.start.checkpoint is None:
+            self.close()
+            RunFolder.create(path, overwrite=overwrite or self.start.is_resumed)
+            self._lock = RunLock(path, warn)
+
+    def _go_on(self) -> None:
+        """Put the session and the folder where the run ended; nothing is lost if that fails."""
+        start, session = self.start, self.session
+        notes = [f"{problem}; an older checkpoint is taken" for problem in start.problems]
+        if start.checkpoint is not None:
+            notes += restore(session, start.checkpoint)
+            self.rails.load_state_dict(start.checkpoint.state["guard_rails"])
+            if self.guard is not None:
+                self.guard.load_state_dict(start.checkpoint.state["guard"])
+        if self.is_main:
+            self._begin(notes)
+
+    def _begin(self, notes: list[str]) -> None:
+        start, folder = self.start, self.folder
+        done, number = self.session.learner.num_steps_done, self.session.config.ppo.num_steps
+        if start.checkpoint is not None:
+            lost = rewind(folder.path, done)
+            if lost:
+                notes.append(
+                    f"{folder.path / METRICS_FILE} has lost the lines of {len(lost)} steps "
+                    f"({lost[0]} to {lost[-1]}); training goes on exactly, without them"
+                )
+            folder.write_status("running", **self.rails.status())
+        for note in notes:
+            warn(note)
+        write_text(folder.path / CONFIG_FILE, to_yaml(self.session.config))
+        if self.session.ranks.world_size > 1:
+            how = ", each with its part of the weights" if has_shards(self.session.policy) else ""
+            self.progress.say(f"{self.session.ranks.world_size} processes{how}")
+        if start.is_resumed:
+            changed = f", with {', '.join(start.changed)}" if start.changed else ""
+            self.progress.say(
+                f"Going on with {folder.path} after {done} of {number} steps{changed}"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the recorder."""
+        state = {"guard_rails": self.rails.state_dict()}
+        return state if self.guard is None else state | {"guard": self.guard.state_dict()}
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def at_step(self, step: int) -> None:
+        self.keeper.at_step(step)
+
+    def whole(self) -> AbstractContextManager[None]:
+        return self.keeper.whole()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to this step's `time/{name}_s`."""
+        start = time.perf_counter()
+        with explaining_memory(name, self.session):
+            yield
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize(self.session.device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def is_eval_step(self, step: int) -> bool:
+        if self.session.offline is not None:
+            return step in self.session.offline.pass_ends
+        every = self.session.config.evaluation.every
+        return step == 0 or (every is not None and step % every == 0)
+
+    def evaluate(self, step: int) -> bool:
+        """Sample the fixed prompts, write eval/step-N.jsonl; True when the guard ends the run.
+
+        Offline: look at the logged responses, write a line of diagnostics.jsonl.
+        """
+        session = self.session
+        if session.offline is not None:
+            return self._diagnose(session.offline, step)
+        if not session.evaluation_prompts:
+            return False
+        models: list[nn.Module] = [session.policy.lm, session.reference.lm]
+        if self.guard is not None:
+            models.append(session.policy.critic)  # it is saved with the policy
+        with explaining_memory("evaluate", session), whole(*models):
+            return self._evaluate(step)
+
+    def _evaluate(self, step: int) -> bool:
+        session = self.session
+        own = session.ranks.everywhere(lambda: self._own_rows(step))
+        rows = [row for part in session.ranks.gather(own) for row in part]
+        stop = False
+        if self.is_main:
+            self._report_evaluation(step, rows)
+            stop = self.guard is not None and self.guard.look(step, rows, self.folder)
+            if self.guard is not None and self.guard.stopped is not None:
+                self.progress.say(f"The guard ends the run: {self.guard.stopped}")
+        return session.ranks.gather(stop)[0]
+
+    def _diagnose(self, offline: OfflineData, step: int) -> bool:
+        if self._diagnosed == step:
+            return False
+        self._diagnosed = step
+        found = offline.look(self.session.learner, step)
+        told = found.metrics
+        if self.is_main:
+            self.folder.append_diagnostics({"step": step} | told | {"warnings": found.warnings})
+            for warning in found.warnings:
+                self.progress.say(f"Warning: {warning}")
+            self.progress.say(
+                f"after {step} steps: KL from the start {told['offline/kl_start_nats']:.2f} nats  "
+                f"ratio {told['offline/ratio_p1']:.2f} to {told['offline/ratio_p99']:.2f} (98% of "
+                f"tokens)  effective share {told['offline/ess_tokens']:.0%} of tokens"
+            )
+        self.stopped = self.session.ranks.gather(found.stop)[0]  # one decides for all
+        if self.stopped is not None:
+            self.progress.say(f"The run ends: {self.stopped}")
+        return self.stopped is not None
+
+    def _report_evaluation(self, step: int, rows: list[SampleRow]) -> None:
+        self.folder.write_rows(step, rows)
+        summary = summarize(rows)
+        proxy = summary.get("eval/proxy_mean", float("nan"))
+        self.progress.say(
+            f"evaluation at step {step}: proxy {proxy:+.3f}  "
+            f"KL {summary['eval/kl_exact_nats']:.2f} nats  "
+            f"length {summary['eval/length_tokens']:.1f}  ({len(rows)} prompts)"
+        )
+
+    def _own_rows(self, step: int) -> list[SampleRow]:
+        """Rows of this process's share of the evaluation prompts."""
+        session = self.session
+        return self._rows(session.answer_evaluation(), step) if session.evaluation_share else []
+
+    def _rows(self, rollout: Rollout, step: int) -> list[SampleRow]:
+        """Rows of responses that this process sampled."""
+        session = self.session
+        return evaluate(
+            session.policy,
+            session.reference,
+            rollout,
+            session.measure(rollout),
+            step=step,
+            episodes=step * session.config.ppo.batch_size,
+            parts=self._parts(rollout),
+        )
+
+    def _parts(self, rollout: Rollout) -> list[Tensor]:
+        """Evaluation has as many prompts as it wants: a batch at most passes together."""
+        ppo = self.session.config.ppo
+        if ppo.micro_batch_size is None and ppo.micro_batch_tokens is None:
+            ppo = ppo.model_copy(update={"micro_batch_size": ppo.batch_size})
+        return parts_of(ppo, rollout.tokens)
+
+    def look(self, step: int, metrics: Metrics) -> None:
+        """Ask the guard rails about a rollout; where one ends the run, its line is written first.
+
+        The policy that wrote it is not what the run should go on from.
+        """
+        try:
+            self.rails.look_at_rollout(step, metrics)
+        except GuardRailError:
+            self.session.ranks.on_main(
+                lambda: self.folder.append_metrics(self._place(step) | metrics)
+            )
+            self.keeper.set_aside(step)
+            raise
+
+    def _place(self, step: int) -> Metrics:
+        return {"step": step, "episodes": (step + 1) * self.session.config.ppo.batch_size}
+
+    def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None:
+        """One line of metrics.jsonl and of the screen; then the guard rails."""
+        ranks: Ranks = self.session.ranks
+        tokens = float(ranks.all_sum(rollout.tokens.response_mask.sum().double()))
+        seconds = sum(self._seconds.values())
+        metrics = metrics | {f"time/{name}_s": value for name, value in self._seconds.items()}
+        metrics |= self.session.reward_metrics()
+        metrics["time/step_s"] = seconds
+        metrics["throughput/response_tokens_per_s"] = tokens / seconds
+        metrics["memory/peak_gib"] = peak_memory_gib(self.session.device)
+        self._seconds = {}
+        if self.is_main:
+            self.folder.append_metrics(self._place(step) | metrics)
+            self.progress.step(step, metrics)
+        self.rails.look_at_update(step, metrics)
+
+
+def save_model(session: Session, folder: RunFolder) -> None:
+    """model/ and critic/, each taking its name only when it is whole."""
+    with (
+        folder.new_directory(MODEL_DIR) as model_dir,
+        folder.new_directory(CRITIC_DIR) as critic_dir,
+    ):
+        save_policy(session.policy, session.tokenizer, model_dir, critic_dir)

@@ -1,0 +1,212 @@
+"""PPOTrainer: a whole run from Python, and its single steps for loops of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klippo.config.load import LoadedConfig, config_from_mapping
+from klippo.config.schema import RunConfig
+from klippo.config.trust import trust_code
+from klippo.data.rows import Data
+from klippo.errors import ConfigError
+from klippo.policy.sharding import has_shards, whole
+from klippo.ppo import loop as ppo_trainer
+from klippo.ranks import explaining_peers
+from klippo.rollouts.collate import collate, truncate_after_stop
+from klippo.runs.folder import RunFolder
+from klippo.train.interruptions import undisturbed
+from klippo.train.outcome import Outcome, conclude
+from klippo.train.recorder import RunRecorder, save_model
+from klippo.train.rescue import rescue
+from klippo.train.session import Session, open_session
+from klippo.train.started import write_started
+from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
+
+IN_MEMORY = "(given from Python)"
+
+
+class PPOTrainer:
+    """PPO on a policy with any reward.
+
+    `config` is a LoadedConfig, a RunConfig, or a mapping of the same shape. `policy` (a Hugging
+    Face causal LM with `tokenizer`, or a name), `reward` (a function of keyword arguments
+    `prompts`, `responses`, `token_ids` and the data's columns, or any object with `score`) and
+    `prompts` (texts, chat messages or mappings of columns) stand in for what the config names.
+    `data` is what `load_rows` gave, where the data was read before. An unfinished run in the same
+    folder with an equal config goes on; `resume` allows safe changes (docs/resume.md), `overwrite`
+    begins again. `trust_remote_code` is the flag of that name (docs/security.md).
+
+    Raises ConfigError or PreflightError before anything expensive starts.
+    """
+
+    def __init__(
+        self,
+        config: LoadedConfig | RunConfig | Mapping[str, Any],
+        policy: Any | None = None,
+        reward: RewardSource | Callable[..., Any] | None = None,
+        prompts: Sequence[Any] | None = None,
+        *,
+        tokenizer: Any | None = None,
+        data: Data | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        quiet: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        loaded = _loaded(config, policy, reward, prompts)
+        self.config = loaded.config
+        self.name = loaded.name
+        trust_code(self.config, trust_remote_code)
+        self._origins = loaded.origins
+        self._options = {"overwrite": overwrite, "resume": resume, "quiet": quiet}
+        in_memory = policy is not None and not isinstance(policy, str)
+        if in_memory and tokenizer is None:
+            raise ConfigError(
+                "a policy given as a model needs its tokenizer: PPOTrainer(…, tokenizer=…)"
+            )
+        self.session: Session = open_session(
+            self.config,
+            model=policy if in_memory else None,
+            tokenizer=tokenizer,
+            reward=reward,
+            prompts=prompts,
+            data=data,
+        )
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def train(self) -> Outcome:
+        """The whole run: trains, evaluates, writes the run folder, compares before and after."""
+        session = self.session
+        recorder = RunRecorder(session, self.config, **self._options)
+        folder = recorder.folder.path
+        try:
+            if session.ranks.is_main:
+                write_started(
+                    folder, session, self.config, self.name, self._origins, recorder.start
+                )
+            with recorder.progress, recorder.interruptions, explaining_peers():
+                ppo_trainer.train(session.learner, session.source, self._score, recorder)
+            with whole(session.policy):
+                if session.ranks.is_main:
+                    save_model(session, recorder.folder)
+            outcome = conclude(
+                session,
+                recorder.folder,
+                recorder.console,
+                recorder.guard,
+                recorder.stopped,
+                recorder.rails.status(),
+            )
+            recorder.keeper.done()
+        except BaseException as error:
+            with undisturbed():
+                rescue(session, recorder, error)
+                with suppress(Exception):  # what went wrong first is what is told
+                    session.close_reward()
+            raise
+        finally:
+            recorder.close()
+        return outcome
+
+    def generate(self, prompts: Sequence[Any]) -> Rollout:
+        """Sample one response per prompt from the current policy, for `step`."""
+        ready = _ready(prompts) or self.session.prepare(prompts)
+        return self.session.answer(list(ready))
+
+    def step(
+        self, prompts: Sequence[Any], responses: Sequence[Any], scores: Sequence[float | None]
+    ) -> Metrics:
+        """One PPO step on responses that you scored yourself.
+
+        prompts: as given to `generate`, or its `rollout.prompts`. responses: token ids of each, as
+        in `rollout.response_token_ids()`. scores: one number each; None or NaN leaves a response
+        out. The number of responses must be `ppo.batch_size`. Returns the step's metrics.
+        """
+        ready = list(_ready(prompts) or self.session.prepare(prompts))
+        rollout = self._rollout(ready, responses, len(scores))
+        reward = torch.tensor([float("nan") if s is None else float(s) for s in scores])
+        return self.session.learner.learn(
+            self.session.learner.experience(rollout, Scores(reward=reward))
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory.
+
+        With sharding every process must call it, and the first one writes.
+        """
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        policy = self.session.policy
+        with whole(policy):
+            if self.session.ranks.is_main or not has_shards(policy):
+                save_model(self.session, RunFolder(path))
+
+    def _score(self, rollout: Rollout) -> Scores:
+        return self.session.ranks.everywhere(lambda: self.session.score(rollout))
+
+    def _rollout(self, prompts: list[Prompt], responses: Sequence[Any], num_scores: int) -> Rollout:
+        sizes = (len(prompts), len(responses), num_scores)
+        expected = self.config.ppo.batch_size // self.session.ranks.world_size
+        if any(size != expected for size in sizes):
+            raise ConfigError(
+                f"step got {sizes[0]} prompts, {sizes[1]} responses and {sizes[2]} scores; "
+                f"ppo.batch_size={self.config.ppo.batch_size} needs {expected} of each"
+            )
+        completions = []
+        for i, response in enumerate(responses):
+            if isinstance(response, str):
+                raise ConfigError(
+                    f"responses[{i}] is text; step needs the token ids that were sampled "
+                    "(rollout.response_token_ids()): tokenizing text again may give other tokens"
+                )
+            ids = [int(token) for token in response]
+            if not ids:
+                raise ConfigError(f"responses[{i}] is empty; a response has at least one token")
+            completions.append(truncate_after_stop(ids, self.session.stop_ids))
+        return collate(
+            prompts,
+            completions,
+            self.session.tokenizer,
+            temperature=self.config.rollout.temperature,
+            device=self.session.device,
+        )
+
+
+def _ready(prompts: Sequence[Any]) -> list[Prompt] | None:
+    """Prompts that are prepared already."""
+    ready = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    return ready if ready and len(ready) == len(prompts) else None
+
+
+def _loaded(
+    config: LoadedConfig | RunConfig | Mapping[str, Any],
+    policy: Any | None,
+    reward: Any | None,
+    prompts: Sequence[Any] | None,
+) -> LoadedConfig:
+    """The config, with notes in place of what was given as objects."""
+    if isinstance(config, LoadedConfig):
+        return config
+    if isinstance(config, RunConfig):
+        return config_from_mapping(config)
+    filled = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
+    if policy is not None:
+        name = (
+            policy if isinstance(policy, str) else getattr(policy, "name_or_path", "") or IN_MEMORY
+        )
+        filled["policy"] = {"model": name} | filled.get("policy", {})
+    if reward is not None:
+        filled.setdefault("reward", {"kind": "function", "function": IN_MEMORY})
+    if prompts is not None:
+        filled["data"] = {"train": IN_MEMORY} | filled.get("data", {})
+    return config_from_mapping(filled)

@@ -1,0 +1,282 @@
+"""FSDP2 and ZeRO-3 under launchers: the run of whole models, in parts."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from klippo.errors import PreflightError
+from klippo.runs.folder import read_rows
+from tests.toys import gpt2, load
+from tests.train.test_processes import (
+    KL_TOLERANCE_NATS,
+    WEIGHTS_TOLERANCE,
+    finish,
+    free_port,
+    torchrun,
+    without_times,
+)
+
+METRICS_TOLERANCE = 1e-4
+"""Relative to max(1, value); 1.7e-5 was measured, in a gradient norm of LoRA at step 2."""
+LORA_WEIGHTS_TOLERANCE = 1e-5
+"""Adam divides LoRA's first gradients, which are almost zero, by themselves: two processes with
+whole weights ended 1.7e-6 from one, two with parts 1.4e-6."""
+EXAMPLES = Path(__file__).parents[2] / "examples/launch"
+SEPARATE: dict[str, Any] = {"critic": {"kind": "separate"}, "kl": {"coef": 0.1}}
+LORA: dict[str, Any] = {
+    "critic": {"kind": "lora", "lora": {"rank": 2}},
+    "kl": {"coef": 0.1, "placement": "exact"},
+}
+
+
+def accelerate(settings: Path, *arguments: object) -> list[str]:
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings)]
+    launcher += [
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "klippo",
+        "train",
+    ]
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
+    write_config: Callable[..., Path], gpt2: Path, tmp_path: Path, sharding: str, kind: str
+) -> None:
+    """One process; two with a part each, whose evaluation prompts do not divide; and the guard."""
+    config = write_config(
+        device="cpu",
+        policy={"model": str(gpt2), "tuning": kind, "lora": {"rank": 2}},
+        rollout={"response_length": [2, 8], "generation_batch_size": 5},
+        score={"normalize": True, "whiten": True},
+        ppo={"num_steps": 3, "batch_size": 16, "minibatch_size": 8, "micro_batch_size": 2},
+        evaluation={"num_prompts": 9, "every": 2, "num_shown": 0},
+        guard={"max_kl": 1e6},
+        **(LORA if kind == "lora" else SEPARATE),
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    for num, folder in ((1, one), (2, two)):
+        ended = finish(torchrun(num, config, f"output_dir={folder}", f"sharding={sharding}"))
+        assert ended.returncode == 0, ended.stderr
+        assert "Warning" not in ended.stderr
+    ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (one, two))
+    for a, b in zip(ours, theirs, strict=True):
+        assert without_times(a) == pytest.approx(
+            without_times(b), rel=METRICS_TOLERANCE, abs=METRICS_TOLERANCE
+        )
+    for step in (0, 2, 3):
+        ours, theirs = (read_rows(folder / f"eval/step-{step}.jsonl") for folder in (one, two))
+        assert len(ours) == len(theirs) == 9
+        for a, b in zip(ours, theirs, strict=True):
+            assert a["response_ids"] == b["response_ids"]
+            assert a["kl_exact_nats"] == pytest.approx(b["kl_exact_nats"], abs=KL_TOLERANCE_NATS)
+    tolerance = LORA_WEIGHTS_TOLERANCE if kind == "lora" else WEIGHTS_TOLERANCE
+    files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
+    assert len(files) == 6, "policy, critic and value head, of the end and of the best step"
+    for file in files:
+        ours, theirs = load_file(one / file), load_file(two / file)
+        assert ours.keys() == theirs.keys()
+        for name, weight in ours.items():
+            assert float((weight - theirs[name]).abs().max()) < tolerance, (file, name)
+
+
+FAULT = """
+import os, signal
+from pathlib import Path
+
+def good(responses, calls=[]):
+    calls.append(1)
+    marker = Path(__file__).with_name("killed")
+    if os.environ["RANK"] == "1" and len(calls) == 5 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(r)) for r in responses]
+"""
+"""The second process kills itself while it scores its second evaluation, once."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp", "zero3"])
+def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes(
+    write_config: Callable[..., Path], reward_file: Path, tmp_path: Path, sharding: str
+) -> None:
+    """Also from one process's checkpoint to two and back; unlike numbers of micro-batches."""
+    reward_file.write_text(FAULT)
+    config = write_config(
+        device="cpu",
+        sharding=sharding,
+        ppo={"num_steps": 6, "batch_size": 8, "micro_batch_tokens": 24},
+        rollout={"response_length": [2, 8]},
+        evaluation={"num_prompts": 3, "every": 3, "num_shown": 0},
+        checkpoint={"every": 2},
+        guard={"max_kl": 1e6},
+    )
+    killed, whole = tmp_path / "killed-run", tmp_path / "whole"
+    ended = finish(torchrun(2, config, f"output_dir={killed}"))
+    assert ended.returncode != 0
+    assert (tmp_path / "killed").exists(), ended.stderr
+    for folder in (killed, whole):
+        ended = finish(torchrun(2, config, f"output_dir={folder}"))
+        assert ended.returncode == 0, ended.stderr
+        assert ("after 2 of 6 steps" in ended.stdout) is (folder == killed)
+    ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (killed, whole))
+    assert [without_times(row) for row in ours] == [without_times(row) for row in theirs]
+    files = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_a_checkpoint_of_two_sharded_processes_starts_one_and_that_of_one_starts_two(
+    write_config: Callable[..., Path], tmp_path: Path, sharding: str
+) -> None:
+    config = write_config(
+        device="cpu",
+        sharding=sharding,
+        ppo={"num_steps": 2, "batch_size": 8},
+        evaluation={"num_prompts": 2, "num_shown": 0},
+        checkpoint={"keep_when_done": True},
+    )
+    ends = {}
+    for first, second in ((2, 1), (1, 2)):
+        folder = tmp_path / f"{first}-{second}"
+        for num, steps in ((first, 2), (second, 4)):
+            command = torchrun(num, config, f"output_dir={folder}", f"ppo.num_steps={steps}")
+            ended = finish([*command, "--resume"] if steps == 4 else command)
+            assert ended.returncode == 0, ended.stderr
+        assert f"{second} processes go on with what {first} began" in ended.stderr
+        ends[first] = load_file(folder / "model/model.safetensors")
+    for name, weight in ends[1].items():
+        assert float((weight - ends[2][name]).abs().max()) < WEIGHTS_TOLERANCE, name
+
+
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "zero3.yaml"])
+def test_accelerate_shards_from_its_config_file_and_the_model_is_a_plain_one(
+    write_config: Callable[..., Path], tmp_path: Path, gpt2: Path, file: str
+) -> None:
+    settings = EXAMPLES / file
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    ended = finish(accelerate(settings, config, "ppo.num_steps=1"))
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes, each with its part of the weights" in ended.stdout
+    start = AutoModelForCausalLM.from_pretrained(gpt2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert type(model) is type(start)
+    moved = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(start.parameters(), model.parameters(), strict=True)
+    ]
+    assert max(moved) > 1e-3
+    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight), "still tied"
+
+
+@pytest.mark.slow
+def test_the_launch_file_of_one_machine(write_config: Callable[..., Path]) -> None:
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    ended = finish(accelerate(EXAMPLES / "ddp.yaml", config, "ppo.num_steps=1"))
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes\n" in ended.stdout
+
+
+@pytest.mark.slow
+def test_the_launch_file_of_two_machines(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Both on this one, each with a launcher of its own."""
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    launcher = ["-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(EXAMPLES / "two_machines.yaml"), "--num_processes", "2"]
+    launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    launched = [
+        subprocess.Popen(
+            [sys.executable, *launcher, "--machine_rank", str(rank), "-m", "klippo", "train",
+             str(config), "ppo.num_steps=1"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], told
+    assert "2 processes, each with its part of the weights" in told[0][0]
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_what_it_says(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With a Slurm that has one node, this machine: srun runs its command here."""
+    config = write_config(device="cpu", evaluation={"num_prompts": 1, "num_shown": 0})
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in (
+        ("scontrol", 'test "$*" = "show hostnames here" && echo 127.0.0.1'),
+        ("srun", 'test "$1" = --kill-on-bad-exit=1 && shift && exec "$@"'),
+    ):
+        (tools / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tools / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "GPUS": "2"}
+    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["bash", str(EXAMPLES / "slurm.sh"), str(config), "ppo.num_steps=1", "sharding=fsdp"],
+        env=os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes, each with its part of the weights" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "value"),
+    [
+        ("fsdp2.yaml", "fsdp_version", "1"),
+        ("zero3.yaml", "zero_stage", "2"),
+        ("zero3.yaml", "offload_optimizer_device", "cpu"),
+    ],
+)
+@pytest.mark.slow
+def test_what_klippo_does_not_do_is_refused(
+    write_config: Callable[..., Path], tmp_path: Path, file: str, setting: str, value: str
+) -> None:
+    settings = tmp_path / "accelerate.yaml"
+    lines = (EXAMPLES / file).read_text().splitlines()
+    changed = [f"  {setting}: {value}" if setting in line else line for line in lines]
+    assert changed != lines
+    settings.write_text("\n".join(changed))
+    ended = finish(accelerate(settings, write_config(device="cpu")))
+    assert ended.returncode != 0
+    assert ended.stderr.count(f"accelerate's config file has {setting}: {value}") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero3_without_deepspeed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(PreflightError, match=r"pip install 'klippo\[deepspeed\]'"):
+        load(sharding="zero3")
+
+
+def test_zero3_refuses_to_train_weights_of_two_types() -> None:
+    with pytest.raises(
+        PreflightError, match=r"some here are bfloat16 and float32; set policy\.dty"
+    ):
+        load(gpt2().bfloat16(), sharding="zero3")
