@@ -3,6 +3,7 @@
 B sequences, P prompt tokens, T response tokens, V vocabulary.
 """
 
+import copy
 import weakref
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from klippo.policy.loading import ONE_PROCESS, load_policy
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
@@ -59,15 +61,34 @@ FAMILIES = {"gpt2": gpt2, "llama": llama}
 def load(model=None, *, critic=None, sharding="none", ranks=ONE_PROCESS, **policy):
     """What `load_policy` makes of a model (a GPT-2 by default)."""
     settings = PolicySettings(**({"model": "toy", "lora": LORA} | policy))
-    return load_policy(
+    model = gpt2() if model is None else model
+    loaded = load_policy(
         settings,
         critic or CriticSettings(),
         CPU,
-        model=gpt2() if model is None else model,
+        model=model,
         tokenizer=NO_TOKENIZER,
         sharding=sharding,
         ranks=ranks,
     )
+    if model.dtype == torch.float64:
+        loaded.policy.double()  # the critic's new head as well
+    return loaded
+
+
+def oracle(model):
+    """A copy of a model, or of any module, that computes in float64 all the way.
+
+    transformers' RMSNorm computes in float32 whatever its weights are; PyTorch's takes its turn.
+    """
+    copied = copy.deepcopy(model).double()
+    for module in copied.modules():
+        for name, norm in module.named_children():
+            if isinstance(norm, LlamaRMSNorm):
+                other = torch.nn.RMSNorm(len(norm.weight), norm.variance_epsilon)
+                other.weight = norm.weight
+                setattr(module, name, other)
+    return copied
 
 
 def disturb(parameters, scale=0.1, seed=5):

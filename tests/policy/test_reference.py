@@ -12,6 +12,7 @@ from klippo.evaluation.samples import evaluate
 from klippo.policy.adapters import CRITIC, POLICY, REFERENCE, using_adapter
 from klippo.policy.settings import CriticSettings
 from klippo.types import Scores
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
 from tests.toys import (
     FAMILIES,
     LORA,
@@ -22,6 +23,7 @@ from tests.toys import (
     llama,
     load,
     make_rollout,
+    oracle,
     weights,
 )
 
@@ -46,7 +48,7 @@ def saved_adapter(folder, model):
 def logprobs_of(model, rows=RAGGED, temperature=0.8):
     """Log-probs (B, T) of a plain model, row by row."""
     tokens = make_rollout(rows).tokens
-    out = torch.zeros(tokens.response_mask.shape)
+    out = torch.zeros(tokens.response_mask.shape, dtype=model.dtype)
     with torch.no_grad():
         for i, (prompt_ids, ids) in enumerate(rows):
             logp = dense_logprobs(model, prompt_ids, ids, temperature)
@@ -58,11 +60,11 @@ STARTS = ["full", "last_layers", "lora", "adapter"]
 
 
 def start(kind, family, tmp_path, critic=None):
-    """(loaded policy, frozen copy of what it was at step 0)."""
-    model = FAMILIES[family]()
-    copied = copy.deepcopy(model)
+    """(loaded policy in float64, frozen copy of what it was at step 0)."""
+    model = FAMILIES[family]().double()
+    copied = oracle(model)
     if kind == "adapter":
-        copied = saved_adapter(tmp_path, model)
+        copied = oracle(saved_adapter(tmp_path, model))
         return load(model, critic=critic, tuning="lora", adapter=str(tmp_path)), copied
     options = {"num_unfrozen_layers": 1} if kind == "last_layers" else {}
     return load(model, critic=critic, tuning=kind, **options), copied
@@ -76,16 +78,16 @@ def test_the_reference_is_the_start_before_and_after_training(kind, family, tmp_
     expected = logprobs_of(copied)
     with torch.no_grad():
         at_step_0 = loaded.policy(tokens, 0.8).logprobs
-    torch.testing.assert_close(at_step_0, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(loaded.reference.logprobs(tokens, 0.8), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(at_step_0, expected, **FLOAT64)
+    torch.testing.assert_close(loaded.reference.logprobs(tokens, 0.8), expected, **FLOAT64)
     assert torch.equal(loaded.reference.logprobs(tokens, 0.8), at_step_0)
-    assert loaded.reference.kl_from(loaded.policy.lm, tokens, 0.8).abs().max() < 1e-6
+    assert loaded.reference.kl_from(loaded.policy.lm, tokens, 0.8).abs().max() < FLOAT64["atol"]
 
     disturb(loaded.policy.trainable()[0], scale=0.2)
     with torch.no_grad():
         moved = loaded.policy(tokens, 0.8).logprobs
     assert (moved - expected).abs().max() > 0.05
-    torch.testing.assert_close(loaded.reference.logprobs(tokens, 0.8), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded.reference.logprobs(tokens, 0.8), expected, **FLOAT64)
 
 
 @pytest.mark.parametrize("kind", STARTS)
@@ -104,12 +106,14 @@ def test_exact_kl_is_the_full_vocabulary_sum_against_a_frozen_copy(kind, tmp_pat
             logp = dense_logprobs(loaded.policy.lm.model, prompt_ids, ids, 0.8)
             ref = dense_logprobs(copied, prompt_ids, ids, 0.8)
             expected = (logp.exp() * (logp - ref)).sum(1)
-            torch.testing.assert_close(kl[i, : len(ids)], expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(kl[i, : len(ids)], expected, **FLOAT64)
             assert not kl[i, len(ids) :].any()
             chosen = torch.tensor(ids)[:, None]
             k1 = float((logp - ref).gather(1, chosen).sum())
-            assert rows[i]["kl_exact_nats"] == pytest.approx(float(expected.sum()), abs=1e-4)
-            assert rows[i]["kl_k1_nats"] == pytest.approx(k1, abs=1e-4)
+            assert rows[i]["kl_exact_nats"] == pytest.approx(
+                float(expected.sum()), **FLOAT64_APPROX
+            )
+            assert rows[i]["kl_k1_nats"] == pytest.approx(k1, **FLOAT64_APPROX)
 
 
 def test_frozen_layers_are_held_once(tmp_path):  # rule 15: last_layers costs no second model

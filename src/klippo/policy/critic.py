@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from klippo.policy.actor_critic import CausalLM, trunk_hidden
@@ -41,7 +40,7 @@ class TrunkCritic(nn.Module):
 
     def forward(self, batch: TokenBatch, hidden: Tensor, *, after_last: bool) -> Tensor:
         del batch, after_last
-        values: Tensor = self.head(hidden.float()).squeeze(-1)
+        values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         return values
 
 
@@ -75,7 +74,7 @@ class LoraCritic(nn.Module):
         del hidden
         with self._active():
             own = self._lm.hidden(batch, after_last=after_last)
-        values: Tensor = self.head(own.float()).squeeze(-1)
+        values: Tensor = self.head(own.to(self.head.weight.dtype)).squeeze(-1)
         return values
 
 
@@ -102,5 +101,5 @@ class SeparateCritic(nn.Module):
         own = trunk_hidden(
             self.trunk, batch, self._takes_positions, after_last=after_last, autocast=self.autocast
         )
-        values: Tensor = self.head(own.to(torch.float32)).squeeze(-1)
+        values: Tensor = self.head(own.to(self.head.weight.dtype)).squeeze(-1)
         return values

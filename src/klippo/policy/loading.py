@@ -227,7 +227,7 @@ def check_head(lm: CausalLM) -> None:
     with torch.no_grad():
         ours, _ = lm.logprobs(batch, lm.hidden(batch), 1.0, with_entropy=False)
         inputs = {"input_ids": ids[:, :-1], "attention_mask": real[:, :-1].long()}
-        logits = lm.model(**inputs, use_cache=False).logits.float()
+        logits = lm.model(**inputs, use_cache=False).logits.to(ours.dtype)
     theirs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     tolerance = 1e-3 if lm.model.dtype == torch.float32 and not lm.autocast else 0.1
     if not torch.allclose(ours, theirs, atol=tolerance):

@@ -28,11 +28,11 @@ def with_lean_adapters(model: Any) -> Any:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """W x + scale * B (A x), where all is float32 and one plain adapter is active; else peft's."""
+    """W x + scale * B (A x) for one plain active adapter, not in half precision; else peft's."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     is_plain = len(active) == 1 and not (layer.lora_variant or layer.lora_bias[active[0]])
     is_apart = not (layer.disable_adapters or layer.merged or args or kwargs)
-    if not (is_plain and is_apart and _in_float32(layer, x)):
+    if not (is_plain and is_apart and _is_wide(layer, x)):
         out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     [name] = active
@@ -43,6 +43,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return total.view(*x.shape[:-1], -1)
 
 
-def _in_float32(layer: Any, x: Tensor) -> bool:
+def _is_wide(layer: Any, x: Tensor) -> bool:
     is_cast = torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
-    return not is_cast and x.dtype == layer.base_layer.weight.dtype == torch.float32
+    is_wide = x.dtype in (torch.float32, torch.float64)
+    return is_wide and not is_cast and x.dtype == layer.base_layer.weight.dtype

@@ -49,7 +49,7 @@ def merged_adapters(model: Any) -> Iterator[None]:
 
 
 def mergeable(model: Any) -> list[Any]:
-    """The model's LoRA layers that are a plain sum W + scale * B A, with W in float32.
+    """The model's LoRA layers that are a plain sum W + scale * B A, with W in float32 or float64.
 
     In bfloat16 the sum would round small steps of the adapter away, and 4-bit weights cannot hold
     it.
@@ -67,7 +67,8 @@ def merged_bytes(model: Any) -> int:
 def _is_sum(layer: Any) -> bool:
     is_plain = not (layer.lora_variant or any(layer.lora_bias.values()))
     is_active = bool(_active(layer)) and not (layer.disable_adapters or layer.merged)
-    return is_plain and is_active and layer.get_base_layer().weight.dtype == torch.float32
+    is_wide = layer.get_base_layer().weight.dtype in (torch.float32, torch.float64)
+    return is_plain and is_active and is_wide
 
 
 def _active(layer: Any) -> list[str]:

@@ -47,15 +47,19 @@ def _is_llamas(module: nn.Module) -> bool:
     return (ours.co_code, ours.co_names) == (theirs.co_code, theirs.co_names)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _RMSNorm(torch.autograd.Function):
-    """With r = 1 / sqrt(mean(x^2) + eps), n = r x and h = weight * dL/dy, in float32:
+    """With r = 1 / sqrt(mean(x^2) + eps), n = r x and h = weight * dL/dy, in float32 or float64:
 
     dL/dx = r (h - n mean(h n))          dL/dweight = sum over tokens of n dL/dy
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        states = x.float()
+        states = _wide(x)
         scale = torch.rsqrt(states.square().mean(-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, scale)
         return (states * scale).to(x.dtype) * weight
@@ -63,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        grad, states = grads[0].float(), x.float() * scale
+        grad, states = _wide(grads[0]), _wide(x) * scale
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (grad * states).flatten(0, -2).sum(0).to(weight.dtype)

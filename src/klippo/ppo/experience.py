@@ -175,11 +175,11 @@ def build_experience(
     """Token rewards, advantages and returns of a rollout batch."""
     tokens = forward.tokens
     old_logprobs, ref_logprobs = behavior_logprobs(rollout, forward), forward.ref_logprobs
-    reward = scores.reward.to(tokens.response_ids.device)
+    reward = scores.reward.to(forward.values)
     mask = tokens.response_mask & ~reward.isnan()[:, None]
     old_values = forward.values[:, : mask.shape[1]]
 
-    compared = reward if scores.baseline is None else reward - scores.baseline.to(reward.device)
+    compared = reward if scores.baseline is None else reward - scores.baseline.to(reward)
     shaped = shape_scores(score, compared, rollout.finished, moments, ranks.all_sum)
     token_kl = k1(forward.logprobs, ref_logprobs)
     token_rewards = token_scores(shaped, mask)
@@ -232,7 +232,7 @@ def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
     lengths = mask.sum(1)
     last = (lengths - 1).clamp(min=0)[:, None]
     landed = torch.where(lengths > 0, scores, torch.zeros_like(scores))
-    return torch.zeros(mask.shape, device=scores.device).scatter(1, last, landed[:, None])
+    return scores.new_zeros(mask.shape).scatter(1, last, landed[:, None])
 
 
 def _with_frozen_states(

@@ -3,6 +3,7 @@
 N tokens, D hidden width, V vocabulary. Each chunk of tokens gets its logits, gives up the few
 numbers that are wanted, and is dropped; the backward pass computes them again. Where the loss is
 known (`token_loss`) a chunk gives up its gradients at once, and there is no second time.
+Results are float32, or float64 for float64 hidden states.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ class LMHead:
     """c in c * tanh(logits / c), before the scale."""
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """(n, D) -> `out`, (n, V) float32."""
+        """(n, D) -> `out`, (n, V)."""
         weight = self.weight.to(hidden.dtype)
         if hidden.dtype == out.dtype:
             torch.mm(hidden, weight.T, out=out)
         else:
             out.copy_(hidden @ weight.T)
         if self.bias is not None:
-            out += self.bias.float()
+            out += self.bias.to(out.dtype)
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out if self.scale == 1 else out.mul_(self.scale)
 
     def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the tokens of hidden (N, D), and their logits (n, V) float32.
+        """Slices of the tokens of hidden (N, D), and their logits (n, V).
 
         All lie in one place: a chunk is overwritten by the next, and may be overwritten before.
         """
         place = None
         for part in chunks(len(hidden), len(self.weight)):
             if place is None:  # the first is the largest
-                place = hidden.new_empty(part.stop, len(self.weight), dtype=torch.float32)
+                place = _results(hidden, part.stop, len(self.weight))
             yield part, self.logits(hidden[part], place[: part.stop - part.start])
 
     def slope(self, logits: Tensor) -> Tensor | float:
@@ -59,6 +60,11 @@ class LMHead:
         if self.softcap is None:
             return self.scale
         return self.scale * (1 - (logits / (self.scale * self.softcap)) ** 2)
+
+
+def _results(hidden: Tensor, *shape: int) -> Tensor:
+    """An empty tensor in float32, or in float64 if the hidden states are."""
+    return hidden.new_empty(shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
@@ -71,7 +77,7 @@ def chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
 def token_logprobs(
     head: LMHead, hidden: Tensor, token_ids: Tensor, *, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """log pi(token) and the entropy of pi at each position, both (N,) float32 in nats.
+    """log pi(token) and the entropy of pi at each position, both (N,) in nats.
 
     hidden (N, D), token_ids (N,). Differentiable in hidden, weight and bias. The entropy is zero
     (and costs nothing) without `with_entropy`.
@@ -111,7 +117,7 @@ def token_loss(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What two models say of the same tokens; all of one shape, float32, in nats."""
+    """What two models say of the same tokens; all of one shape, in nats."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -128,7 +134,7 @@ def compare_heads(
 
     hidden (N, D) of the policy and ref_hidden (N, D) of the reference, token_ids (N,).
     """
-    found = torch.empty(4, len(hidden), device=hidden.device)
+    found = _results(hidden, 4, len(hidden))
     with _no_autocast(hidden):
         both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
         for (part, logits), (_, ref_logits) in both:
@@ -157,7 +163,7 @@ def _no_autocast(hidden: Tensor) -> AbstractContextManager[None]:
 
 
 def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
-    """KL(pi || ref) summed over the vocabulary at each position, (N,) float32 in nats.
+    """KL(pi || ref) summed over the vocabulary at each position, (N,) in nats.
 
     hidden (N, D) of the policy and ref_hidden (N, D) of the reference at the same positions.
     Differentiable in hidden, and in the policy's weight and bias.
@@ -185,7 +191,7 @@ class _ExactKL(torch.autograd.Function):
         head: LMHead,
         ref_head: LMHead,
     ) -> Tensor:
-        kl = torch.empty(len(hidden), device=hidden.device)
+        kl = _results(hidden, len(hidden))
         both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
         for (part, logits), (_, ref_logits) in both:
             logp = _normalized(logits)
@@ -226,7 +232,7 @@ class _TokenLogprobs(torch.autograd.Function):
         head: LMHead,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(hidden), device=hidden.device)
+        logprobs = _results(hidden, len(hidden))
         entropy = torch.zeros_like(logprobs)
         for part, logits in head.chunks(hidden):
             logp = _normalized(logits)
@@ -271,8 +277,8 @@ class _TokenLoss(torch.autograd.Function):
         loss_of: LossOfTokens,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(hidden), device=hidden.device)
-        total = torch.zeros((), device=hidden.device)
+        logprobs = _results(hidden, len(hidden))
+        total = logprobs.new_zeros(())
         sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=bias is not None)
         for part, logits in head.chunks(hidden):
             slope = head.slope(logits)
