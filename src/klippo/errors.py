@@ -5,8 +5,8 @@ class KlippoError(Exception):
     """A problem the user can mend; the command line prints its text alone, without a traceback."""
 
     exit_code = 1
-    rail: str | None = None
-    """The guard rail that it speaks for, where it does."""
+    check: str | None = None
+    """The health check that it speaks for, where it does."""
     everywhere: bool = False
     """Every process of the run ends with it at the same place, and they can still work together."""
 
@@ -32,7 +32,7 @@ class RewardError(KlippoError):
 class NotFiniteRewardError(RewardError):
     """A reward source gave a number that is NaN or infinite."""
 
-    rail = "reward_not_finite"
+    check = "reward_not_finite"
 
 
 class DivergedError(KlippoError):
@@ -41,14 +41,14 @@ class DivergedError(KlippoError):
     exit_code = 6
 
 
-class GuardRailError(DivergedError):
-    """A guard rail whose action is `stop` fired."""
+class HealthError(DivergedError):
+    """A health check whose action is `stop` fired."""
 
     everywhere = True
 
-    def __init__(self, rail: str, text: str) -> None:
+    def __init__(self, check: str, text: str) -> None:
         super().__init__(text)
-        self.rail = rail
+        self.check = check
 
 
 class StorageError(KlippoError):

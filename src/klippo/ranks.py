@@ -50,15 +50,15 @@ class _Failure:
     rank: int
     text: str
     exit_code: int
-    rail: str | None
+    check: str | None
 
     @classmethod
     def of(cls, rank: int, error: KlippoError) -> _Failure:
-        return cls(rank, str(error), error.exit_code, error.rail)
+        return cls(rank, str(error), error.exit_code, error.check)
 
     def error(self) -> PeerError:
         error = PeerError(f"process {self.rank}: {self.text}")
-        error.exit_code, error.rail = self.exit_code, self.rail
+        error.exit_code, error.check = self.exit_code, self.check
         return error
 
 
@@ -165,7 +165,7 @@ class Ranks:
         """Do this in every process; a KlippoError that ends it in one ends it in all.
 
         Where it went well they raise PeerError with the first such error's message, exit code and
-        guard rail. Inside, processes may meet in `all_sum_or_fail` alone.
+        health check. Inside, processes may meet in `all_sum_or_fail` alone.
         """
         if self.world_size == 1:
             return work()

@@ -1,4 +1,4 @@
-"""Rule 24 and beyond: each guard rail on metrics made by hand."""
+"""Rule 24 and beyond: each health check on metrics made by hand."""
 
 import json
 import math
@@ -6,8 +6,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from klippo.ppo.health import NAMES, OF_ROLLOUT, OF_UPDATE, GuardRails
-from klippo.ppo.settings import GuardRailSettings, PPOSettings
+from klippo.ppo.health import NAMES, OF_ROLLOUT, OF_UPDATE, HealthMonitor
+from klippo.ppo.settings import HealthSettings, PPOSettings
 
 HEALTHY = {
     "kl/sequence_nats": 2.0,
@@ -31,8 +31,8 @@ UPDATE = {
 }
 
 
-def rails(**settings):
-    return GuardRails(GuardRailSettings(**settings), PPOSettings(batch_size=16))
+def checks(**settings):
+    return HealthMonitor(HealthSettings(**settings), PPOSettings(batch_size=16))
 
 
 def fire(one, step, **changes):
@@ -43,8 +43,8 @@ def fire(one, step, **changes):
 
 
 def after(number, one=None, **changes):
-    """Rails that have seen so many steps without an alarm."""
-    one = one or rails()
+    """Checks that have seen so many steps without an alarm."""
+    one = one or checks()
     for step in range(number):
         assert fire(one, step, **changes) == []
     return one
@@ -57,7 +57,7 @@ def after(number, one=None, **changes):
         ("loss_not_finite", {"update__num_losses_not_finite": 1.0}, "the loss of 1 minibatches"),
         ("gradient_not_finite", {"update__num_gradients_not_finite": 3.0}, "a gradient of 3"),
         (
-            "ratio_guard",
+            "ratio_explosion",
             {"update__num_ratio_skips": 1.0, "policy__largest_ratio_mean": 12.3},
             "exceeded ppo.ratio_threshold=10 (largest 12.3)",
         ),
@@ -89,7 +89,7 @@ def test_a_fault_fires_the_rail_of_its_name_in_the_same_step(name, changes, word
     one = after(5)
     changes = {key.replace("/", "__"): value for key, value in changes.items()}
     alarms = fire(one, 5, **changes)
-    assert [alarm.rail for alarm in alarms] == [name]
+    assert [alarm.check for alarm in alarms] == [name]
     assert words in alarms[0].diagnosis
     assert alarms[0].is_new
     assert one.fired()[name]["first_step"] == 5
@@ -124,14 +124,14 @@ def test_a_batch_without_reward_does_not_condemn_the_critic():
     """The scale is that of the largest returns so far, not those of a batch where all is 0."""
     quiet = {"value__mean_squared_return": 0.0, "value__mean_squared_error": 0.3}
     assert fire(after(5), 5, **quiet) == []
-    assert fire(rails(), 0, **quiet) == []
+    assert fire(checks(), 0, **quiet) == []
 
 
 def test_responses_of_others_have_no_update_kl_and_no_critic_is_no_broken_one():
     given = {
         key: value for key, value in (HEALTHY | UPDATE).items() if key[:5] not in ("rewar", "value")
     }
-    one = rails()
+    one = checks()
     far = given | {"policy/largest_update_kl_nats_per_token": 5.0, "value/explained_variance": -3.0}
     assert one.look_at_rollout(0, far) == []
     assert one.look_at_update(0, far) == []
@@ -158,7 +158,7 @@ def test_a_step_with_an_alarm_is_not_how_the_run_began():
 def test_rails_that_went_on_from_their_state_say_what_the_others_say():
     one = after(4)
     fire(one, 4, policy__entropy_nats=0.1)
-    other = rails()
+    other = checks()
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for step, entropy in enumerate([0.2, 3.0, 0.1, math.nan], start=5):
         same = {"policy__entropy_nats": entropy, "response__length_tokens": 20.0 * step}
@@ -167,28 +167,28 @@ def test_rails_that_went_on_from_their_state_say_what_the_others_say():
 
 
 def test_off_is_quiet_and_stop_says_so():
-    assert fire(after(3, rails(entropy_collapse="off")), 3, policy__entropy_nats=0.1) == []
-    (alarm,) = fire(after(3, rails(entropy_collapse="stop")), 3, policy__entropy_nats=0.1)
+    assert fire(after(3, checks(entropy_collapse="off")), 3, policy__entropy_nats=0.1) == []
+    (alarm,) = fire(after(3, checks(entropy_collapse="stop")), 3, policy__entropy_nats=0.1)
     assert alarm.stops
 
 
 def test_every_rail_has_its_action_and_names_settings_to_change():
-    assert set(GuardRailSettings.model_fields) >= set(NAMES)
+    assert set(HealthSettings.model_fields) >= set(NAMES)
     assert len(NAMES) == 10
-    for rail in (*OF_ROLLOUT, *OF_UPDATE):
-        assert rail.means
-        assert rail.remedy
+    for check in (*OF_ROLLOUT, *OF_UPDATE):
+        assert check.means
+        assert check.remedy
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"entropy_collapse": "skip"}, "entropy_collapse=skip: this rail sees what updates have"),
-        ({"loss_not_finite": "warn"}, "loss_not_finite=warn: what this rail finds would spoil"),
-        ({"ratio_guard": "off"}, "ratio_guard=off: what this rail finds would spoil"),
+        ({"entropy_collapse": "skip"}, "entropy_collapse=skip: this check sees what updates have"),
+        ({"loss_not_finite": "warn"}, "loss_not_finite=warn: what this check finds would spoil"),
+        ({"ratio_explosion": "off"}, "ratio_explosion=off: what this check finds would spoil"),
         ({"length_drift": "halt"}, "Input should be 'off', 'warn' or 'stop'"),
     ],
 )
 def test_an_action_that_cannot_be_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
-        GuardRailSettings(**settings)
+        HealthSettings(**settings)

@@ -62,7 +62,7 @@ def test_two_processes_reach_the_weights_and_metrics_of_one(folder, name, held):
     alone = learn(CASES[name], Ranks(), "none")
     first, second = (torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1))
     assert_same_tensors(first["weights"], second["weights"], atol=0)
-    assert first["metrics"] == second["metrics"], "so that guard rails decide the same"
+    assert first["metrics"] == second["metrics"], "so that health checks decide the same"
     assert_same_tensors(first["weights"], alone["weights"], atol=WEIGHTS_TOLERANCE[held])
     assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5, abs=1e-5)
     assert first["kl_coef"] == pytest.approx(alone["kl_coef"], rel=1e-6)
@@ -82,9 +82,9 @@ def test_the_state_of_two_is_that_of_one_process_and_starts_new_ones(folder, hel
 def test_the_cases_do_what_their_names_say():
     counts = {
         name: learn(CASES[name], Ranks(), "none")["metrics"]
-        for name in ("guard by one process", "target kl", "nobody has scores")
+        for name in ("ratio skip by one process", "target kl", "nobody has scores")
     }
-    assert counts["guard by one process"]["update/num_skipped_minibatches"] == 2
+    assert counts["ratio skip by one process"]["update/num_skipped_minibatches"] == 2
     assert counts["target kl"]["update/stopped_early"] == 1
     assert counts["nobody has scores"]["update/num_optimizer_steps"] == 0
 

@@ -1,4 +1,4 @@
-"""Rules 14, 20, 22-27: the passes over one batch, the guard, the schedule, the warm-up."""
+"""The passes over one batch, the ratio threshold, the schedule, the warm-up."""
 
 import copy
 import dataclasses
@@ -91,7 +91,7 @@ def same_state(left, right):
 
 @pytest.mark.parametrize("shift", [-5.0, NAN])
 @pytest.mark.parametrize("threshold", [10.0, None])
-def test_a_minibatch_beyond_the_ratio_guard_is_truly_skipped(shift, threshold):  # rule 24
+def test_a_minibatch_beyond_the_ratio_explosion_is_truly_skipped(shift, threshold):  # rule 24
     one = learner(ppo={"ratio_threshold": threshold})
     run(one)  # momentum from an honest step
     before, state = weights(one.policy), optimizer_state(one)
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_moves_nothing():  # rule 24
     assert metrics["update/num_gradients_not_finite"] == 0
 
 
-def test_the_guard_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  # rule 24
+def test_the_ratio_threshold_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  # rule 24
     one = learner(ppo={"ratio_threshold": 10.0})
     experience = one.experience(ROLLOUT, SCORES)
     old = experience.old_logprobs.clone()

@@ -57,7 +57,7 @@ CASES = {
     ),
     "a process without scores": Case(reward=[1.0, -2.0, NAN, NAN], num_steps=2),
     "nobody has scores": Case(reward=[NAN] * 4),
-    "guard by one process": Case(
+    "ratio skip by one process": Case(
         ppo={"ratio_threshold": 10.0, "num_epochs": 2}, old_shift=[0.0, 0.0, 0.0, -6.0]
     ),
     "target kl": Case(ppo={"num_epochs": 6, "target_kl": 0.1}, old_shift=[0.0, 0.0, 0.0, -2.0]),

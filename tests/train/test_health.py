@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from klippo import PPOTrainer
-from klippo.errors import GuardRailError, NotFiniteRewardError
+from klippo.errors import HealthError, NotFiniteRewardError
 from klippo.runs.folder import read_rows
 from tests.train.test_resume import EVERY_STEP, fingerprint, lengths, run_until
 
@@ -44,7 +44,7 @@ def checkpoints_of(run: Path) -> list[str]:
 
 
 def stopping(*names: str) -> dict:
-    return {"guard_rails": dict.fromkeys(names, "stop")}
+    return {"health": dict.fromkeys(names, "stop")}
 
 
 def test_a_healthy_demo_run_fires_no_rail(cli, tmp_path) -> None:
@@ -54,9 +54,9 @@ def test_a_healthy_demo_run_fires_no_rail(cli, tmp_path) -> None:
         "ppo.minibatch_size=16", "evaluation.num_prompts=0", "gold=null",
     )  # fmt: skip
     assert code == 0, err
-    assert "Guard rail" not in out
-    assert "guard_rails" not in status_of(run)
-    assert "- Guard rails: none fired" in (run / "MODEL_CARD.md").read_text()
+    assert "Health check" not in out
+    assert "health" not in status_of(run)
+    assert "- health checks: none fired" in (run / "MODEL_CARD.md").read_text()
     for row in read_rows(run / "metrics.jsonl"):
         assert 0.9 < row["policy/largest_ratio_mean"] < 1.1
         assert 0 <= row["policy/largest_update_kl_nats_per_token"] < 0.1
@@ -68,18 +68,18 @@ def test_a_learning_rate_a_hundred_times_too_high_is_named_and_undone(config, tm
     """The run goes on with it from step 3; with the old one, from the checkpoint, to the end."""
     run_until(config | {"output_dir": str(tmp_path / "whole")}, None)
     run_until(config, 3)
-    fast = config | {"optimizer": FAST} | stopping("kl_explosion", "ratio_guard")
-    with pytest.raises(GuardRailError) as stopped:
+    fast = config | {"optimizer": FAST} | stopping("kl_explosion", "ratio_explosion")
+    with pytest.raises(HealthError) as stopped:
         PPOTrainer(fast, reward=lengths, quiet=True, resume=True).train()
     assert stopped.value.exit_code == 6
-    assert stopped.value.rail in ("kl_explosion", "ratio_guard")
+    assert stopped.value.check in ("kl_explosion", "ratio_explosion")
     status = status_of(tmp_path / "run")
-    assert status["stopped_by"] == stopped.value.rail
+    assert status["stopped_by"] == stopped.value.check
     assert 4 <= status["num_steps_done"] <= 5  # within two updates
-    assert "optimizer.learning_rate" in status["guard_rails"][stopped.value.rail]["diagnosis"]
+    assert "optimizer.learning_rate" in status["health"][stopped.value.check]["diagnosis"]
     assert status["checkpoint_step"] == 3
     assert status["resume"].endswith("--resume")
-    assert stopped.value.rail in (tmp_path / "run/report.html").read_text()
+    assert stopped.value.check in (tmp_path / "run/report.html").read_text()
     run_until(config, None, resume=True)
     ours, whole = (fingerprint(tmp_path / name) for name in ("run", "whole"))
     assert ours == whole
@@ -89,9 +89,12 @@ def test_the_model_of_a_stopped_run_is_that_of_the_checkpoint(config, tmp_path) 
     run_until(config | {"ppo": config["ppo"] | {"num_steps": 3}}, None)
     run_until(config | {"output_dir": str(tmp_path / "stopped")}, 3)
     fast = config | {"output_dir": str(tmp_path / "stopped"), "optimizer": FAST}
-    with pytest.raises(GuardRailError):
+    with pytest.raises(HealthError):
         PPOTrainer(
-            fast | stopping("kl_explosion", "ratio_guard"), reward=lengths, quiet=True, resume=True
+            fast | stopping("kl_explosion", "ratio_explosion"),
+            reward=lengths,
+            quiet=True,
+            resume=True,
         ).train()
     good, kept = (tmp_path / f"{name}/model/model.safetensors" for name in ("run", "stopped"))
     assert kept.read_bytes() == good.read_bytes()
@@ -104,7 +107,7 @@ def test_what_a_rollout_shows_stops_the_run_before_its_policy_is_a_checkpoint(
     alone = config | {"ppo": config["ppo"] | {"num_epochs": 1, "minibatch_size": 16}}
     run_until(alone, 3)
     fast = alone | {"optimizer": FAST} | stopping("kl_explosion")
-    with pytest.raises(GuardRailError, match="kl_explosion at step 4: the KL to the reference"):
+    with pytest.raises(HealthError, match="kl_explosion at step 4: the KL to the reference"):
         PPOTrainer(fast, reward=lengths, quiet=True, resume=True).train()
     assert checkpoints_of(tmp_path / "run")[-1] == "step-00000003"
     assert status_of(tmp_path / "run")["checkpoint_step"] == 3
@@ -116,7 +119,7 @@ def test_a_checkpoint_that_no_rail_had_seen_is_set_aside(config, tmp_path) -> No
     run_until(config, 3)
     run_until(config | {"optimizer": FAST}, 0, resume=True)  # fails in the second step from here
     assert checkpoints_of(tmp_path / "run")[-1] == "step-00000004"
-    with pytest.raises(GuardRailError, match="kl_explosion at step 4"):
+    with pytest.raises(HealthError, match="kl_explosion at step 4"):
         PPOTrainer(
             config | {"optimizer": FAST} | stopping("kl_explosion"),
             reward=lengths, quiet=True, resume=True,
@@ -145,17 +148,17 @@ def test_a_reward_that_is_not_finite_is_named_with_its_row_and_prompt(
     code, _, err = cli("train", config)
     assert code == 4
     assert f"returned {shown} for row 5 (prompt 'the" in err
-    assert "guard_rails.reward_not_finite=skip" in err
+    assert "health.reward_not_finite=skip" in err
     status = status_of(tmp_path / "run")
     assert status["stopped_by"] == "reward_not_finite"
     assert status["checkpoint_step"] == 2  # the policy before it, which it never reached
-    assert status["guard_rails"]["reward_not_finite"]["first_step"] == 2
+    assert status["health"]["reward_not_finite"]["first_step"] == 2
     assert "reward_not_finite" in (tmp_path / "run/report.html").read_text()
 
     file.write_text(file.read_text().replace("len(calls) == 3", "len(calls) == 1"))
-    code, out, err = cli("train", config, "--resume", "guard_rails.reward_not_finite=skip")
+    code, out, err = cli("train", config, "--resume", "health.reward_not_finite=skip")
     assert code == 0, err
-    assert "Guard rail reward_not_finite at step 2: 1 rewards of the batch" in out
+    assert "Health check reward_not_finite at step 2: 1 rewards of the batch" in out
     last = read_rows(tmp_path / "run/metrics.jsonl")[-1]
     assert last["reward/scored_share"] == pytest.approx(15 / 16)
     assert last["reward/num_not_finite"] == 1
@@ -185,7 +188,7 @@ def test_a_broken_critic_is_named_within_two_updates(config, tmp_path, fault) ->
         return [float(len(text)) for text in responses]
 
     trainer = PPOTrainer(config | stopping("value_failure"), reward=reward, quiet=True)
-    with pytest.raises(GuardRailError, match="value_failure at step 3: the mean squared error"):
+    with pytest.raises(HealthError, match="value_failure at step 3: the mean squared error"):
         trainer.train()
     assert status_of(tmp_path / "run")["stopped_by"] == "value_failure"
     assert checkpoints_of(tmp_path / "run")[-1] == "step-00000002"
@@ -202,27 +205,27 @@ def test_a_loss_that_is_not_finite_is_named_and_can_be_left_out(config, tmp_path
         trainer = PPOTrainer(changed, reward=reward, quiet=True, overwrite=True)
         trainer.train()
 
-    with pytest.raises(GuardRailError, match="loss_not_finite at step 1: the loss of 4 minibatch"):
+    with pytest.raises(HealthError, match="loss_not_finite at step 1: the loss of 4 minibatch"):
         trained()
-    trained(guard_rails={"loss_not_finite": "skip"})
-    record = status_of(tmp_path / "run")["guard_rails"]["loss_not_finite"]
+    trained(health={"loss_not_finite": "skip"})
+    record = status_of(tmp_path / "run")["health"]["loss_not_finite"]
     assert (record["action"], record["first_step"], record["num_steps"]) == ("skip", 1, 5)
 
 
 def test_rails_of_a_run_that_went_on_remember_what_they_saw(config, tmp_path) -> None:
-    eager = config | {"guard_rails": {"max_kl_jump": 1e-7, "max_length_factor": 1.01}}
+    eager = config | {"health": {"max_kl_jump": 1e-7, "max_length_factor": 1.01}}
     run_until(eager | {"output_dir": str(tmp_path / "whole")}, None)
     run_until(eager, 3)
     run_until(eager, None)
-    ours, whole = (status_of(tmp_path / name)["guard_rails"] for name in ("run", "whole"))
+    ours, whole = (status_of(tmp_path / name)["health"] for name in ("run", "whole"))
     assert whole["kl_explosion"]["num_steps"] == 6
     assert ours == whole
 
 
 def test_an_impossible_action_is_refused_with_the_reason(cli, write_config) -> None:
-    code, _, err = cli("train", write_config(guard_rails={"repetition": "skip"}))
+    code, _, err = cli("train", write_config(health={"repetition": "skip"}))
     assert code == 2
-    assert "guard_rails.repetition=skip: this rail sees what updates have done" in err
+    assert "health.repetition=skip: this check sees what updates have done" in err
 
 
 ON_A_SMALL_DISK = """

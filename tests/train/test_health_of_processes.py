@@ -107,7 +107,7 @@ def test_a_rail_ends_both_processes_and_the_model_is_that_of_the_checkpoint(
     run = tmp_path / "run"
     assert ("each with its part of the weights" in ended.stdout) is (sharding != "none")
     assert exit_codes(ended.stderr)[-1] == 6
-    assert ended.stderr.count("guard rail reward_saturation at step 3: all 16 scores") == 1
+    assert ended.stderr.count("health check reward_saturation at step 3: all 16 scores") == 1
     assert "bug in Klippo" not in ended.stderr
     status = status_of(run)
     assert (status["state"], status["stopped_by"]) == ("failed", "reward_saturation")
@@ -131,7 +131,7 @@ def test_a_reward_that_is_not_finite_in_one_process_ends_both_and_is_named(
     assert ended.stderr.count("returned nan") == 1
     status = status_of(run)
     assert (status["stopped_by"], status["num_steps_done"]) == ("reward_not_finite", 2)
-    assert status["guard_rails"]["reward_not_finite"]["first_step"] == 2
+    assert status["health"]["reward_not_finite"]["first_step"] == 2
     assert status["checkpoint_step"] == 2, "of the step that failed, which has changed nothing"
     assert_model_is_that_of(run, "step-00000002")
 
@@ -169,13 +169,15 @@ def test_a_learning_rate_a_hundred_times_too_high_stops_both_processes(
     start = time.monotonic()
     ended = finish(
         torchrun(2, file, "--resume", "optimizer.learning_rate=0.3",
-                 "guard_rails.kl_explosion=stop", "guard_rails.ratio_guard=stop")
+                 "health.kl_explosion=stop", "health.ratio_explosion=stop")
     )  # fmt: skip
     assert time.monotonic() - start < BOUND_S
     assert exit_codes(ended.stderr)[-1] == 6
-    assert len(re.findall("guard rail (?:kl_explosion|ratio_guard) at step", ended.stderr)) == 1
+    assert (
+        len(re.findall("health check (?:kl_explosion|ratio_explosion) at step", ended.stderr)) == 1
+    )
     status = status_of(run)
-    assert status["stopped_by"] in ("kl_explosion", "ratio_guard")
+    assert status["stopped_by"] in ("kl_explosion", "ratio_explosion")
     assert status["num_steps_done"] in (3, 4), "within two updates"
     assert status["checkpoint_step"] == 2
     assert (run / "model/model.safetensors").read_bytes() == good
@@ -189,7 +191,7 @@ def test_a_first_process_that_keeps_long_is_not_cut_off_by_the_others(
     ended = finish(torchrun(2, config(SATURATES + SLOW_REPORT, **stopping("reward_saturation"))))
     assert exit_codes(ended.stderr)[-1] == 6
     assert re.findall(r"rank\s+: (\d)", ended.stderr)[-1] == "0", "the first to end"
-    assert ended.stderr.count("guard rail reward_saturation at step 3") == 1
+    assert ended.stderr.count("health check reward_saturation at step 3") == 1
     assert (tmp_path / "run/report.html").is_file()
 
 

@@ -239,7 +239,7 @@ def test_claims_about_who_wrote_the_responses_are_checked(
         ({"kl": {"coef": 0.1}}, "kl.placement=reward: estimates from sampled tokens are wrong"),
         ({"ppo": {"batch_size": 32}}, "ppo.batch_size=32 is more than the 24 responses"),
         ({"reward": {"kind": "column", "column": "rewrd"}}, "did you mean 'reward'"),
-        ({"guard": {"max_kl": 3.0}}, "guard needs fresh responses"),
+        ({"early_stop": {"max_kl": 3.0}}, "early_stop needs fresh responses"),
         ({"offline": {"logprobs_column": "x"}}, "recorded log-probs need both"),
     ],
 )

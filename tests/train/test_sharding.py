@@ -57,7 +57,7 @@ def accelerate(settings: Path, *arguments: object) -> list[str]:
 def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
     write_config: Callable[..., Path], gpt2: Path, tmp_path: Path, sharding: str, kind: str
 ) -> None:
-    """One process; two with a part each, whose evaluation prompts do not divide; and the guard."""
+    """One process; two with a shard each, whose evaluation prompts do not divide."""
     config = write_config(
         device="cpu",
         policy={"model": str(gpt2), "tuning": kind, "lora": {"rank": 2}},
@@ -65,7 +65,7 @@ def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
         score={"normalize": True, "whiten": True},
         ppo={"num_steps": 3, "batch_size": 16, "minibatch_size": 8, "micro_batch_size": 2},
         evaluation={"num_prompts": 9, "every": 2, "num_shown": 0},
-        guard={"max_kl": 1e6},
+        early_stop={"max_kl": 1e6},
         **(LORA if kind == "lora" else SEPARATE),
     )
     one, two = tmp_path / "one", tmp_path / "two"
@@ -123,7 +123,7 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes(
         rollout={"response_length": [2, 8]},
         evaluation={"num_prompts": 3, "every": 3, "num_shown": 0},
         checkpoint={"every": 2},
-        guard={"max_kl": 1e6},
+        early_stop={"max_kl": 1e6},
     )
     killed, whole = tmp_path / "killed-run", tmp_path / "whole"
     ended = finish(torchrun(2, config, f"output_dir={killed}"))

@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from klippo.data.settings import DataSettings, OfflineSettings
-from klippo.evaluation.settings import MIN_PROMPTS, EvaluationSettings, GuardSettings
+from klippo.evaluation.settings import MIN_PROMPTS, EarlyStopSettings, EvaluationSettings
 from klippo.policy.settings import CriticSettings, PolicySettings, Sharding
 from klippo.ppo.checkpoint_settings import CheckpointSettings
 from klippo.ppo.settings import (
-    GuardRailSettings,
+    HealthSettings,
     KLSettings,
     OptimizerSettings,
     PPOSettings,
@@ -85,9 +85,9 @@ class RunConfig(WholeConfig):
     """AdamW and its schedule."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Samples of a fixed prompt set, before, during and after."""
-    guard: GuardSettings = GuardSettings()
+    early_stop: EarlyStopSettings = EarlyStopSettings()
     """Ends the run while the policy is still good."""
-    guard_rails: GuardRailSettings = GuardRailSettings()
+    health: HealthSettings = HealthSettings()
     """What happens when the numbers say that training went wrong."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """What an interrupted run goes on from."""
@@ -113,18 +113,18 @@ class RunConfig(WholeConfig):
                     f"negative KL{remedy}"
                 )
 
-    def _guard_conflicts(self) -> Iterator[str]:
-        guard, evaluation = self.guard, self.evaluation
-        if not guard.is_on:
+    def _early_stop_conflicts(self) -> Iterator[str]:
+        early_stop, evaluation = self.early_stop, self.evaluation
+        if not early_stop.is_on:
             return
         if evaluation.every is None or evaluation.num_prompts == 0:
-            yield "guard needs evaluations on the way; set evaluation.every and num_prompts"
-        if guard.gold_prompts > 0 and self.gold is None:
-            yield f"guard.gold_prompts={guard.gold_prompts} needs a gold reward; add gold"
-        if 0 < guard.gold_prompts < MIN_PROMPTS:
+            yield "early_stop needs evaluations on the way; set evaluation.every and num_prompts"
+        if early_stop.gold_prompts > 0 and self.gold is None:
+            yield f"early_stop.gold_prompts={early_stop.gold_prompts} needs a gold reward; add gold"
+        if 0 < early_stop.gold_prompts < MIN_PROMPTS:
             yield (
-                f"guard.gold_prompts={guard.gold_prompts}: fewer than {MIN_PROMPTS} prompts say "
-                "nothing; use more, or 0"
+                f"early_stop.gold_prompts={early_stop.gold_prompts}: fewer than {MIN_PROMPTS} "
+                "prompts say nothing; use more, or 0"
             )
 
     def _offline_conflicts(self) -> Iterator[str]:
@@ -148,7 +148,7 @@ class RunConfig(WholeConfig):
                 f"kl.placement={self.kl.placement}: estimates from sampled tokens are wrong for "
                 "responses that the policy did not sample; use placement: exact, or coef: 0"
             )
-        for name in ("gold", "guard"):
+        for name in ("gold", "early_stop"):
             if getattr(self, name) != type(self).model_fields[name].get_default():
                 yield (
                     f"{name} needs fresh responses, and an offline run samples none; remove it, "
@@ -177,7 +177,7 @@ class RunConfig(WholeConfig):
                 "critic.kind=separate would train a copy of the policy's 4-bit weights, and these "
                 "cannot be trained; name a critic.model, or use critic.kind=lora"
             )
-        yield from self._guard_conflicts()
+        yield from self._early_stop_conflicts()
         for ensemble in ensembles(self.gold):
             if ensemble.standardize == "start" and ensemble.moments is None:
                 yield (

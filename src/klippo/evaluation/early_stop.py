@@ -13,7 +13,7 @@ import numpy as np
 
 from klippo.evaluation.history import history
 from klippo.evaluation.samples import SampleRow
-from klippo.evaluation.settings import GuardSettings
+from klippo.evaluation.settings import EarlyStopSettings
 from klippo.evaluation.verdict import judge
 
 ALARMS_IN_A_ROW = 2
@@ -30,10 +30,10 @@ class Decision:
     """Why the run should end here; None lets it go on."""
 
 
-class Guard:
+class EarlyStop:
     """Looks at every evaluation of a run, in order."""
 
-    def __init__(self, settings: GuardSettings, seed: int = 0) -> None:
+    def __init__(self, settings: EarlyStopSettings, seed: int = 0) -> None:
         self._settings = settings
         self._seed = seed
         self._gold_rows: dict[int, Sequence[SampleRow]] = {}
@@ -44,7 +44,7 @@ class Guard:
     def look(
         self, step: int, rows: Sequence[SampleRow], gold_rows: Sequence[SampleRow] = ()
     ) -> Decision:
-        """`rows` are the run's own evaluation, `gold_rows` the guard's prompts with gold scores.
+        """`rows` are the run's evaluation, `gold_rows` its other prompts with gold scores.
 
         The best policy is that with the highest mean gold, without gold the latest within the
         budget.
@@ -66,7 +66,7 @@ class Guard:
         if not within:
             return Decision(
                 is_best=False,
-                stop=f"KL {kl:.2f} nats at step {step} exceeds guard.max_kl={limit:g}",
+                stop=f"KL {kl:.2f} nats at step {step} exceeds early_stop.max_kl={limit:g}",
             )
         return Decision(is_best=is_best, stop=alarm)
 
@@ -92,4 +92,4 @@ class Guard:
         self._num_alarms = self._num_alarms + 1 if verdict.outcome == "over-optimised" else 0
         if self._num_alarms < ALARMS_IN_A_ROW:
             return None
-        return f"over-optimised by the guard's {len(run.prompt_ids)} prompts: {verdict.reason}"
+        return f"over-optimised by early stopping's {len(run.prompt_ids)} prompts: {verdict.reason}"

@@ -1,4 +1,4 @@
-"""Settings of evaluation while training, and of the guard that may end it."""
+"""Settings of evaluation while training, and of early stopping, which may end it."""
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -17,7 +17,7 @@ class EvaluationSettings(Settings):
     """Prompts of the before/after table; 0 leaves it out."""
 
 
-class GuardSettings(Settings):
+class EarlyStopSettings(Settings):
     """Ends a run at an evaluation, and keeps the best policy so far in `best/`."""
 
     max_kl: PositiveFloat | None = None

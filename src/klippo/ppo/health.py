@@ -1,4 +1,4 @@
-"""Guard rails: what a step's metrics say when training has gone wrong, and what to change.
+"""health checks: what a step's metrics say when training has gone wrong, and what to change.
 
 Metrics in, alarms out. The metrics are those of all processes, so each finds the same.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from klippo.ppo.settings import GuardRailSettings, PPOSettings
+from klippo.ppo.settings import HealthSettings, PPOSettings
 from klippo.types import Metrics
 
 NUM_START = 3
@@ -54,7 +54,7 @@ class Sight:
     now: Metrics
     past: Mapping[str, Track]
     """Of the steps before."""
-    settings: GuardRailSettings
+    settings: HealthSettings
     ppo: PPOSettings
 
     def start(self, key: str) -> float | None:
@@ -68,11 +68,11 @@ Rule = Callable[[Sight], str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rail:
-    """One guard rail."""
+class Check:
+    """One health check."""
 
     name: str
-    """The field of `GuardRailSettings` that has its action."""
+    """The field of `HealthSettings` that has its action."""
     rule: Rule
     means: str
     """What usually stands behind it."""
@@ -82,9 +82,9 @@ class Rail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """A rail that fired."""
+    """A check that fired."""
 
-    rail: str
+    check: str
     step: int
     action: str
     diagnosis: str
@@ -96,7 +96,7 @@ class Alarm:
         return self.action == "stop"
 
     def __str__(self) -> str:
-        return f"{self.rail} at step {self.step}: {self.diagnosis}"
+        return f"{self.check} at step {self.step}: {self.diagnosis}"
 
 
 def _reward_not_finite(see: Sight) -> str | None:
@@ -116,7 +116,7 @@ def _minibatches(key: str, what: str) -> Rule:
     return rule
 
 
-def _ratio_guard(see: Sight) -> str | None:
+def _ratio_explosion(see: Sight) -> str | None:
     number = see.now.get("update/num_ratio_skips", 0)
     if number == 0:
         return None
@@ -234,39 +234,39 @@ _KL = {
 }
 
 OF_ROLLOUT = (
-    Rail(
+    Check(
         name="reward_not_finite",
         rule=_reward_not_finite,
         means="the reward divides by zero or overflows on some responses",
         remedy="mend the reward, or let it return None for them",
     ),
-    Rail(rule=_kl_since_the_last_step, **_KL),
-    Rail(
+    Check(rule=_kl_since_the_last_step, **_KL),
+    Check(
         name="entropy_collapse",
         rule=_entropy_collapse,
         means="the policy writes nearly the same whatever it draws, and finds nothing new",
         remedy="raise kl.coef or ppo.entropy_coef, or lower optimizer.learning_rate",
     ),
-    Rail(
+    Check(
         name="value_failure",
         rule=_value_failure,
         means="the critic is broken or on another scale than the reward, and advantages are noise",
         remedy="lower optimizer.critic_learning_rate, set ppo.num_critic_warmup_steps or "
         "score.normalize",
     ),
-    Rail(
+    Check(
         name="reward_saturation",
         rule=_reward_saturation,
         means="the reward no longer tells responses apart, and whitened advantages are noise",
         remedy="stop here, or use a finer reward; check that the reward is not being fooled",
     ),
-    Rail(
+    Check(
         name="length_drift",
         rule=_length_drift,
         means="the reward pays for length (or for ending at once)",
         remedy="add a length reward (kind: length), or set score.missing_eos",
     ),
-    Rail(
+    Check(
         name="repetition",
         rule=_repetition,
         means="the policy has found a phrase that the reward likes",
@@ -275,28 +275,28 @@ OF_ROLLOUT = (
 )
 """What a rollout shows, before anything is learnt from it: what the updates before have done."""
 OF_UPDATE = (
-    Rail(
+    Check(
         name="loss_not_finite",
         rule=_minibatches("update/num_losses_not_finite", "the loss"),
         means="weights, values or log-probs have overflowed",
         remedy="lower optimizer.learning_rate, or use float32 (policy.dtype)",
     ),
-    Rail(
+    Check(
         name="gradient_not_finite",
         rule=_minibatches("update/num_gradients_not_finite", "a gradient"),
         means="the backward pass overflows",
         remedy="lower optimizer.learning_rate, or use float32 (policy.dtype)",
     ),
-    Rail(
-        name="ratio_guard",
-        rule=_ratio_guard,
+    Check(
+        name="ratio_explosion",
+        rule=_ratio_explosion,
         means="the policy left the batch that it learns from",
         remedy="lower optimizer.learning_rate or ppo.num_epochs, or set ppo.target_kl (0.02)",
     ),
-    Rail(rule=_kl_of_the_update, **_KL),
+    Check(rule=_kl_of_the_update, **_KL),
 )
 """What an update says of itself."""
-NAMES = tuple(dict.fromkeys(rail.name for rail in (*OF_ROLLOUT, *OF_UPDATE)))
+NAMES = tuple(dict.fromkeys(check.name for check in (*OF_ROLLOUT, *OF_UPDATE)))
 WATCHED = (
     "kl per token",
     "policy/entropy_nats",
@@ -310,7 +310,7 @@ WATCHED = (
 
 @dataclass(slots=True)
 class Record:
-    """How often a rail has fired in a run."""
+    """How often a check has fired in a run."""
 
     action: str
     first_step: int
@@ -320,10 +320,10 @@ class Record:
     """Of the first time."""
 
 
-class GuardRails:
+class HealthMonitor:
     """Looks at every step of a run, in order."""
 
-    def __init__(self, settings: GuardRailSettings, ppo: PPOSettings) -> None:
+    def __init__(self, settings: HealthSettings, ppo: PPOSettings) -> None:
         self._settings = settings
         self._ppo = ppo
         self._past: dict[str, Track] = {}
@@ -345,16 +345,16 @@ class GuardRails:
         """What the metrics of a whole step say, after the update."""
         return self._look(step, metrics, OF_UPDATE, "update")
 
-    def record(self, rail: str, step: int, action: str, diagnosis: str) -> None:
-        """Remember that a rail fired; also one that spoke up elsewhere."""
-        known = self._records.get(rail)
+    def record(self, check: str, step: int, action: str, diagnosis: str) -> None:
+        """Remember that a check fired; also one that spoke up elsewhere."""
+        known = self._records.get(check)
         if known is None:
-            self._records[rail] = Record(action, step, step, 1, diagnosis)
+            self._records[check] = Record(action, step, step, 1, diagnosis)
         elif known.last_step != step:
             known.last_step, known.num_steps = step, known.num_steps + 1
 
     def fired(self) -> dict[str, dict[str, Any]]:
-        """Every rail that has fired, as JSON holds it."""
+        """Every check that has fired, as JSON holds it."""
         return {name: asdict(record) for name, record in self._records.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,21 +371,23 @@ class GuardRails:
         self._firing = set(state["firing"])
         self._records = {name: Record(**record) for name, record in state["fired"].items()}
 
-    def _look(self, step: int, now: Metrics, rails: Sequence[Rail], when: str) -> list[Alarm]:
+    def _look(self, step: int, now: Metrics, checks: Sequence[Check], when: str) -> list[Alarm]:
         sight = Sight(now=now, past=self._past, settings=self._settings, ppo=self._ppo)
         alarms = []
-        for rail in rails:
-            action = getattr(self._settings, rail.name)
-            found = None if action == "off" else rail.rule(sight)
-            key = f"{rail.name} ({when})"
+        for check in checks:
+            action = getattr(self._settings, check.name)
+            found = None if action == "off" else check.rule(sight)
+            key = f"{check.name} ({when})"
             if found is None:
                 self._firing.discard(key)
                 continue
-            diagnosis = f"{found}. Usually {rail.means}; {rail.remedy}."
-            self.record(rail.name, step, action, diagnosis)
+            diagnosis = f"{found}. Usually {check.means}; {check.remedy}."
+            self.record(check.name, step, action, diagnosis)
             is_new = key not in self._firing
             self._firing.add(key)
             alarms.append(
-                Alarm(rail=rail.name, step=step, action=action, diagnosis=diagnosis, is_new=is_new)
+                Alarm(
+                    check=check.name, step=step, action=action, diagnosis=diagnosis, is_new=is_new
+                )
             )
         return alarms

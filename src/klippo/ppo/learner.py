@@ -177,7 +177,7 @@ class Learner:
 
     def _advance_schedule(self) -> None:
         # PyTorch warns when a schedule moves before the first optimizer step (all rows unscored,
-        # or the guard skipped everything); the schedule counts PPO steps and moves all the same.
+        # or every minibatch was skipped); the schedule counts PPO steps and moves all the same.
         self.optimizer.adam._opt_called = True  # type: ignore[attr-defined]
         self.scheduler.step()
 

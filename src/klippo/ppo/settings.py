@@ -131,8 +131,8 @@ AfterTheStep = Literal["off", "warn", "stop"]
 """What shows when the weights have moved already."""
 
 
-class GuardRailSettings(Settings):
-    """What a run does when its numbers say that training went wrong (docs/guard-rails.md)."""
+class HealthSettings(Settings):
+    """What a run does when its numbers say that training went wrong (docs/health.md)."""
 
     reward_not_finite: BeforeTheStep = "stop"
     """A reward is NaN or infinite; `skip` counts the response as unscored."""
@@ -140,7 +140,7 @@ class GuardRailSettings(Settings):
     """The loss of a minibatch is NaN or infinite."""
     gradient_not_finite: BeforeTheStep = "stop"
     """A gradient of a minibatch is NaN or infinite."""
-    ratio_guard: BeforeTheStep = "skip"
+    ratio_explosion: BeforeTheStep = "skip"
     """The mean ratio of a minibatch exceeds `ppo.ratio_threshold`."""
     kl_explosion: AfterTheStep = "warn"
     """One update moves the policy by more than `max_kl_jump`."""
@@ -174,12 +174,12 @@ class GuardRailSettings(Settings):
             actions = () if known is None else get_args(known.annotation)
             if action == "skip" and "warn" in actions:
                 told.append(
-                    f"{name}=skip: this rail sees what updates have done, and nothing is left to "
+                    f"{name}=skip: this check sees what updates have done, and nothing is left to "
                     "skip; use off, warn or stop"
                 )
             if action in ("off", "warn") and "skip" in actions:
                 told.append(
-                    f"{name}={action}: what this rail finds would spoil the weights and is never "
+                    f"{name}={action}: what this check finds would spoil the weights and is never "
                     "learnt from; use skip to go on without it, or stop"
                 )
         if told:

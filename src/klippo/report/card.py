@@ -65,7 +65,7 @@ def _figures(view: RunView) -> Iterator[str]:
         for row in view.key_figures:
             yield "| " + " | ".join(map(esc, row)) + " |"
         yield ""
-    lines = [f"Guard rail {r.name} ({r.steps}; {r.did}): {r.diagnosis}" for r in view.rails]
+    lines = [f"Health check {r.name} ({r.steps}; {r.did}): {r.diagnosis}" for r in view.checks]
     for line in [*lines, *view.notes]:
         yield f"- {esc(line)}"
     if lines or view.notes:

@@ -13,9 +13,9 @@ from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.scaling import Fit
 from klippo.evaluation.statistics import PairedComparison
 from klippo.evaluation.verdict import Verdict
+from klippo.report.health import HealthView, health_of, health_words
 from klippo.report.judges import JudgeView, judges_of
 from klippo.report.offline import is_offline, offline_rows
-from klippo.report.rails import RailView, rails_of, rails_words
 from klippo.report.reading import RUNNING, RunData
 from klippo.report.series import by_rank, distances, law_of, mean_metric, verdict_of
 from klippo.report.tables import MEASURES, REWARDS, compare_rows
@@ -71,7 +71,7 @@ class RunView:
     config_defaults: list[tuple[str, str, str]]
     versions: Pairs
     judges: list[JudgeView]
-    rails: list[RailView]
+    checks: list[HealthView]
     passes: list[tuple[str, ...]]
     """Diagnostics of an offline run."""
     notes: list[str]
@@ -103,7 +103,7 @@ def view(run: RunData) -> RunView:
         config_defaults=[row for row in config if row[2] == DEFAULT],
         versions=[(str(k), str(v)) for k, v in _mapping(run.started.get("versions")).items()],
         judges=judges_of(run),
-        rails=rails_of(run),
+        checks=health_of(run),
         passes=offline_rows(run),
         notes=list(_notes(run)),
     )
@@ -253,9 +253,9 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     memory = max((row.get("memory/peak_gib", math.nan) for row in run.metrics), default=math.nan)
     if not math.isnan(memory):
         yield "Peak memory", f"{number(memory, 1)} GiB"
-    words = rails_words(run, rails_of(run))
+    words = health_words(run, health_of(run))
     if words is not None:
-        yield "Guard rails", words
+        yield "health checks", words
     yield "Ended", ending_words(run)
 
 

@@ -56,7 +56,7 @@ def resolve_scores(
     if not skip_not_finite:
         raise NotFiniteRewardError(
             f"{not_finite[min(not_finite)]}, or leave such responses out with "
-            "guard_rails.reward_not_finite=skip"
+            "health.reward_not_finite=skip"
         )
     reward = torch.where(infinite, torch.full_like(scores.reward, torch.nan), scores.reward)
     return replace(scores, reward=reward, not_finite=not_finite)

@@ -4,7 +4,7 @@ checkpoints/step-00000120/
   state.json             counters, random states, the config and what it was written for
   NAME.safetensors       tensors by name: weights, optimizer
   manifest.json          size and SHA-256 of each of these
-checkpoints/suspect-*    set aside: a guard rail stopped the run at what this policy wrote
+checkpoints/suspect-*    set aside: a health check stopped the run at what this policy wrote
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def time_run(config: RunConfig, plan: Plan, data: Data) -> Timing:
         mark()
     session.close_reward()
     generate_s, forward_s, score_s, update_s = (b - a for a, b in pairwise(marks))
-    every_response = plan.num_training + plan.num_evaluation + plan.num_guard
+    every_response = plan.num_training + plan.num_evaluation + plan.num_early_stop
     seconds = (generate_s + forward_s + score_s) * every_response
     seconds += (generate_s + score_s) * plan.num_measured
     seconds += update_s * ppo.num_epochs * plan.num_training
@@ -182,8 +182,8 @@ def tell(plan: Plan, timing: Timing | None, console: Console) -> None:
     table.add_row("PPO steps", f"{plan.num_steps:,}")
     table.add_row("responses to learn from", f"{plan.num_training:,}")
     table.add_row("responses for evaluation", f"{plan.num_evaluation:,}")
-    if plan.num_guard:
-        table.add_row("responses for the guard", f"{plan.num_guard:,}")
+    if plan.num_early_stop:
+        table.add_row("responses for early stopping", f"{plan.num_early_stop:,}")
     if plan.num_measured:
         table.add_row("responses to measure ensembles", f"{plan.num_measured:,}")
     table.add_row("optimizer steps", f"{plan.num_optimizer_steps:,}")

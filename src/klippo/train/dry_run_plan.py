@@ -79,8 +79,8 @@ class Plan:
     """Responses to learn from."""
     num_evaluation: int
     """Responses to the evaluation prompts, over all evaluations."""
-    num_guard: int
-    """Responses that the guard has gold score."""
+    num_early_stop: int
+    """Responses that early stopping has gold score."""
     num_measured: int
     """Responses of the starting policy that put ensembles' members on one scale."""
     num_optimizer_steps: int
@@ -106,15 +106,15 @@ def plan_run(config: RunConfig, texts: Texts) -> Plan:
     num_evaluations = 1 + (1 if evaluation.every is None else -(-ppo.num_steps // evaluation.every))
     num_training = ppo.num_steps * ppo.batch_size
     num_evaluation = num_evaluations * num_prompts
-    num_guard = num_evaluations * config.guard.gold_prompts
+    num_early_stop = num_evaluations * config.early_stop.gold_prompts
     fresh = min(texts.num_train, num_training + (0 if texts.num_held_out else num_prompts)) + min(
         texts.num_held_out, num_prompts
     )
     judges = []
     for name, settings in named_judges(config):
         is_gold = name.startswith("gold")
-        judged = num_evaluation + (num_guard if is_gold else num_training)
-        asked_once = num_prompts + config.guard.gold_prompts if is_gold else fresh
+        judged = num_evaluation + (num_early_stop if is_gold else num_training)
+        asked_once = num_prompts + config.early_stop.gold_prompts if is_gold else fresh
         expected, worst = _cost(settings, config, texts, judged, asked_once)
         whose = judge_label(settings) if is_gold else config.output_dir
         judges.append(
@@ -130,7 +130,7 @@ def plan_run(config: RunConfig, texts: Texts) -> Plan:
         num_steps=ppo.num_steps,
         num_training=num_training,
         num_evaluation=num_evaluation,
-        num_guard=num_guard,
+        num_early_stop=num_early_stop,
         num_measured=sum(
             one.reference_size
             for one in ensembles(config.reward)

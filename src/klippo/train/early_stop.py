@@ -1,4 +1,4 @@
-"""The guard of one run: samples and gold for it, and the best policy so far."""
+"""Early stopping of one run: samples and gold for it, and the best policy so far."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from klippo.data.sampler import pick
 from klippo.errors import ConfigError
-from klippo.evaluation.early_stop import Guard
+from klippo.evaluation.early_stop import EarlyStop
 from klippo.evaluation.samples import SampleRow
 from klippo.evaluation.settings import MIN_PROMPTS
 from klippo.rewards.build import build_reward
@@ -17,15 +17,15 @@ from klippo.train.session import Session
 from klippo.types import Prompt, RewardSource, Rollout
 
 BEST_DIR = "best"
-GUARD_SEED = 3_000_017
-"""Added to the run's seed for the guard's responses, the same random numbers every time."""
+EARLY_STOP_SEED = 3_000_017
+"""Added to the run's seed for early stopping's responses, the same random numbers every time."""
 
 Evaluate = Callable[[Rollout, int], list[SampleRow]]
 """Rows of a rollout at a step."""
 Save = Callable[[RunFolder], None]
 
 
-class RunGuard:
+class RunEarlyStop:
     """Looks at a run's evaluations on the first process; the others wait for what it says."""
 
     def __init__(self, session: Session, evaluate: Evaluate, save: Save) -> None:
@@ -33,8 +33,8 @@ class RunGuard:
         self._session = session
         self._evaluate = evaluate
         self._save = save
-        settings = session.config.guard
-        self._guard = Guard(settings, session.config.seed)
+        settings = session.config.early_stop
+        self._early_stop = EarlyStop(settings, session.config.seed)
         self._gold: RewardSource | None = None
         self._prompts: list[Prompt] = []
         self.stopped: str | None = None
@@ -44,11 +44,11 @@ class RunGuard:
     @property
     def best_step(self) -> int | None:
         """Whose policy `best/` holds."""
-        return self._guard.best_step
+        return self._early_stop.best_step
 
     def look(self, step: int, rows: Sequence[SampleRow], folder: RunFolder) -> bool:
         """True when the run should end; keeps the policy when it is the best so far."""
-        decision = self._guard.look(step, rows, self._gold_rows(step))
+        decision = self._early_stop.look(step, rows, self._gold_rows(step))
         if decision.is_best:
             best = RunFolder(folder.path / BEST_DIR)
             best.path.mkdir(exist_ok=True)
@@ -58,14 +58,14 @@ class RunGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen so far."""
-        return self._guard.state_dict()
+        return self._early_stop.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._guard.load_state_dict(state)
+        self._early_stop.load_state_dict(state)
 
     def _gold_rows(self, step: int) -> list[SampleRow]:
-        """The guard's own prompts, answered by the policy as it is, with gold scores."""
+        """its own prompts, answered by the policy as it is, with gold scores."""
         if not self._prompts:
             return []
         config = self._session.config
@@ -76,7 +76,7 @@ class RunGuard:
                 device=self._session.device,
                 prompt_column=config.data.prompt_columns[0],
             )
-        rollout = self._session.answer_alone(self._prompts, config.seed + GUARD_SEED)
+        rollout = self._session.answer_alone(self._prompts, config.seed + EARLY_STOP_SEED)
         rows = self._evaluate(rollout, step)
         gold = resolve_scores(self._gold, rollout).reward.tolist()
         return [
@@ -91,8 +91,8 @@ class RunGuard:
         free = [p for p in session.spare_prompts if str(p.token_ids) not in used]
         if len(free) < MIN_PROMPTS:
             raise ConfigError(
-                f"guard.gold_prompts={number}: only {len(free)} prompts are outside the evaluation "
-                f"set, and a guard needs {MIN_PROMPTS}; lower evaluation.num_prompts "
-                f"({len(session.evaluation_prompts)} now), or add data"
+                f"early_stop.gold_prompts={number}: only {len(free)} prompts are outside the "
+                f"evaluation set, and early stopping needs {MIN_PROMPTS}; lower "
+                f"evaluation.num_prompts ({len(session.evaluation_prompts)} now), or add data"
             )
         return pick(free, number, session.config.seed)

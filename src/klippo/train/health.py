@@ -1,62 +1,62 @@
-"""The guard rails of one run: they speak in the log and in run_status.json, and may end the run."""
+"""The health checks of one run: they write to the log and run_status.json, and may end it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from klippo.errors import GuardRailError, KlippoError
-from klippo.ppo.health import Alarm, GuardRails
+from klippo.errors import HealthError, KlippoError
+from klippo.ppo.health import Alarm, HealthMonitor
 from klippo.ranks import Ranks
 from klippo.runs.folder import RunFolder
 from klippo.train.session import Session
 from klippo.types import Metrics
 
 
-class RunRails:
+class RunHealth:
     """In every process of a run; the first one decides for all."""
 
     def __init__(self, session: Session, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self._rails = GuardRails(session.config.guard_rails, session.config.ppo)
+        self._health = HealthMonitor(session.config.health, session.config.ppo)
         self._ranks: Ranks = session.ranks
         self._folder = folder
         self._say = say
 
     def look_at_rollout(self, step: int, metrics: Metrics) -> None:
-        """Before the update of a step. Raises GuardRailError where the run should end."""
-        self._tell(self._rails.look_at_rollout(step, metrics))
+        """Before the update of a step. Raises HealthError where the run should end."""
+        self._tell(self._health.look_at_rollout(step, metrics))
 
     def look_at_update(self, step: int, metrics: Metrics) -> None:
-        """After the update of a step. Raises GuardRailError where the run should end."""
-        self._tell(self._rails.look_at_update(step, metrics))
+        """After the update of a step. Raises HealthError where the run should end."""
+        self._tell(self._health.look_at_update(step, metrics))
 
     def record(self, error: BaseException, step: int) -> None:
-        """An error that ended the run in a rail's name before the rail could see it."""
-        if isinstance(error, GuardRailError):
+        """An error that ended the run in a check's name before the check could see it."""
+        if isinstance(error, HealthError):
             return
-        if isinstance(error, KlippoError) and error.rail is not None:
-            self._rails.record(error.rail, step, "stop", str(error))
+        if isinstance(error, KlippoError) and error.check is not None:
+            self._health.record(error.check, step, "stop", str(error))
 
     def status(self) -> dict[str, Any]:
-        """For run_status.json: the rails that have fired so far, by name."""
-        fired = self._rails.fired()
-        return {"guard_rails": fired} if fired else {}
+        """For run_status.json: the checks that have fired so far, by name."""
+        fired = self._health.fired()
+        return {"health": fired} if fired else {}
 
     def state_dict(self) -> dict[str, Any]:
         """What they remember."""
-        return self._rails.state_dict()
+        return self._health.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._rails.load_state_dict(state)
+        self._health.load_state_dict(state)
 
     def _tell(self, alarms: list[Alarm]) -> None:
         alarms = self._ranks.gather(alarms)[0]
         news = [alarm for alarm in alarms if alarm.is_new]
         for alarm in news:
-            self._say(f"Guard rail {alarm}")
+            self._say(f"Health check {alarm}")
         if news:
             self._ranks.on_main(lambda: self._folder.write_status("running", **self.status()))
         for alarm in alarms:
             if alarm.stops:
-                raise GuardRailError(alarm.rail, f"guard rail {alarm}")
+                raise HealthError(alarm.check, f"health check {alarm}")

@@ -21,8 +21,8 @@ class Keeper:
 
     The moment before a step is taken at its beginning, but for the tensors. These stand still until
     the update, so that a run which is interrupted while it samples or scores loses nothing. Where a
-    checkpoint is due it is written just before the update, when the guard rails have seen what its
-    policy writes.
+    checkpoint is due it is written just before the update, when the health checks have seen what
+    its policy writes.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Keeper:
     def _write_unseen(self) -> bool:
         """Write the moment, unless there is none, or the run began there or has it already.
 
-        All older ones stay: no guard rail has seen yet what this policy writes.
+        All older ones stay: no health check has seen yet what this policy writes.
         """
         moment = self._moment
         if moment is None or moment.step in (self.newest, self._begun_at):

@@ -270,7 +270,7 @@ class _Sizes:
         if config.offline is not None:
             evaluated = max(config.evaluation.num_prompts, batch)  # diagnostics, in every process
         measured = [e.reference_size for e in ensembles(config.reward) if e.standardize == "start"]
-        most = max(batch, evaluated, config.guard.gold_prompts, *measured)
+        most = max(batch, evaluated, config.early_stop.gold_prompts, *measured)
         return cls(
             response=response,
             generate=min(config.rollout.generation_batch_size or most, most),

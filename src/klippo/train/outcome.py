@@ -28,7 +28,7 @@ from klippo.runs.folder import (
     evaluation_files,
     read_rows,
 )
-from klippo.train.early_stop import BEST_DIR, RunGuard
+from klippo.train.early_stop import BEST_DIR, RunEarlyStop
 from klippo.train.session import Session
 from klippo.train.started import now
 
@@ -51,7 +51,7 @@ def conclude(
     session: Session,
     folder: RunFolder,
     console: Console,
-    guard: RunGuard | None = None,
+    early_stop: RunEarlyStop | None = None,
     stopped: str | None = None,
     also: Mapping[str, Any] | None = None,
 ) -> Outcome:
@@ -68,10 +68,10 @@ def conclude(
         return outcome
     details: dict[str, Any] = {"reason": "all steps done", "num_steps_done": num_steps}
     details |= also or {}
-    if guard is not None:
-        details |= {"best_step": guard.best_step, "best_model": f"{BEST_DIR}/{MODEL_DIR}"}
-        if guard.stopped is not None:
-            details["reason"] = f"stopped by the guard: {guard.stopped}"
+    if early_stop is not None:
+        details |= {"best_step": early_stop.best_step, "best_model": f"{BEST_DIR}/{MODEL_DIR}"}
+        if early_stop.stopped is not None:
+            details["reason"] = f"stopped early: {early_stop.stopped}"
     if stopped is not None:
         details["reason"] = f"stopped early: {stopped}"
     details["ended"] = now()
@@ -99,9 +99,11 @@ def conclude(
         told = NOTHING_SAMPLED.replace("RUN", str(folder.path))
         console.print(Text(told), soft_wrap=True)
     console.print(f"Run folder: {folder.path}   Model: {folder.path / MODEL_DIR}", soft_wrap=True)
-    if guard is not None:
+    if early_stop is not None:
         best = folder.path / BEST_DIR / MODEL_DIR
-        console.print(f"Best policy: that of step {guard.best_step}, in {best}", soft_wrap=True)
+        console.print(
+            f"Best policy: that of step {early_stop.best_step}, in {best}", soft_wrap=True
+        )
     return outcome
 
 

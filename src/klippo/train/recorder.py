@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from klippo.config.load import to_yaml
 from klippo.config.schema import RunConfig
-from klippo.errors import GuardRailError
+from klippo.errors import HealthError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
 from klippo.policy.sharding import has_shards, whole
@@ -32,8 +32,8 @@ from klippo.runs.lock import RunLock
 from klippo.runs.memory import peak_memory_gib
 from klippo.runs.progress import Progress
 from klippo.runs.rewind import rewind
-from klippo.train.early_stop import RunGuard
-from klippo.train.health import RunRails
+from klippo.train.early_stop import RunEarlyStop
+from klippo.train.health import RunHealth
 from klippo.train.interruptions import Interruptions
 from klippo.train.keeper import Keeper
 from klippo.train.offline import OfflineData
@@ -71,11 +71,13 @@ class RunRecorder:
         self.stopped: str | None = None
         """Why diagnostics ended the run early."""
         self._diagnosed = -1
-        self.guard: RunGuard | None = None
-        if session.config.guard.is_on:
-            self.guard = RunGuard(session, self._rows, lambda folder: save_model(session, folder))
+        self.early_stop: RunEarlyStop | None = None
+        if session.config.early_stop.is_on:
+            self.early_stop = RunEarlyStop(
+                session, self._rows, lambda folder: save_model(session, folder)
+            )
         self.folder = RunFolder(Path(config.output_dir))
-        self.rails = RunRails(session, self.folder, self.progress.say)
+        self.health = RunHealth(session, self.folder, self.progress.say)
         self._lock: RunLock | None = None
         self.start = Start()
         try:
@@ -106,9 +108,9 @@ class RunRecorder:
         notes = [f"{problem}; an older checkpoint is taken" for problem in start.problems]
         if start.checkpoint is not None:
             notes += restore(session, start.checkpoint)
-            self.rails.load_state_dict(start.checkpoint.state["guard_rails"])
-            if self.guard is not None:
-                self.guard.load_state_dict(start.checkpoint.state["guard"])
+            self.health.load_state_dict(start.checkpoint.state["health"])
+            if self.early_stop is not None:
+                self.early_stop.load_state_dict(start.checkpoint.state["early_stop"])
         if self.is_main:
             self._begin(notes)
 
@@ -122,7 +124,7 @@ class RunRecorder:
                     f"{folder.path / METRICS_FILE} has lost the lines of {len(lost)} steps "
                     f"({lost[0]} to {lost[-1]}); training goes on exactly, without them"
                 )
-            folder.write_status("running", **self.rails.status())
+            folder.write_status("running", **self.health.status())
         for note in notes:
             warn(note)
         write_text(folder.path / CONFIG_FILE, to_yaml(self.session.config))
@@ -137,8 +139,12 @@ class RunRecorder:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds of the recorder."""
-        state = {"guard_rails": self.rails.state_dict()}
-        return state if self.guard is None else state | {"guard": self.guard.state_dict()}
+        state = {"health": self.health.state_dict()}
+        return (
+            state
+            if self.early_stop is None
+            else state | {"early_stop": self.early_stop.state_dict()}
+        )
 
     def close(self) -> None:
         """Let another process use the folder."""
@@ -169,7 +175,7 @@ class RunRecorder:
         return step == 0 or (every is not None and step % every == 0)
 
     def evaluate(self, step: int) -> bool:
-        """Sample the fixed prompts, write eval/step-N.jsonl; True when the guard ends the run.
+        """Sample the fixed prompts, write eval/step-N.jsonl; True when early stopping ends the run.
 
         Offline: look at the logged responses, write a line of diagnostics.jsonl.
         """
@@ -179,7 +185,7 @@ class RunRecorder:
         if not session.evaluation_prompts:
             return False
         models: list[nn.Module] = [session.policy.lm, session.reference.lm]
-        if self.guard is not None:
+        if self.early_stop is not None:
             models.append(session.policy.critic)  # it is saved with the policy
         with explaining_memory("evaluate", session), whole(*models):
             return self._evaluate(step)
@@ -191,9 +197,9 @@ class RunRecorder:
         stop = False
         if self.is_main:
             self._report_evaluation(step, rows)
-            stop = self.guard is not None and self.guard.look(step, rows, self.folder)
-            if self.guard is not None and self.guard.stopped is not None:
-                self.progress.say(f"The guard ends the run: {self.guard.stopped}")
+            stop = self.early_stop is not None and self.early_stop.look(step, rows, self.folder)
+            if self.early_stop is not None and self.early_stop.stopped is not None:
+                self.progress.say(f"The run stops early: {self.early_stop.stopped}")
         return session.ranks.gather(stop)[0]
 
     def _diagnose(self, offline: OfflineData, step: int) -> bool:
@@ -252,13 +258,13 @@ class RunRecorder:
         return parts_of(ppo, rollout.tokens)
 
     def look(self, step: int, metrics: Metrics) -> None:
-        """Ask the guard rails about a rollout; where one ends the run, its line is written first.
+        """Ask the health checks about a rollout; where one ends the run, its line is written first.
 
         The policy that wrote it is not what the run should go on from.
         """
         try:
-            self.rails.look_at_rollout(step, metrics)
-        except GuardRailError:
+            self.health.look_at_rollout(step, metrics)
+        except HealthError:
             self.session.ranks.on_main(
                 lambda: self.folder.append_metrics(self._place(step) | metrics)
             )
@@ -269,7 +275,7 @@ class RunRecorder:
         return {"step": step, "episodes": (step + 1) * self.session.config.ppo.batch_size}
 
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None:
-        """One line of metrics.jsonl and of the screen; then the guard rails."""
+        """One line of metrics.jsonl and of the screen; then the health checks."""
         ranks: Ranks = self.session.ranks
         tokens = float(ranks.all_sum(rollout.tokens.response_mask.sum().double()))
         seconds = sum(self._seconds.values())
@@ -282,7 +288,7 @@ class RunRecorder:
         if self.is_main:
             self.folder.append_metrics(self._place(step) | metrics)
             self.progress.step(step, metrics)
-        self.rails.look_at_update(step, metrics)
+        self.health.look_at_update(step, metrics)
 
 
 def save_model(session: Session, folder: RunFolder) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from klippo.errors import DivergedError, GuardRailError, KlippoError, StorageError
+from klippo.errors import DivergedError, HealthError, KlippoError, StorageError
 from klippo.policy.sharding import has_shards, whole
 from klippo.ranks import PeerError, Ranks, explaining_peers
 from klippo.report.write import refresh_report
@@ -45,11 +45,11 @@ def _keep(
     """In the first process."""
     done, folder = session.learner.num_steps_done, recorder.folder
     state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-    recorder.rails.record(error, done)
+    recorder.health.record(error, done)
     details: dict[str, Any] = {"reason": _reason(error, session.ranks), "num_steps_done": done}
-    rail = error.rail if isinstance(error, KlippoError) else None
-    details |= {"stopped_by": rail} if rail is not None else {}
-    details |= recorder.rails.status()
+    check = error.check if isinstance(error, KlippoError) else None
+    details |= {"stopped_by": check} if check is not None else {}
+    details |= recorder.health.status()
     with _second_failure(recorder):
         folder.write_status(state, **details, ended=now())
     if are_together:
@@ -69,7 +69,7 @@ def _keep(
             f"with ppo.num_steps={checkpoint} checkpoint.keep_when_done=true the command below "
             "makes a model of it and trains no further."
         )
-    if rail is not None:
+    if check is not None:
         refresh_report(folder.path, recorder.console)
     if checkpoint is not None:
         recorder.progress.say(f"This goes on after step {checkpoint}: {details['resume']}")
@@ -86,14 +86,14 @@ def _help(session: Session, recorder: RunRecorder, error: BaseException) -> None
 def _save_model(session: Session, recorder: RunRecorder, error: BaseException) -> None:
     """The policy's weights are whole."""
     done = session.learner.num_steps_done
-    if isinstance(error, GuardRailError):
+    if isinstance(error, HealthError):
         _save_last_good(session, recorder)
     elif done > 0:
         _save_as_it_is(session, recorder, error, done)
 
 
 def _save_last_good(session: Session, recorder: RunRecorder) -> None:
-    """The policy of the newest checkpoint: that in memory is what a guard rail stopped."""
+    """The policy of the newest checkpoint: that in memory is what a health check stopped."""
     checkpoint, _ = Checkpoints(recorder.folder.path).newest()
     if checkpoint is None:
         recorder.progress.say("There is no checkpoint from before, and no model is saved.")

@@ -22,7 +22,7 @@ SAFE = (
     "peer_timeout_s",
     "max_memory_gib",
     "checkpoint",
-    "guard_rails",
+    "health",
     "ppo.num_steps",
     "ppo.micro_batch_size",
     "ppo.micro_batch_tokens",

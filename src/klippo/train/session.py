@@ -109,7 +109,7 @@ def open_session(
     What is cheap to check comes first: the data before the models.
     """
     device = choose_device(config.device)
-    skips_not_finite = config.guard_rails.reward_not_finite == "skip"
+    skips_not_finite = config.health.reward_not_finite == "skip"
     ranks = Ranks.from_environment(device, config.peer_timeout_s)
     sharding = choose_sharding(config, ranks)
     require_equal_shares(config.ppo, ranks)

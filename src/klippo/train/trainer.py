@@ -101,9 +101,9 @@ class PPOTrainer:
                 session,
                 recorder.folder,
                 recorder.console,
-                recorder.guard,
+                recorder.early_stop,
                 recorder.stopped,
-                recorder.rails.status(),
+                recorder.health.status(),
             )
             recorder.keeper.done()
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""What a run's guard rails said, from its run_status.json."""
+"""What a run's health checks said, from its run_status.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from klippo.report.reading import RunData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RailView:
-    """One rail that fired."""
+class HealthView:
+    """One check that fired."""
 
     name: str
     steps: str
@@ -23,16 +23,16 @@ class RailView:
 DID = {"warn": "warned", "skip": "left it out", "stop": "ended the run"}
 
 
-def rails_of(run: RunData) -> list[RailView]:
-    """Every rail that fired, in the order in which they first did."""
-    fired = run.status.get("guard_rails")
+def health_of(run: RunData) -> list[HealthView]:
+    """Every check that fired, in the order in which they first did."""
+    fired = run.status.get("health")
     found = []
     for name, record in fired.items() if isinstance(fired, Mapping) else ():
         if not isinstance(record, Mapping):
             continue
         first, last, number = (record.get(k) for k in ("first_step", "last_step", "num_steps"))
         found.append(
-            RailView(
+            HealthView(
                 name=str(name),
                 steps=f"step {first}" if number == 1 else f"{number} steps from {first} to {last}",
                 did=DID.get(str(record.get("action")), "not recorded"),
@@ -42,9 +42,9 @@ def rails_of(run: RunData) -> list[RailView]:
     return found
 
 
-def rails_words(run: RunData, rails: list[RailView]) -> str | None:
-    """`none fired`, or their names and steps; None for a run that had no rails."""
-    if rails:
-        return "; ".join(f"{rail.name} ({rail.steps})" for rail in rails)
+def health_words(run: RunData, checks: list[HealthView]) -> str | None:
+    """`none fired`, or their names and steps; None for a run that had no checks."""
+    if checks:
+        return "; ".join(f"{check.name} ({check.steps})" for check in checks)
     had_rails = any("response/repeated_share" in row for row in run.metrics)
     return "none fired" if had_rails else None
