@@ -41,7 +41,6 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
     from klippo.policy.merged import merged_weights
     from klippo.policy.settings import CriticSettings, PolicySettings
     from klippo.rollouts.hf import HFEngine
-    from klippo.rollouts.opening import Opening
     from klippo.rollouts.sampling import Sampling
     from klippo.rollouts.settings import VLLMSettings
     from klippo.rollouts.vllm import open_vllm, vllm_version
@@ -64,18 +63,16 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
             record_logprobs=True,
         ),
         "vllm": open_vllm(
-            Opening.of(
-                policy.lm.model,
-                VLLMSettings(),
-                dtype=torch.float32,
-                stop_ids=frozenset(),
-                temperature=1.0,
-                max_tokens=max(map(len, rows)) + RESPONSE_LENGTH,
-                batch_size=None,
-                seed=0,
-            ),
+            policy.lm.model,
             partial(merged_weights, policy),
+            VLLMSettings(),
             torch.device("cpu"),
+            dtype=torch.float32,
+            stop_ids=frozenset(),
+            temperature=1.0,
+            max_tokens=max(map(len, rows)) + RESPONSE_LENGTH,
+            batch_size=None,
+            seed=0,
         ),
     }
     cases = []

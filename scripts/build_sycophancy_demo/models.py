@@ -22,8 +22,7 @@ from klippo.policy.loading import load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.rollouts.collate import decode, stop_token_ids
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.sampling import Sampling
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.supervised.settings import SFTConfig
 from klippo.supervised.sft_run import sft
 

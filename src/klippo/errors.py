@@ -73,9 +73,3 @@ class OutOfMemoryError(KlippoError):
     """The device's memory ran out while the run was on; what was written before is whole."""
 
     exit_code = 3
-
-
-class ServerError(KlippoError):
-    """No rollout server answers any more, for longer than a run waits."""
-
-    exit_code = 3

@@ -27,8 +27,7 @@ from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.rollouts.collate import collate, decode, stop_token_ids
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.sampling import Sampling
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.runs.models import open_model
 from klippo.train.run import train
 from klippo.types import Completion

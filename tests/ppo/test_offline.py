@@ -9,8 +9,7 @@ from klippo.ppo.diagnostics import check_behavior, diagnose, effective_share
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.sampling import Sampling
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.types import Scores
 from tests.toys import EOS, RAGGED, disturb, gpt2, load, make_rollout, prompt
 

@@ -10,10 +10,9 @@ from klippo.config.schema import RunConfig
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.online import OnlineSource
-from klippo.rollouts.sampling import Sampling, draw, truncate
-from klippo.rollouts.seeds import draw_limits, response_seeds, uniforms
+from klippo.rollouts.sampling import Sampling, draw, draw_limits, response_seeds, truncate, uniforms
 from klippo.rollouts.settings import RolloutSettings
+from klippo.rollouts.sources import OnlineSource
 from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_sum
 from tests.policy.test_logprobs import UNUSUAL_HEADS

@@ -12,8 +12,7 @@ from klippo.policy.merged import merged_weights
 from klippo.ranks import Ranks
 from klippo.rollouts import vllm
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.opening import Opening
-from klippo.rollouts.settings import RolloutSettings, VLLMSettings
+from klippo.rollouts.settings import RolloutSettings
 from klippo.train.engines import build_engine, check_engine, check_engine_settings
 from klippo.types import Completion
 from tests.toys import CPU, FAMILIES, disturb, gpt2, load, prompt
@@ -87,7 +86,7 @@ def test_several_processes_are_refused(versions):
 def test_the_policy_itself_samples_by_default():
     assert not RolloutSettings().keeps_logprobs
     check_engine_settings(RolloutSettings(), CPU, Ranks(0, 2))
-    engine = build_engine(run_config(), load(), frozenset(), PROMPTS, Ranks())
+    engine = build_engine(run_config(), load(), frozenset(), PROMPTS)
     assert isinstance(engine, HFEngine)
 
 
@@ -117,7 +116,7 @@ def test_what_vllm_has_no_part_in_is_refused(sections, said):
 
 def test_an_engine_with_other_weights_is_found_before_the_run():
     loaded, config = load(), run_config(rollout={"record_logprobs": True})
-    engine = build_engine(config, loaded, frozenset(), PROMPTS, Ranks())
+    engine = build_engine(config, loaded, frozenset(), PROMPTS)
     check_engine(engine, config, loaded, PROMPTS[0], 6)
 
     class Stale:
@@ -178,12 +177,10 @@ class CalledEngine:
 
 @pytest.mark.parametrize("sleep", [True, False])
 def test_a_sleeping_engine_is_awake_for_weights_and_prompts_alone(sleep):
-    opening = Opening.of(
-        gpt2(), VLLMSettings(sleep=sleep), dtype=torch.float32, stop_ids=frozenset(),
-        temperature=1.0, max_tokens=20, batch_size=None, seed=0,
-    )  # fmt: skip
     inner = CalledEngine()
-    engine = vllm.VLLMEngine(inner, lambda: [], opening)
+    engine = vllm.VLLMEngine(
+        inner, list, stop_ids=frozenset(), temperature=1.0, max_model_len=20, sleeps=sleep
+    )
     renewing = ["collective_rpc", "apply_model", "reset_prefix_cache"]
     engine.sync()
     engine.generate([], [], [])

@@ -18,9 +18,7 @@ from klippo.errors import ConfigError, PreflightError
 from klippo.policy.merged import merged_weights
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
-from klippo.rollouts.opening import Opening
-from klippo.rollouts.sampling import Sampling
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.rollouts.settings import VLLMSettings
 from klippo.rollouts.vllm import open_vllm, vllm_version
 from tests.small_models import word_tokenizer
@@ -90,11 +88,11 @@ def train_with_vllm(folder: Path, *, policy=None, ppo=None, vllm=None) -> list[f
 
 def engine(policy, temperature=0.7, stops=(EOS,), max_tokens=40, settings=SMALL_CACHE):
     model = policy.lm.model
-    opening = Opening.of(
-        model, settings, dtype=model.dtype, stop_ids=frozenset(stops), temperature=temperature,
+    return open_vllm(
+        model, partial(merged_weights, policy), settings, CPU,
+        dtype=model.dtype, stop_ids=frozenset(stops), temperature=temperature,
         max_tokens=max_tokens, batch_size=None, seed=0,
     )  # fmt: skip
-    return open_vllm(opening, partial(merged_weights, policy), CPU)
 
 
 def mismatch(policy, completions, temperature=0.7, prompts=PROMPTS):

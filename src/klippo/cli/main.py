@@ -14,7 +14,6 @@ from klippo.cli.config import config_app
 from klippo.cli.ending import EXIT_CODES, ending
 from klippo.cli.judge import register as register_judge
 from klippo.cli.laboratory import register as register_laboratory
-from klippo.cli.serving import register as register_serving
 from klippo.cli.source import (
     ConfigDir,
     Configs,
@@ -162,7 +161,6 @@ def generate(
 
 
 register_comparing(app)
-register_serving(app)
 
 
 @app.command()

@@ -189,11 +189,6 @@ class RunConfig(WholeConfig):
                 "rollout.engine=vllm takes over whole weights, and policy.quantize_4bit has none; "
                 "use rollout.engine=hf"
             )
-        if self.rollout.engine != "vllm" and self.rollout.vllm.servers:
-            yield (
-                f"rollout.vllm.servers: rollout.engine={self.rollout.engine} asks no server; use "
-                "rollout.engine=vllm, or remove them"
-            )
         if self.sharding in ("fsdp", "zero3") and policy.quantize_4bit:
             yield (
                 f"sharding={self.sharding} cannot cut 4-bit weights; set policy.quantize_4bit=false"

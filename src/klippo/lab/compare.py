@@ -45,8 +45,7 @@ from klippo.policy.weights import WeightChange, weight_change
 from klippo.ranks import choose_device
 from klippo.report.comparison import answers_table, comparison_tables
 from klippo.rollouts.collate import collate
-from klippo.rollouts.sampling import Sampling
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.runs.folder import write_text
 from klippo.runs.models import (
     START,

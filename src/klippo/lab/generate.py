@@ -16,8 +16,7 @@ from klippo.errors import ConfigError
 from klippo.lengths import room_for_prompts
 from klippo.ranks import choose_device
 from klippo.report.tables import clean
-from klippo.rollouts.sampling import Sampling
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.runs.models import OpenModel, open_model
 from klippo.types import Prompt
 

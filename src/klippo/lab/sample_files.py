@@ -22,7 +22,7 @@ from klippo.errors import ConfigError
 from klippo.evaluation.history import Floats
 from klippo.evaluation.samples import prompt_of, rest_of_prompt
 from klippo.rollouts.collate import collate
-from klippo.rollouts.seeds import response_seeds
+from klippo.rollouts.sampling import response_seeds
 from klippo.runs.folder import BrokenLineError, read_rows, write_rows
 from klippo.runs.lines import append_lines, whole_lines
 from klippo.runs.progress import clock

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klippo.rollouts.sampling import Sampling, draw
-from klippo.rollouts.seeds import uniforms
+from klippo.rollouts.sampling import Sampling, draw, uniforms
 from klippo.types import Completion, OnDone, Prompt
 
 

@@ -1,10 +1,13 @@
-"""Drawing tokens from logits.
+"""Drawing tokens from logits, and the random numbers for it.
 
-B rows, V vocabulary.
+B rows, V vocabulary. A response's random numbers follow from the run's seed and the response's
+number alone, so it is the same in whichever process, batch and order it is sampled.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. Training leaves top_k and top_p off (rule: sampled is scored)."""
+    """How tokens are drawn. Training leaves top_k and top_p off."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
@@ -52,3 +55,22 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
         token_ids = torch.searchsorted(cumulative, threshold, right=True)
         token_ids = token_ids.squeeze(1).clamp(max=logits.shape[1] - 1)
     return token_ids, logprobs.gather(1, token_ids[:, None]).squeeze(1)
+
+
+def response_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
+    """One seed (63 bits) for each response, from the run's seed and the response's number."""
+    return [random.Random(f"{seed}:response:{number}").getrandbits(63) for number in numbers]
+
+
+def draw_limits(response_length: int | list[int], seeds: Sequence[int]) -> list[int]:
+    """The most tokens that each response may have: fixed, or uniform in [low, high]."""
+    if isinstance(response_length, int):
+        return [response_length] * len(seeds)
+    low, high = response_length
+    return [random.Random(f"{seed}:length").randint(low, high) for seed in seeds]
+
+
+def uniforms(seeds: Sequence[int], num: int) -> Tensor:
+    """Uniform numbers in [0, 1), (B, num) float64, row i from seeds[i]: number t for token t."""
+    rows = [random.Random(seed) for seed in seeds]
+    return torch.tensor([[row.random() for _ in range(num)] for row in rows], dtype=torch.float64)

@@ -1,51 +1,14 @@
 """Settings of sampling."""
 
-from collections import Counter
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, PositiveFloat, PositiveInt, Strict
 
 from klippo.settings import LengthRange, Settings
 
 
-def _address(url: str) -> str:
-    """The address without a slash at its end."""
-    example = "write for instance http://127.0.0.1:8321"
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname and parts.port)
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise ValueError(f"{url!r} is no http address with a host and a port; {example}")
-    if "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
-        raise ValueError(
-            f"the address of {parts.hostname} has more than host and port; {example}, and put the "
-            "token into the environment variable KLIPPO_ROLLOUT_TOKEN"
-        )
-    return url.rstrip("/")
-
-
-def _no_address_twice(urls: tuple[str, ...]) -> tuple[str, ...]:
-    for url, number in Counter(urls).items():
-        if number > 1:
-            raise ValueError(f"{url} is there {number} times; a server has one place in the list")
-    return urls
-
-
 class VLLMSettings(Settings):
-    """What vLLM may take, and where it is; its copy of the weights comes on top."""
-
-    servers: Annotated[
-        tuple[Annotated[str, AfterValidator(_address)], ...],
-        Strict(False),
-        AfterValidator(_no_address_twice),
-    ] = ()
-    """Addresses of `klippo serve-rollouts`, among which prompts are split; default: vLLM in the
-    run's own process. The settings below are then those of each server."""
-    patience_s: PositiveFloat = 300.0
-    """How long a run waits while no server answers, in seconds, before it ends."""
+    """What vLLM may use beside its copy of the weights."""
 
     gpu_memory_utilization: float = Field(default=0.3, gt=0, lt=1)
     """On a GPU: share of its memory for vLLM's weights and key-value cache together."""

@@ -11,17 +11,21 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.rollouts.opening import Opening, Weights
+from klippo.rollouts.settings import VLLMSettings
 from klippo.types import Completion, OnDone, Prompt
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Yields the policy's current weights under their checkpoint names."""
 
 OLDEST = "0.32"
 """Older releases do not take over new weights in place in the way that `sync` uses."""
@@ -73,14 +77,23 @@ def require_vllm(device: torch.device) -> None:
 class VLLMEngine:
     """Samples from a copy of the policy, with the log-probs that vLLM itself computed."""
 
-    def __init__(self, engine: Any, weights: Weights, opening: Opening) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        weights: Weights,
+        *,
+        stop_ids: frozenset[int],
+        temperature: float,
+        max_model_len: int,
+        sleeps: bool = False,
+    ) -> None:
         """`engine` is a `vllm.LLMEngine` in this process; see `open_vllm`."""
         self._engine = engine
         self._weights = weights
-        self._stop_ids = sorted(opening.stop_ids)
-        self._temperature = opening.temperature
-        self._max_model_len = opening.max_model_len
-        self._sleeps = opening.sleep
+        self._stop_ids = sorted(stop_ids)
+        self._temperature = temperature
+        self._max_model_len = max_model_len
+        self._sleeps = sleeps
         self._is_asleep = False
 
     def sync(self) -> None:
@@ -166,29 +179,44 @@ class VLLMEngine:
         self._engine.add_request(str(i), {"prompt_token_ids": token_ids}, sampling)
 
 
-def open_vllm(opening: Opening, weights: Weights, device: torch.device) -> VLLMEngine:
-    """An engine that has the policy's weights already.
+def open_vllm(
+    model: Any,
+    weights: Weights,
+    settings: VLLMSettings,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    stop_ids: frozenset[int],
+    temperature: float,
+    max_tokens: int,
+    batch_size: int | None,
+    seed: int,
+) -> VLLMEngine:
+    """An engine that already has the policy's weights.
 
-    vLLM reads the model's config and no checkpoint: every weight comes from `weights`. Raises
-    PreflightError for a model that vLLM cannot load.
+    vLLM reads the config of `model` (a Hugging Face causal LM) and no checkpoint: every weight
+    comes from `weights`. `max_tokens` is the longest prompt plus response, unless the settings have
+    `max_model_len`; `batch_size` is the most responses decoded at once. Raises PreflightError for a
+    model that vLLM cannot load.
     """
     _set_environment()
-    gc.collect()  # an engine takes vLLM's groups of this process along when it goes
-    options: dict[str, Any] = {}
-    if opening.max_num_seqs is not None:
-        options["max_num_seqs"] = opening.max_num_seqs
+    gc.collect()  # a dropped engine frees vLLM's process groups
+    name = type(model).__name__
+    config = json.loads(model.config.to_json_string()) | {"architectures": [name]}
+    max_model_len = settings.max_model_len or max_tokens
+    options: dict[str, Any] = {} if batch_size is None else {"max_num_seqs": batch_size}
     if device.type == "cpu":
-        options["kv_cache_memory_bytes"] = int(opening.kv_cache_gib * 2**30)
+        options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     else:
-        options["gpu_memory_utilization"] = opening.gpu_memory_utilization
+        options["gpu_memory_utilization"] = settings.gpu_memory_utilization
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),
         warnings.catch_warnings(),
     ):
-        # vLLM calls torch by names that are about to go: no news for users.
+        # vLLM uses deprecated names of torch; users need not hear of it.
         warnings.simplefilter("ignore", FutureWarning)
-        (Path(folder) / "config.json").write_text(json.dumps(opening.config), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             from vllm import LLM
 
@@ -197,22 +225,29 @@ def open_vllm(opening: Opening, weights: Weights, device: torch.device) -> VLLME
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # its neutral defaults, not a file beside the model
-                dtype=opening.dtype,
-                max_model_len=opening.max_model_len,
-                enforce_eager=opening.enforce_eager,
-                enable_sleep_mode=opening.sleep,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=max_model_len,
+                enforce_eager=settings.enforce_eager,
+                enable_sleep_mode=settings.sleep,
                 logprobs_mode="processed_logprobs",  # after the temperature, as PPO takes them
-                seed=opening.seed,
+                seed=seed,
                 disable_log_stats=True,
                 **options,
             )
-            engine = VLLMEngine(llm.llm_engine, weights, opening)
+            engine = VLLMEngine(
+                llm.llm_engine,
+                weights,
+                stop_ids=stop_ids,
+                temperature=temperature,
+                max_model_len=max_model_len,
+                sleeps=settings.sleep,
+            )
             engine.sync()
             # Some kernels refuse a model's shapes only when they are used.
             engine.generate([Prompt(id=0, text="", token_ids=[0])], [1], [0])
         except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise PreflightError(
-                f"vLLM cannot run this {opening.model_name} ({_gist(error)}); use rollout.engine=hf"
+                f"vLLM cannot run this {name} ({_gist(error)}); use rollout.engine=hf"
             ) from error
     return engine
 

@@ -41,9 +41,9 @@ from klippo.rewards import stored
 from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.settings import ClassifierSettings
 from klippo.rewards.stored import STORED_FILE, StoredReward
-from klippo.rollouts.online import OnlineSource
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.settings import RolloutSettings
+from klippo.rollouts.sources import OnlineSource
 from klippo.runs.folder import CONFIG_FILE, RunFolder, write_text, writing
 from klippo.runs.models import open_model
 from klippo.supervised.progress import TrainingLine

@@ -170,13 +170,10 @@ def vllm_bytes(config: RunConfig, loaded: LoadedPolicy, machine: Machine) -> Byt
     """vLLM's copy of the merged weights and, on the CPU, its key-value cache.
 
     What else it takes of `gpu_memory_utilization` is what is free, and vLLM asks for it itself.
-    With servers it is the copy that waits, in the host's memory, to be sent.
     """
     parameters = loaded.policy.lm.model.named_parameters()
     numbers = sum(weight.numel() for name, weight in parameters if ".lora_" not in name)
     size = 2 if config.policy.autocast or config.policy.dtype == "bfloat16" else 4
-    if config.rollout.vllm.servers:
-        return {"weights for the servers": size * numbers if machine.device == "cpu" else 0}
     cache = round(config.rollout.vllm.kv_cache_gib * 2**30) if machine.device == "cpu" else 0
     return {"vLLM's weights": size * numbers, "vLLM's key-value cache": cache}
 

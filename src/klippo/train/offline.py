@@ -32,7 +32,7 @@ from klippo.ranks import Ranks
 from klippo.rewards.column import ColumnReward
 from klippo.rewards.settings import ColumnSettings
 from klippo.rollouts.collate import stop_token_ids
-from klippo.rollouts.logged import LoggedSource
+from klippo.rollouts.sources import LoggedSource
 from klippo.tensors.moments import RunningMoments
 from klippo.types import Behavior, LoggedResponse, Metrics
 

@@ -31,7 +31,7 @@ from klippo.rewards.function import FunctionReward
 from klippo.rewards.judged import judge_metrics, over_processes
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
 from klippo.rollouts.collate import stop_token_ids
-from klippo.rollouts.online import OnlineSource
+from klippo.rollouts.sources import OnlineSource
 from klippo.train.engines import build_engine, check_engine_settings
 from klippo.train.launch import choose_sharding
 from klippo.train.moments import REFERENCE_SEED, measure_members
@@ -208,7 +208,7 @@ def open_session(
         at_eos=config.rollout.stop_at_eos,
         extra=config.rollout.stop_tokens,
     )
-    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts], ranks)
+    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts])
     evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
     share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
     fixed = yardstick(source, evaluators.all_sum_or_fail)

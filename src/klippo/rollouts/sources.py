@@ -1,17 +1,21 @@
-"""Responses sampled from the current policy."""
+"""Where rollouts come from: sampled by the current policy, or logged before.
+
+Online and offline PPO differ here and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate, decode
-from klippo.rollouts.seeds import draw_limits, response_seeds
+from klippo.rollouts.sampling import draw_limits, response_seeds
 from klippo.rollouts.settings import RolloutSettings
-from klippo.types import Completion, Engine, Prompt, Rollout
+from klippo.types import Behavior, Completion, Engine, LoggedResponse, Prompt, Rollout
 
 OnResponse = Callable[[Prompt, str], None]
 """Told a prompt and a finished response to it."""
@@ -84,3 +88,38 @@ class OnlineSource:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state` was taken; another number of processes is fine."""
         self._num_drawn = state["num_drawn"]
+
+
+class LoggedSource:
+    """Batches of logged responses, in the order in which `next_responses` gives them."""
+
+    def __init__(
+        self,
+        next_responses: Callable[[], list[LoggedResponse]],
+        tokenizer: Any,
+        *,
+        temperature: float,
+        behavior: Behavior,
+        device: torch.device,
+    ) -> None:
+        """`temperature` is that of the policy which wrote the responses."""
+        self._next_responses = next_responses
+        self._tokenizer = tokenizer
+        self._temperature = temperature
+        self._behavior = behavior
+        self._device = device
+
+    def next(self) -> Rollout:
+        """The next batch."""
+        return self.rollout(self._next_responses())
+
+    def rollout(self, responses: Sequence[LoggedResponse]) -> Rollout:
+        """These responses as one batch."""
+        batch = collate(
+            [one.prompt for one in responses],
+            [one.completion for one in responses],
+            self._tokenizer,
+            temperature=self._temperature,
+            device=self._device,
+        )
+        return replace(batch, behavior=self._behavior)
