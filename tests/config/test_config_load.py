@@ -164,10 +164,11 @@ def test_any_schema_loads_with_its_own_keys_and_messages(tmp_path):
     assert loaded.config.output_dir == "runs/short"
     assert loaded.origins["length.max_tokens"] == f"{path}:1"
     assert config_from_mapping(loaded.config, schema=LengthConfig).config == loaded.config
-    assert set(schema(LengthConfig)["properties"]) == {"seed", "output_dir", "length"}
+    keys = {"seed", "output_dir", "device", "num_threads", "length"}
+    assert set(schema(LengthConfig)["properties"]) == keys
     with pytest.raises(ConfigError, match=r"max_token: unknown key; did you mean max_tokens\?$"):
         load_config(path, ["length.max_token=2"], schema=LengthConfig)
-    with pytest.raises(ConfigError, match=r"ppo: unknown key; known here: seed, output_dir, len"):
+    with pytest.raises(ConfigError, match=r"ppo: unknown key; known here: seed, output_dir, dev"):
         load_config(path, ["ppo.num_steps=2"], schema=LengthConfig)
 
 

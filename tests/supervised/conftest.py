@@ -1,14 +1,28 @@
 """Tiny models and toy preferences."""
 
 import json
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from klippo.data.preferences import load_preferences
 from klippo.data.settings import PreferenceSettings
-from klippo.supervised.reward_model import train_reward_model
-from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
+from klippo.supervised.bradley_terry import train_reward_model
+from klippo.supervised.settings import RewardModelConfig
+from klippo.supervised.training import Training, save
+
+CPU = torch.device("cpu")
+
+
+class Member(NamedTuple):
+    model: Any
+    tokenizer: Any
+    num_cut: int
+
+    def save(self, folder):
+        save(self.model, self.tokenizer, folder)
+
 
 SUBJECTS = ["the movie", "a movie", "the film", "a film", "it"]
 PAIRS = [
@@ -39,18 +53,21 @@ def train(toy_pairs):
 
     def trained(name, seed=1, *, pairs=None, template="{prompt}{response}", model=None, **training):
         steps = []
-        settings = {"num_epochs": 1, "batch_size": 16, "learning_rate": 1e-2} | training
+
+        def report(step, num_steps, figures):
+            steps.append((step, num_steps, dict(figures)))
+
+        config = RewardModelConfig(
+            model={"name": str(name)} | (model or {}),
+            data={"train": "pairs"},
+            template=template,
+            training={"num_epochs": 1, "batch_size": 16, "learning_rate": 1e-2} | training,
+        )
         member = train_reward_model(
             toy_pairs if pairs is None else pairs,
-            RewardModelSettings(name=str(name), **(model or {})),
-            RewardTrainingSettings(**settings),
-            template=template,
-            max_tokens=None,
-            prompt_column="prompt",
-            seed=seed,
-            device=torch.device("cpu"),
-            report=lambda step, num_steps, figures: steps.append((step, num_steps, dict(figures))),
+            config,
+            Training(settings=config.training, seed=seed, device=CPU, report=report),
         )
-        return member, steps
+        return Member(*member), steps
 
     return trained

@@ -14,7 +14,7 @@ from klippo.config.load import load_config
 from klippo.hub import load_tokenizer
 from klippo.policy.loading import load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
-from klippo.supervised.baseline_plans import PLANS, PlanOptions, Responses
+from klippo.supervised.baselines import BaselineOptions, Preferences
 from klippo.supervised.settings import TrainingSettings
 from klippo.supervised.sft import learn_response
 from klippo.supervised.training import Training
@@ -72,9 +72,7 @@ def response(tokens, reward):
     )
 
 
-PAIR = Responses(
-    train=[response([9, 0], -1.0), response([17, 8, 0], 1.0)], held_out=[], source="toy"
-)
+PAIR = [response([9, 0], -1.0), response([17, 8, 0], 1.0)]
 TRAINING = {"batch_size": 1, "num_epochs": 3, "schedule": "constant", "warmup_fraction": 0.0}
 
 
@@ -82,11 +80,12 @@ def dpo(start, **training):
     """Run DPO on one pair from a start; the figures of each step."""
     steps = []
     settings = TrainingSettings(**(TRAINING | {"learning_rate": 1e-2} | training))
-    PLANS["dpo"](PAIR, PlanOptions(beta=0.5)).train(
-        start,
-        Training(settings=settings, seed=0, device=CPU),
-        lambda step, num_steps, figures: steps.append(dict(figures)),
-    )
+
+    def report(step, num_steps, figures):
+        steps.append(dict(figures))
+
+    training = Training(settings=settings, seed=0, device=CPU, report=report)
+    Preferences(PAIR, [], "toy", BaselineOptions(beta=0.5)).train(start, training)
     return steps
 
 

@@ -13,8 +13,9 @@ from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.reading import Reader
 from klippo.rewards.settings import ClassifierSettings
 from klippo.rewards.stored import StoredReward
-from klippo.supervised.reward_model import filler_id, load_classifier, reward_trainer, tokenize
-from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
+from klippo.supervised.bradley_terry import filler_id, load_classifier, reward_trainer, tokenize
+from klippo.supervised.settings import RewardModelConfig, RewardModelSettings
+from klippo.supervised.training import Training
 from tests.toys import assert_same_tensors, weights
 
 CPU = torch.device("cpu")
@@ -32,12 +33,13 @@ def differences(reward, pairs):
 
 def trainer_for(name, pairs, template="{prompt}{response}", **training):
     """TRL's trainer on these pairs before its first step, and a batch of them all."""
-    settings = RewardModelSettings(name=str(name))
-    classifier, tokenizer = load_classifier(settings, 1), load_tokenizer(str(name))
-    rows, _ = tokenize(pairs, Reader(str(name), tokenizer, template=template))
-    trainer = reward_trainer(
-        classifier, tokenizer, rows, settings, RewardTrainingSettings(**training), 1, CPU
+    config = RewardModelConfig(
+        model={"name": str(name)}, data={"train": "pairs"}, training=training
     )
+    classifier, tokenizer = load_classifier(config.model, 1), load_tokenizer(str(name))
+    rows, _ = tokenize(pairs, Reader(str(name), tokenizer, template=template))
+    how = Training(settings=config.training, seed=1, device=CPU, report=print)
+    trainer = reward_trainer(classifier, tokenizer, rows, config, how)
     return trainer, trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
 
 
@@ -114,10 +116,10 @@ def test_one_seed_gives_one_model_and_another_seed_another_head_and_order(gpt2, 
 
 def test_the_order_of_the_pairs_follows_the_seed(gpt2, train, monkeypatch):
     """With the same head, members still differ by what comes first."""
-    from klippo.supervised import reward_model
+    from klippo.supervised import bradley_terry
 
     real = load_classifier
-    monkeypatch.setattr(reward_model, "load_classifier", lambda settings, _: real(settings, 1))
+    monkeypatch.setattr(bradley_terry, "load_classifier", lambda settings, _: real(settings, 1))
     losses = [[s[2]["loss"] for s in train(gpt2, seed, learning_rate=1e-9)[1]] for seed in (1, 2)]
     assert losses[0] != losses[1]
 
@@ -218,11 +220,11 @@ def test_a_template_without_the_response_is_refused(gpt2, train):
 
 
 def test_a_loss_that_is_not_finite_ends_training(gpt2, train, monkeypatch):
-    from klippo.supervised import reward_model
+    from klippo.supervised import bradley_terry
 
     model = load_classifier(RewardModelSettings(name=str(gpt2)), 1)
     model.score.weight.data.fill_(float("nan"))
-    monkeypatch.setattr(reward_model, "load_classifier", lambda *_: model)
+    monkeypatch.setattr(bradley_terry, "load_classifier", lambda *_: model)
     with pytest.raises(DivergedError, match="the loss is nan at step 1"):
         train(gpt2)
 

@@ -72,7 +72,7 @@ def test_the_reference_moments_are_those_of_shared_samples(reward_model, tmp_pat
     from klippo.ranks import choose_device
     from klippo.rewards.classifier import ClassifierReward
     from klippo.rewards.settings import ClassifierSettings
-    from klippo.supervised.reward_model_run import sample_reference
+    from klippo.supervised.reward_model import sample_reference
 
     assert reward_model(training={"batch_size": 16})[0] == 0
     config = load_config(tmp_path / "rm_seed1/config.yaml", schema=RewardModelConfig).config
@@ -114,6 +114,7 @@ def test_a_member_of_other_settings_or_pairs_is_not_taken_for_this_one(
     code, _, err = reward_model(**quick)
     assert code == 2
     assert "was trained on other pairs" in err
+    assert reward_model("--overwrite", **quick)[0] == 0
 
 
 def test_a_single_seed_has_a_folder_of_its_own_too(reward_model, tmp_path):

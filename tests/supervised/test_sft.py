@@ -144,7 +144,7 @@ def test_cutting_prompts_is_refused():
 def test_held_out_loss_is_that_of_the_models_own_logits(gpt2, examples):
     rows = [*ROWS[:2], {"prompt": "it", "response": "good"}]
     built = examples(rows)
-    model = load_for_sft(ModelSettings(name=str(gpt2)), CPU).model.eval()
+    model = load_for_sft(ModelSettings(name=str(gpt2)), CPU)[0].eval()
     for example, found in zip(built, nats_per_token(model, built, 3), strict=True):
         with torch.no_grad():
             logprobs = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)

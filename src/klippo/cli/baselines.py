@@ -79,8 +79,7 @@ def baselines(
 
     from klippo.config.trust import trust_code
     from klippo.errors import ConfigError
-    from klippo.supervised.baseline_plans import PlanOptions
-    from klippo.supervised.baselines import baselines
+    from klippo.supervised.baselines import BaselineOptions, baselines
 
     for option, value in (
         ("--best-share", best_share),
@@ -92,7 +91,7 @@ def baselines(
     trust_code(loaded.config, trust_remote_code)
     return baselines(
         loaded,
-        PlanOptions(
+        BaselineOptions(
             best_share=best_share,
             beta=dpo_beta,
             pairs_per_prompt=dpo_pairs,

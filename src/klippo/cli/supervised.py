@@ -51,7 +51,7 @@ def sft(
     )
 
     from klippo.config.trust import trust_code
-    from klippo.supervised.sft_run import sft
+    from klippo.supervised.sft import sft
 
     trust_code(loaded.config, trust_remote_code)
     return sft(loaded, overwrite=overwrite, quiet=quiet)
@@ -79,7 +79,7 @@ def reward_model(
     )
 
     from klippo.config.trust import trust_code
-    from klippo.supervised.reward_model_run import reward_model
+    from klippo.supervised.reward_model import reward_model
 
     trust_code(loaded.config, trust_remote_code)
     return reward_model(loaded, overwrite=overwrite, quiet=quiet)

@@ -35,6 +35,10 @@ class WholeConfig(Settings):
     """Seed of everything random."""
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is the config's name, `{seed}` the seed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads; default: PyTorch's choice."""
 
 
 class RunConfig(WholeConfig):
@@ -48,10 +52,6 @@ class RunConfig(WholeConfig):
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is the config's name, `{seed}` the seed, `{rm_seed}` that of the reward
     model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads; default: PyTorch's choice."""
     sharding: Sharding | Literal["auto"] = "auto"
     """With several processes: `none` gives each a whole model; `fsdp` (FSDP2) or `zero3`
     (DeepSpeed) a part of weights, gradients and optimizer states; `auto` does what accelerate's

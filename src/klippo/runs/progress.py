@@ -1,9 +1,8 @@
-"""What a person sees while a run goes on: one live line in a terminal, plain lines elsewhere."""
+"""What a person sees during long work: one live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -12,19 +11,17 @@ from rich.text import Text
 
 from klippo.types import Metrics
 
-MAX_PLAIN_LINES = 60
 
+class LiveLine:
+    """One live line in a terminal, about `num_lines` plain ones elsewhere; a context manager."""
 
-class Progress:
-    """Shows the newest step. Use as a context manager around the run."""
-
-    def __init__(self, console: Console, num_steps: int, *, quiet: bool = False) -> None:
-        self._console = console
-        self._num_steps = num_steps
-        self._quiet = quiet
-        self._every = max(num_steps // MAX_PLAIN_LINES, 1)
+    def __init__(
+        self, console: Console, *, num_lines: int, num_done: int = 0, quiet: bool = False
+    ) -> None:
+        self._console, self._num_lines, self._quiet = console, num_lines, quiet
+        self._num_at_start = num_done
+        self._last = 0
         self._started = time.monotonic()
-        self._num_shown = 0
         live = console.is_terminal and not quiet
         self._live = Live(console=console, refresh_per_second=8, transient=False) if live else None
 
@@ -34,31 +31,47 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def seconds_left(self, num_done: int, num_total: int) -> float:
+        """At the speed so far."""
+        return self.seconds / (num_done - self._num_at_start) * (num_total - num_done)
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self._quiet:
             self._console.print(Text(text), soft_wrap=True)
 
+    def show(self, text: str, num_done: int, num_total: int) -> None:
+        """The newest state of the work."""
+        part = num_done * self._num_lines // num_total
+        if self._live is not None:
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+        elif part != self._last:
+            self.say(text)
+        self._last = part
+
+
+class Progress(LiveLine):
+    """Shows the newest step of a PPO run."""
+
+    def __init__(self, console: Console, num_steps: int, *, quiet: bool = False) -> None:
+        super().__init__(console, num_lines=60, quiet=quiet)
+        self._num_steps = num_steps
+        self._num_shown = 0
+
     def step(self, step: int, metrics: Metrics) -> None:
         """Show step (counted from 0) with its metrics."""
         self._num_shown += 1
-        per_step = (time.monotonic() - self._started) / self._num_shown
-        line = step_line(
-            step + 1, self._num_steps, metrics, per_step * (self._num_steps - step - 1)
-        )
-        if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
-        elif not self._quiet and ((step + 1) % self._every == 0 or step + 1 == self._num_steps):
-            self._console.print(Text(line), soft_wrap=True)
+        left = self.seconds / self._num_shown * (self._num_steps - step - 1)
+        self.show(step_line(step + 1, self._num_steps, metrics, left), step + 1, self._num_steps)
 
 
 def step_line(step: int, num_steps: int, metrics: Metrics, seconds_left: float) -> str:

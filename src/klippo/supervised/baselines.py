@@ -1,4 +1,4 @@
-"""The stage behind `klippo baselines`: what one would try instead of PPO, on the same file.
+"""`klippo baselines`: what one would try instead of PPO, on the same file.
 
 Each baseline starts where PPO starts, learns from the same rows behind the same prompts, and leaves
 a run's folder.
@@ -7,32 +7,182 @@ a run's folder.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from klippo.config.load import LoadedConfig, to_yaml
 from klippo.config.schema import RunConfig
+from klippo.data.choices import best_responses, pairs_by_reward
 from klippo.data.rows import load_rows, train_source
 from klippo.errors import ConfigError
+from klippo.evaluation.statistics import compare_paired
 from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.saving import save_model
 from klippo.policy.settings import CriticSettings
-from klippo.ranks import choose_device
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, RunFolder, write_text
-from klippo.supervised.baseline_plans import PLANS, Plan, PlanOptions, Responses, learner
-from klippo.supervised.progress import TrainingLine
 from klippo.supervised.settings import TrainingSettings
-from klippo.supervised.training import Training, check_one_process
-from klippo.train.offline import Logged, OfflineData, read_logged
+from klippo.supervised.sft import (
+    NOT_LEARNT,
+    Example,
+    fine_tune,
+    learn_response,
+    loss_figures,
+    nats_per_token,
+    train_causal,
+)
+from klippo.supervised.training import Training, TrainingLine, prepare
+from klippo.train.offline import OfflineData, read_logged
+from klippo.types import LoggedResponse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineOptions:
+    """What the baselines need beyond the run's config."""
+
+    best_share: float = 0.25
+    """`sft-best`, where each prompt has one response: the share of all that is learnt."""
+    beta: float = 0.1
+    """`dpo`: the weight of log-ratios, reward per nat."""
+    pairs_per_prompt: int = 4
+    """`dpo`: most pairs of one prompt, the widest apart in reward."""
+    min_margin: float = 0.0
+    """`dpo`: least difference of rewards in a pair."""
+
+
+Pair = tuple[Example, Example]
+"""Chosen and rejected, with the same prompt."""
+Responses = Sequence[LoggedResponse]
+Result = tuple[dict[str, Any], str]
+"""Figures about held-out responses, and the same in words."""
+
+
+class BestResponses:
+    """Supervised fine-tuning on the best responses."""
+
+    sequences_per_example = 1
+
+    def __init__(
+        self, train: Responses, held_out: Responses, _: str, options: BaselineOptions
+    ) -> None:
+        best = best_responses(train, options.best_share)
+        self.examples = [_example(one) for one in best.chosen]
+        other = best_responses(held_out, options.best_share).chosen if held_out else []
+        self._held_out = [_example(one) for one in other]
+        which = "of each prompt" if best.by_prompt else f"{options.best_share:.0%}"
+        mean, of_all = (fmean(one.reward for one in some) for some in (best.chosen, train))
+        self.about = (
+            f"{len(best.chosen)} of {len(train)} responses, the best {which} "
+            f"(mean reward {mean:.3g}, of all {of_all:.3g})"
+        )
+
+    def train(self, start: LoadedPolicy, training: Training) -> None:
+        """Train the start's policy in place."""
+        fine_tune(learner(start), start.tokenizer, self.examples, training)
+
+    def measure(self, model: PreTrainedModel, batch_size: int) -> list[float]:
+        """-log p per learnt token of each held-out example, nats."""
+        return nats_per_token(model, self._held_out, batch_size)
+
+    def result(self, before: Sequence[float], after: Sequence[float]) -> Result:
+        """What the measures before and after training say."""
+        compared = compare_paired(before, after)
+        if compared is None:
+            return {}, "nothing was held out"
+        return {"held_out_nats_per_token": loss_figures(compared)}, (
+            f"held-out loss, {len(after)} best responses: {compared.before.mean:.3f} → "
+            f"{compared.after.mean:.3f} nats/token"
+        )
+
+
+class Preferences:
+    """DPO on pairs of a better and a worse response to the same prompt."""
+
+    sequences_per_example = 2
+
+    def __init__(
+        self, train: Responses, held_out: Responses, source: str, options: BaselineOptions
+    ) -> None:
+        """Raises ConfigError without pairs; `source` is the data's name."""
+        self._beta = options.beta
+        chosen, other = (
+            pairs_by_reward(
+                some, min_margin=options.min_margin, max_per_prompt=options.pairs_per_prompt
+            )
+            for some in (train, held_out)
+        )
+        close = f"{chosen.num_close} closer than {options.min_margin:g}"
+        if not chosen.pairs:
+            why, remedy = "each prompt has one response", "add responses to the same prompts"
+            if chosen.num_close:
+                why = f"{chosen.num_ties} tie (equal rewards or equal texts), "
+                why += f"{chosen.num_close} lie closer than --dpo-min-margin {options.min_margin:g}"
+                remedy = "lower --dpo-min-margin"
+            elif chosen.num_ties:
+                why = f"{chosen.num_ties} tie (equal rewards or equal texts)"
+                remedy = "check the rewards"
+            raise ConfigError(
+                f"{source}: DPO needs pairs, two responses to the same prompt with unlike rewards, "
+                f"and there are none: {why}; {remedy}, or train the other baseline alone with "
+                "--only sft-best"
+            )
+        self.examples, self._held_out = (
+            [(_example(better), _example(worse)) for better, worse in some.pairs]
+            for some in (chosen, other)
+        )
+        num_prompts = len({tuple(better.prompt.token_ids) for better, _ in chosen.pairs})
+        gap = fmean(better.reward - worse.reward for better, worse in chosen.pairs)
+        self.about = (
+            f"{len(chosen.pairs)} pairs of {num_prompts} prompts, {gap:.3g} apart in reward on "
+            f"average ({chosen.num_ties} ties{f' and {close}' if chosen.num_close else ''} left "
+            "out)"
+        )
+
+    def train(self, start: LoadedPolicy, training: Training) -> None:
+        """Train the start's policy in place."""
+        frozen = None if start.policy.peft_model is not None else start.reference.lm.model
+        optimize_preferences(
+            learner(start), frozen, start.tokenizer, self.examples, training, beta=self._beta
+        )
+
+    def measure(self, model: PreTrainedModel, batch_size: int) -> list[float]:
+        """log pi(better) - log pi(worse) of each held-out pair, nats."""
+        return log_ratios(model, self._held_out, batch_size)
+
+    def result(self, before: Sequence[float], after: Sequence[float]) -> Result:
+        """What the measures before and after training say."""
+        if not after:
+            return {}, "no pair was held out"
+        margins = [self._beta * (b - a) for a, b in zip(before, after, strict=True)]
+        accuracy, margin = fmean(margin > 0 for margin in margins), fmean(margins)
+        figures = {
+            "held_out_pairs": len(margins),
+            "held_out_accuracy": accuracy,
+            "held_out_margin": margin,
+        }
+        return figures, (
+            f"held-out pairs, {len(margins)}: the implicit reward is right on {accuracy:.2f} (at "
+            f"the start it knows none), mean margin {margin:+.3f}"
+        )
+
+
+BASELINES: dict[str, type[BestResponses | Preferences]] = {
+    "sft-best": BestResponses,
+    "dpo": Preferences,
+}
 
 
 def baselines(
     loaded: LoadedConfig,
-    options: PlanOptions,
+    options: BaselineOptions,
     *,
     only: str | None = None,
     learning_rate: float | None = None,
@@ -40,26 +190,29 @@ def baselines(
     quiet: bool = False,
 ) -> int:
     """Train the baselines of an offline run; returns the exit code."""
-    check_one_process("baselines")
-    config = _with_learning_rate(loaded.config, learning_rate)
+    config = loaded.config
+    if learning_rate is not None:
+        optimizer = config.optimizer.model_copy(update={"learning_rate": learning_rate})
+        config = config.model_copy(update={"optimizer": optimizer})
     if config.offline is None:
         raise ConfigError(
             "klippo baselines learns from responses that exist already, and this config samples "
             "new ones; add an offline section"
         )
+    device = prepare("baselines", config)
     folders = {
-        name: Path(f"{Path(config.output_dir)}-{name}") for name in PLANS if only in (None, name)
+        name: Path(f"{Path(config.output_dir)}-{name}")
+        for name in BASELINES
+        if only in (None, name)
     }
     for folder in folders.values():
         RunFolder.check(folder, overwrite=overwrite)
-    device = choose_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
     logged = read_logged(config, *load_rows(config.data, config.seed))
-    first = _load_start(config, device)
-    plans = _plan(config, logged, first, device, list(folders), options)
-    starts = [first]
-    del first
+    starts = [_load_start(config, device)]
+    data = OfflineData(config, logged, starts[0], device)
+    source = train_source(config.data)
+    plans = {name: BASELINES[name](data.train, data.held_out, source, options) for name in folders}
+    del data  # it holds the first start
     console = Console(highlight=False, soft_wrap=True)
     for name, plan in plans.items():
         start = starts.pop() if starts else _load_start(config, device)
@@ -67,20 +220,18 @@ def baselines(
             console.print(f"{name}: {plan.about}", markup=False)
         with TrainingLine(console, name, quiet=quiet) as line:
             figures, sentence = _train(plan, start, config, device, line)
-        _save(folders[name], start, config, {"method": name} | figures, overwrite=overwrite)
+        path = folders[name]
+        run = RunFolder.create(path, overwrite=overwrite)
+        with run.new_directory(MODEL_DIR) as model_dir:
+            save_model(start.policy, start.tokenizer, model_dir)
+        write_text(path / CONFIG_FILE, to_yaml(config.model_copy(update={"output_dir": str(path)})))
+        run.write_status("done", method=name, **figures)
         console.print(f"{name}: {sentence}", markup=False)
         del start
         gc.collect()  # before the next one is loaded
     runs = " and ".join(map(str, folders.values()))
-    console.print(f"Now there is {runs}; klippo compare takes them as it takes runs", markup=False)
+    console.print(f"Done: {runs}; klippo compare takes them as it takes runs", markup=False)
     return 0
-
-
-def _with_learning_rate(config: RunConfig, learning_rate: float | None) -> RunConfig:
-    if learning_rate is None:
-        return config
-    optimizer = config.optimizer.model_copy(update={"learning_rate": learning_rate})
-    return config.model_copy(update={"optimizer": optimizer})
 
 
 def _load_start(config: RunConfig, device: torch.device) -> LoadedPolicy:
@@ -90,72 +241,98 @@ def _load_start(config: RunConfig, device: torch.device) -> LoadedPolicy:
     return load_policy(policy, CriticSettings(), device)
 
 
-def _plan(
-    config: RunConfig,
-    logged: Logged,
-    start: LoadedPolicy,
-    device: torch.device,
-    names: list[str],
-    options: PlanOptions,
-) -> dict[str, Plan]:
-    """All plans before anything trains."""
-    data = OfflineData(config, logged, start, device)
-    responses = Responses(
-        train=data.train, held_out=data.held_out, source=train_source(config.data)
-    )
-    return {name: PLANS[name](responses, options) for name in names}
-
-
 def _train(
-    plan: Plan, start: LoadedPolicy, config: RunConfig, device: torch.device, line: TrainingLine
-) -> tuple[dict[str, Any], str]:
-    """Train the start's policy in place: figures and a sentence about it."""
-    settings = _training_settings(config, plan.sequences_per_example)
-    assert settings.micro_batch_size is not None
-    model = learner(start)
-    before = plan.measure(model, settings.micro_batch_size)
-    plan.train(start, Training(settings=settings, seed=config.seed, device=device), line.step)
-    after = plan.measure(model, settings.micro_batch_size)
-    figures = {
-        "num_examples": plan.num_examples,
-        "num_epochs": settings.num_epochs,
-        "learning_rate": settings.learning_rate,
-        "minutes": line.seconds / 60,
-    }
-    return figures | plan.figures(before, after), plan.sentence(before, after)
-
-
-def _training_settings(config: RunConfig, sequences_per_example: int) -> TrainingSettings:
-    """PPO's settings as far as they have a meaning here; its micro-batch counts sequences."""
+    plan: BestResponses | Preferences,
+    start: LoadedPolicy,
+    config: RunConfig,
+    device: torch.device,
+    line: TrainingLine,
+) -> Result:
+    """Train the start's policy in place with PPO's settings as far as they have a meaning here."""
     assert config.offline is not None
-    ppo, optimizer = config.ppo, config.optimizer
-    most = (ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size) // sequences_per_example
-    fits = [size for size in range(1, max(most, 1) + 1) if ppo.batch_size % size == 0]
-    return TrainingSettings(
+    ppo, optimizer, policy = config.ppo, config.optimizer, config.policy
+    # PPO's micro-batch counts sequences.
+    most = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
+    most = max(most // plan.sequences_per_example, 1)
+    micro = max(size for size in range(1, most + 1) if ppo.batch_size % size == 0)
+    settings = TrainingSettings(
         num_epochs=config.offline.num_passes,
         batch_size=ppo.batch_size,
-        micro_batch_size=fits[-1],
+        micro_batch_size=micro,
         learning_rate=optimizer.learning_rate,
         schedule=optimizer.schedule,
         warmup_fraction=0.0,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
-        autocast=config.policy.autocast,
-        gradient_checkpointing=config.policy.gradient_checkpointing,
+        autocast=policy.autocast,
+        gradient_checkpointing=policy.gradient_checkpointing,
+    )
+    model = learner(start)
+    before = plan.measure(model, micro)
+    plan.train(
+        start, Training(settings=settings, seed=config.seed, device=device, report=line.step)
+    )
+    figures, sentence = plan.result(before, plan.measure(model, micro))
+    details = {
+        "num_examples": len(plan.examples),
+        "num_epochs": settings.num_epochs,
+        "learning_rate": settings.learning_rate,
+        "minutes": line.seconds / 60,
+    }
+    return details | figures, sentence
+
+
+def learner(start: LoadedPolicy) -> PreTrainedModel:
+    """What trains: the policy's adapters on their base, or the model itself."""
+    return start.policy.peft_model or start.policy.lm.model
+
+
+def _example(one: LoggedResponse) -> Example:
+    return learn_response(one.prompt, one.completion.token_ids)
+
+
+def optimize_preferences(
+    model: PreTrainedModel,
+    start: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    training: Training,
+    *,
+    beta: float,
+) -> PreTrainedModel:
+    """Train the model in place by DPO (Rafailov et al. 2023, eq. 7), against the frozen `start`.
+
+    loss = -log sigmoid(r(chosen) - r(rejected)), with the implicit reward
+    r(y) = beta * (log pi(y) - log pi_start(y)) summed over the response's tokens.
+
+    A PeftModel needs no `start`: TRL keeps a frozen copy of its adapter as it is now. Raises
+    DivergedError when the loss is not finite.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # token ids already, as PPO reads them
+
+    lengths = [chosen.labels.count(NOT_LEARNT) for chosen, _ in pairs]
+    columns = {
+        "prompt_ids": [c.input_ids[:n] for (c, _), n in zip(pairs, lengths, strict=True)],
+        "chosen_ids": [c.input_ids[n:] for (c, _), n in zip(pairs, lengths, strict=True)],
+        "rejected_ids": [r.input_ids[n:] for (_, r), n in zip(pairs, lengths, strict=True)],
+    }
+    options = {"options": {"beta": beta}, "ref_model": start}
+    return train_causal(
+        TokenizedDPOTrainer, DPOConfig, model, tokenizer, columns, training, **options
     )
 
 
-def _save(
-    path: Path,
-    start: LoadedPolicy,
-    config: RunConfig,
-    details: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> None:
-    """A run's folder: model, config and status."""
-    folder = RunFolder.create(path, overwrite=overwrite)
-    with folder.new_directory(MODEL_DIR) as model_dir:
-        save_model(start.policy, start.tokenizer, model_dir)
-    write_text(path / CONFIG_FILE, to_yaml(config.model_copy(update={"output_dir": str(path)})))
-    folder.write_status("done", **details)
+def log_ratios(model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int) -> list[float]:
+    """log pi(chosen) - log pi(rejected) of each pair, nats."""
+    chosen, rejected = (
+        [
+            -nats * (len(example.labels) - example.labels.count(NOT_LEARNT))
+            for nats, example in zip(nats_per_token(model, side, batch_size), side, strict=True)
+        ]
+        for side in ([c for c, _ in pairs], [r for _, r in pairs])
+    )
+    return [c - r for c, r in zip(chosen, rejected, strict=True)]

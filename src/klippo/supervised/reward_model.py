@@ -1,226 +1,314 @@
-"""One reward model from preference pairs, by TRL's RewardTrainer (Bradley and Terry 1952).
-
-loss = -log sigmoid(r_chosen - r_rejected - margin) + center_coef * (r_chosen + r_rejected)^2,
-averaged over the pairs of a batch.
-"""
+"""`klippo reward-model`: one member per seed, measured alone and together."""
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from rich.console import Console
 
-from klippo.data.preference_rows import Pair
-from klippo.errors import PreflightError
-from klippo.hub import (
-    LOADING_ERRORS,
-    code_option,
-    load_model,
-    no_progress_bars,
-    not_loaded,
-    resolve,
+from klippo.config.load import LoadedConfig, config_from_mapping, load_config, show, to_yaml
+from klippo.data.preferences import bag, load_preferences
+from klippo.data.sampler import PromptSampler
+from klippo.errors import ConfigError
+from klippo.evaluation.pairs import (
+    PairReport,
+    ensemble_differences,
+    error_correlation,
+    gain,
+    report_pairs,
 )
-from klippo.policy.loading import turn_dropout_off
-from klippo.rewards.reading import Reader, check_max_tokens, context_of
-from klippo.supervised.settings import RewardModelSettings, RewardTrainingSettings
+from klippo.lab.held_out import held_out, own_prompts
+from klippo.lengths import longest
+from klippo.report.members import (
+    ENSEMBLE,
+    MemberFigures,
+    draw_reliability,
+    members_markdown,
+    members_table,
+    pair_figures,
+    together_lines,
+)
+from klippo.rewards import stored
+from klippo.rewards.classifier import ClassifierReward
+from klippo.rewards.settings import ClassifierSettings
+from klippo.rewards.stored import STORED_FILE, StoredReward
+from klippo.rollouts.sampling import Sampling
+from klippo.rollouts.settings import RolloutSettings
+from klippo.rollouts.sources import OnlineSource
+from klippo.runs.folder import CONFIG_FILE, write_text, writing
+from klippo.runs.models import open_model
+from klippo.supervised.bradley_terry import train_reward_model
+from klippo.supervised.settings import ReferenceSettings, RewardModelConfig
 from klippo.supervised.training import (
-    Report,
     Training,
-    add_lora,
-    load_own_tokenizer,
-    make_trainer,
-    quiet_trl,
-    refuse_adapter_folder,
-    run_trainer,
-    unwrapped,
+    TrainingLine,
+    holds_result,
+    new_folder,
+    prepare,
+    save,
 )
+from klippo.types import Rollout
+
+METRICS_FILE = "metrics.json"
+GENERATION_BATCH = 64
+FREE_KEYS = ("device", "num_threads", "output_dir")
+"""What may differ between a finished member's config and the present one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """A reward model, and what belongs to it."""
-
-    model: Any
-    tokenizer: Any
-    num_cut: int
-    """Texts that were too long and lost their start."""
-
-    def save(self, folder: Path) -> None:
-        """Write both as from_pretrained reads them."""
-        with no_progress_bars():
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-
-def train_reward_model(
-    pairs: Sequence[Pair],
-    model: RewardModelSettings,
-    training: RewardTrainingSettings,
-    *,
-    template: str,
-    max_tokens: int | None,
-    prompt_column: str,
-    seed: int,
-    device: torch.device,
-    report: Report,
-) -> Trained:
-    """Train on the pairs; `seed` draws the score head and the order of the pairs.
-
-    Raises PreflightError when the model cannot be trained so, ConfigError when template or
-    `max_tokens` do not fit it, DivergedError when training fails.
-    """
-    with quiet_trl():
-        classifier = load_classifier(model, seed)
-        tokenizer = load_own_tokenizer(model)
-        limit = check_max_tokens(model.name, max_tokens, context_of(classifier, tokenizer))
-        reader = Reader(
-            model.name,
-            copy.deepcopy(tokenizer),
-            template=template,
-            max_tokens=limit,
-            prompt_column=prompt_column,
-        )
-        rows, num_cut = tokenize(pairs, reader)
-        own_pad = classifier.config.get_text_config().pad_token_id
-        trainer = reward_trainer(classifier, tokenizer, rows, model, training, seed, device)
-        run_trainer(trainer, report)
-        trained = finished(trainer, own_pad)
-    return Trained(model=trained, tokenizer=tokenizer, num_cut=num_cut)
+def reward_model(
+    loaded: LoadedConfig[RewardModelConfig], *, overwrite: bool = False, quiet: bool = False
+) -> int:
+    """Train the members that are missing, measure all of them; returns the exit code."""
+    config = loaded.config
+    device = prepare("reward-model", config)
+    members = _Members(config, device, quiet)
+    missing = [seed for seed in config.member_seeds if not members.is_finished(seed, overwrite)]
+    if missing and config.reference is not None:
+        members.reference = sample_reference(config.reference, device)
+    for seed in config.member_seeds:
+        if seed in missing:
+            members.train(seed)
+        else:
+            members.say(f"{members.folder(seed)} is there already; --overwrite trains it again")
+    members.conclude(loaded.name)
+    return 0
 
 
-def load_classifier(settings: RewardModelSettings, seed: int) -> Any:
-    """A sequence classifier with one output and dropout off; a missing head is drawn by `seed`.
+class _Members:
+    """The members of one command, which share pairs and reference responses."""
 
-    Raises PreflightError for a model with several outputs, for an adapter without its model, and
-    where more than the head is missing.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    def __init__(self, config: RewardModelConfig, device: torch.device, quiet: bool) -> None:
+        """Raises ConfigError for what is wrong with the data."""
+        self.config, self.device, self.quiet = config, device, quiet
+        self.console = Console(highlight=False)
+        self.reference: Rollout | None = None
+        self._pairs = load_preferences(config.data)
+        content = [[p.prompt.text, p.chosen, p.rejected, p.margin] for p in self._pairs.train]
+        self._sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self._units = [pair.units for pair in self._pairs.held_out]
+        self.say(f"{len(self._pairs.train)} training pairs, {len(self._units)} held-out pairs")
+        for note in self._pairs.notes:
+            self.say(f"  {note}")
 
-    refuse_adapter_folder(
-        settings.name,
-        settings.revision,
-        "give its base model as model.name, and this folder as model.adapter",
-    )
-    name = resolve(settings.name)
-    options = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype)}
-    trust = code_option(settings.name)
-    torch.manual_seed(seed)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=settings.revision, **trust)
-        architectures = getattr(config, "architectures", None) or []
-        is_classifier = any("ForSequenceClassification" in a for a in architectures)
-        if is_classifier and config.num_labels != 1:
-            raise PreflightError(
-                f"model.name={settings.name} is a classifier with {config.num_labels} outputs; a "
-                "reward model has one: give a policy or SFT model, or a classifier with one output"
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def folder(self, seed: int) -> Path:
+        return Path(f"{self.config.output_dir}_seed{seed}")
+
+    def is_finished(self, seed: int, overwrite: bool) -> bool:
+        """Whether this very member is there already, and stays.
+
+        Raises ConfigError for a folder that is not a reward model of Klippo, and for one that was
+        trained with other settings or on other pairs and may not be replaced.
+        """
+        folder, files = self.folder(seed), [STORED_FILE, CONFIG_FILE, METRICS_FILE]
+        if not holds_result(folder, files, "reward model that Klippo trained") or overwrite:
+            return False
+        mapping = self._member_config(seed).model_dump(mode="json")
+        now = _values(config_from_mapping(mapping, schema=RewardModelConfig))
+        then = _values(load_config(folder / CONFIG_FILE, schema=RewardModelConfig))
+        other = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        difference = None
+        if other:
+            key, more = other[0], f", and {len(other) - 1} more" if len(other) > 1 else ""
+            difference = f"with other settings ({key}={then.get(key)}, now {now.get(key)}{more})"
+        elif _metrics(folder).get("pairs_sha256") != self._sha256:
+            difference = f"on other pairs than {self.config.data.train} gives now"
+        if difference is not None:
+            raise ConfigError(
+                f"{folder} was trained {difference}; choose another output_dir, or pass "
+                "--overwrite to train it again"
             )
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True, **trust, **options
+        return True
+
+    def train(self, seed: int) -> None:
+        """Train one member; its folder appears when it is complete."""
+        config, pairs = self.config, self._pairs.train
+        if config.data.bagging:
+            pairs = bag(pairs, seed)
+        with TrainingLine(self.console, f"seed {seed}", quiet=self.quiet) as line:
+            training = Training(
+                settings=config.training, seed=seed, device=self.device, report=line.step
+            )
+            model, tokenizer, num_cut = train_reward_model(pairs, config, training)
+        if num_cut:
+            self.say(f"seed {seed}: {num_cut} texts were too long and lost their start")
+        with new_folder(self.folder(seed)) as building:
+            save(model, tokenizer, building)
+            moments = self._moments(building)
+            stored.write(building, StoredReward(template=config.template, seed=seed, **moments))
+            figures = {
+                "seed": seed,
+                "num_train_pairs": len(pairs),
+                "pairs_sha256": self._sha256,
+                "num_cut_texts": num_cut,
+                "minutes": line.seconds / 60,
+                "held_out": pair_figures(self._report(self._differences(building))),
+            }
+            write_text(building / METRICS_FILE, json.dumps(figures, indent=2) + "\n")
+            write_text(building / CONFIG_FILE, to_yaml(self._member_config(seed)))
+
+    def _member_config(self, seed: int) -> RewardModelConfig:
+        """What trains this one member."""
+        return self.config.model_copy(update={"seed": seed, "seeds": None})
+
+    def _scorer(self, folder: Path) -> ClassifierReward:
+        settings = ClassifierSettings(
+            kind="classifier",
+            model=str(folder),
+            template=self.config.template,
+            max_tokens=self.config.max_tokens,
         )
-    except LOADING_ERRORS as error:
-        raise not_loaded(settings.name, error) from error
-    lacking = sorted(key for key in loaded["missing_keys"] if _in_trunk(key, model))
-    if lacking:
-        raise PreflightError(
-            f"model.name={settings.name}: the checkpoint lacks weights besides the score head "
-            f"({', '.join(lacking[:4])}); give a whole model"
+        return ClassifierReward(
+            settings, device=self.device, prompt_column=self.config.prompt_column
         )
-    if settings.adapter is not None:
-        model.base_model.load_state_dict(_merged_trunk(settings, options))
-    turn_dropout_off(model)
-    return model
+
+    def _differences(self, folder: Path) -> list[float]:
+        """Chosen minus rejected score of every held-out pair."""
+        pairs = self._pairs.held_out
+        if not pairs:
+            return []
+        scorer, prompts = self._scorer(folder), [pair.prompt for pair in pairs]
+        chosen = scorer.score_pairs(prompts, [pair.chosen for pair in pairs]).reward
+        rejected = scorer.score_pairs(prompts, [pair.rejected for pair in pairs]).reward
+        differences: list[float] = (chosen.double() - rejected.double()).tolist()
+        return differences
+
+    def _report(self, differences: Sequence[float]) -> PairReport | None:
+        return report_pairs(differences, self._units) if differences else None
+
+    def _moments(self, folder: Path) -> dict[str, Any]:
+        """Mean and sd of the member's scores of the reference responses."""
+        if self.reference is None or self.config.reference is None:
+            return {}
+        scores = self._scorer(folder).score(self.reference).reward.double()
+        sd = float(scores.std())
+        if not sd > 0:
+            raise ConfigError(
+                f"reference: the member gives all {len(scores)} responses the same score, so it "
+                "has no scale; check the template, and raise training.learning_rate or "
+                "training.num_epochs"
+            )
+        return {
+            "mean": float(scores.mean()),
+            "sd": sd,
+            "num_samples": len(scores),
+            "policy": self.config.reference.policy,
+        }
+
+    def conclude(self, name: str) -> None:
+        """Measure all members, alone and together; print and write what came out."""
+        seeds = self.config.member_seeds
+        folders = [self.folder(seed) for seed in seeds]
+        differences = [self._differences(folder) for folder in folders]
+        kept = [stored.read(str(folder)) or StoredReward() for folder in folders]
+        members = [
+            MemberFigures(
+                name=f"seed {seed}",
+                folder=folder,
+                report=self._report(own),
+                mean=moments.mean,
+                sd=moments.sd,
+                minutes=float(_metrics(folder)["minutes"]),
+            )
+            for seed, folder, own, moments in zip(seeds, folders, differences, kept, strict=True)
+        ]
+        figures: dict[str, Any] = {
+            "name": name,
+            "num_train_pairs": len(self._pairs.train),
+            "num_held_out_pairs": len(self._units),
+            "notes": self._pairs.notes,
+            "members": [
+                asdict(moments)
+                | {"seed": seed, "folder": str(member.folder), "minutes": member.minutes}
+                | {"held_out": pair_figures(member.report)}
+                for seed, member, moments in zip(seeds, members, kept, strict=True)
+            ],
+            "ensemble": None,
+            "error_correlation": None,
+        }
+        lines = []
+        if len(seeds) > 1 and self._units:
+            sds = [moments.sd for moments in kept]
+            together = ensemble_differences(differences, sds)
+            members.append(MemberFigures(name=ENSEMBLE, report=self._report(together)))
+            correlation = error_correlation(differences)
+            better = gain(together, differences, self._units)
+            lines = together_lines(correlation, better)
+            figures["error_correlation"] = correlation
+            figures["ensemble"] = {
+                "standardized": None not in sds,
+                "accuracy_gain": asdict(better),
+                "held_out": pair_figures(members[-1].report),
+            }
+        self._write(name, members, figures, lines)
+        self._show(name, members, lines)
+
+    def _write(
+        self, name: str, members: list[MemberFigures], figures: dict[str, Any], lines: list[str]
+    ) -> None:
+        beside = self.config.output_dir
+        write_text(Path(f"{beside}_members.json"), json.dumps(figures, indent=2) + "\n")
+        text = "".join(f"\n{line}\n" for line in lines)
+        write_text(Path(f"{beside}_members.md"), f"# {name}\n\n{members_markdown(members)}{text}")
+        if self._units:
+            path = Path(f"{beside}_reliability")
+            with writing(path):
+                draw_reliability(members, path, f"{name}: {len(self._units)} pairs")
+
+    def _show(self, name: str, members: list[MemberFigures], lines: list[str]) -> None:
+        self.console.print(members_table(f"{name}: {len(self._units)} held-out pairs", members))
+        if not self._units:
+            lines.append(
+                "Nothing was held out, so nothing says how good they are; "
+                "set data.validation_size or data.validation."
+            )
+        seeds, folder = self.config.member_seeds, f"{self.config.output_dir}_seed"
+        lines.append(
+            f"As a reward: {{kind: classifier, model: {folder}{seeds[0]}}}"
+            if len(seeds) == 1
+            else f"As a reward: {{kind: ensemble, members: ['{folder}{{seed}}'], seeds: {seeds}}}"
+        )
+        for line in lines:
+            self.console.print(line, markup=False, soft_wrap=True)
 
 
-def _in_trunk(key: str, model: Any) -> bool:
-    return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
-
-
-def _merged_trunk(settings: RewardModelSettings, options: dict[str, Any]) -> dict[str, Any]:
-    """Weights of the causal LM's trunk with the adapter in them."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    assert settings.adapter is not None
-    causal = load_model(AutoModelForCausalLM, settings.name, **options)
-    try:
-        merged = PeftModel.from_pretrained(causal, resolve(settings.adapter)).merge_and_unload()
-    except LOADING_ERRORS as error:
-        raise not_loaded(f"model.adapter={settings.adapter}", error) from error
-    weights: dict[str, Any] = merged.base_model.state_dict()
-    return weights
-
-
-def tokenize(pairs: Sequence[Pair], reader: Reader) -> tuple[dict[str, list[Any]], int]:
-    """Columns chosen_ids, rejected_ids and, where pairs have one, margin; and how many were cut."""
-    prompts = [pair.prompt for pair in pairs]
-    chosen, chosen_cut = reader.encode(reader.texts(prompts, [pair.chosen for pair in pairs]))
-    rejected, rejected_cut = reader.encode(reader.texts(prompts, [pair.rejected for pair in pairs]))
-    rows: dict[str, list[Any]] = {"chosen_ids": chosen, "rejected_ids": rejected}
-    if any(pair.margin is not None for pair in pairs):
-        rows["margin"] = [pair.margin or 0.0 for pair in pairs]
-    return rows, sum(chosen_cut) + sum(rejected_cut)
-
-
-def filler_id(model: Any, rows: dict[str, list[Any]]) -> int:
-    """What stands behind a shorter text: a token with which no text ends.
-
-    transformers' classifiers on causal models read the last token that is not the padding token,
-    which would skip a real end-of-sequence token where the two are one. The filler is masked, so
-    any other token serves. Encoders find positions by their own padding token and keep it.
-    """
-    config = model.config.get_text_config()
-    own = config.pad_token_id
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        return 0 if own is None else int(own)
-    last = {ids[-1] for ids in (*rows["chosen_ids"], *rows["rejected_ids"])}
-    candidates = range(config.vocab_size) if own is None else (own, *range(config.vocab_size))
-    return next(int(token) for token in candidates if token not in last)
-
-
-def finished(trainer: Any, own_pad: int | None) -> Any:
-    """The trained classifier with adapters merged and its own padding token back."""
-    model = unwrapped(trainer)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    model.config.get_text_config().pad_token_id = own_pad
-    return model
-
-
-def reward_trainer(
-    classifier: Any,
-    tokenizer: Any,
-    rows: dict[str, list[Any]],
-    model: RewardModelSettings,
-    training: RewardTrainingSettings,
-    seed: int,
-    device: torch.device,
-) -> Any:
-    """TRL's RewardTrainer on pairs that are tokenized already."""
-    from trl import RewardConfig, RewardTrainer
-    from trl.trainer.reward_trainer import DataCollatorForPreference
-
-    filler = filler_id(classifier, rows)
-    if tokenizer.pad_token is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(filler)
-    if model.tuning == "lora":
-        classifier = add_lora(classifier, model.lora, "SEQ_CLS")
-    center_coef = training.center_coef or None
-    trainer = make_trainer(
-        RewardTrainer,
-        RewardConfig,
-        classifier,
-        tokenizer,
-        rows,
-        Training(settings=training, seed=seed, device=device),
-        options={"center_rewards_coefficient": center_coef, "disable_dropout": True},
-        data_collator=DataCollatorForPreference(pad_token_id=filler),
+def sample_reference(settings: ReferenceSettings, device: torch.device) -> Rollout:
+    """The shared responses of the reference policy. Raises ConfigError or PreflightError."""
+    opened = open_model(settings.policy, device)
+    asked = {
+        name: getattr(settings, name)
+        for name in ("template", "format", "cut_tokens")
+        if name in settings.model_fields_set
+    }
+    data = own_prompts(opened.data, settings.prompts).model_copy(
+        update={"prompt_column": settings.prompt_column} | asked
     )
-    # TRL put its own padding token there.
-    trainer.model.config.get_text_config().pad_token_id = filler
-    return trainer
+    room = longest(settings.response_length)
+    prompts = held_out(data, settings.seed).prompts(opened, room, settings.seed)
+    engine = opened.engine(Sampling(temperature=settings.temperature), GENERATION_BATCH)
+    return OnlineSource(
+        PromptSampler(prompts, settings.num_samples, settings.seed).next,
+        engine,
+        opened.tokenizer,
+        RolloutSettings(response_length=settings.response_length, temperature=settings.temperature),
+        seed=settings.seed,
+        device=device,
+    ).next()
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    return metrics
+
+
+def _values(loaded: LoadedConfig[RewardModelConfig]) -> dict[str, Any]:
+    return {key: value for key, value, _ in show(loaded) if key not in FREE_KEYS}

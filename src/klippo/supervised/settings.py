@@ -133,10 +133,6 @@ class RewardModelConfig(WholeConfig):
     """One member per seed, instead of the one of `seed`; 5 make an ensemble."""
     output_dir: str = "runs/{name}"
     """Members are the folders `{output_dir}_seed1` and so on; `{name}` is the config's name."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads; default: PyTorch's choice."""
     model: RewardModelSettings
     """What the members start from."""
     data: PreferenceSettings
@@ -167,6 +163,11 @@ class RewardModelConfig(WholeConfig):
         """One seed per member."""
         return [self.seed] if self.seeds is None else list(self.seeds)
 
+    @property
+    def prompt_column(self) -> str:
+        """The column that `template: chat` reads."""
+        return self.data.prompt_column if isinstance(self.data.prompt_column, str) else "prompt"
+
 
 class SFTConfig(WholeConfig):
     """Supervised fine-tuning of a causal language model."""
@@ -175,10 +176,6 @@ class SFTConfig(WholeConfig):
 
     output_dir: str = "runs/{name}"
     """The folder that then is the model (or the adapter); `{name}` is the config's name."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes the GPU where there is one."""
-    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads; default: PyTorch's choice."""
     model: ModelSettings
     """The model that learns."""
     data: ExampleSettings

@@ -1,34 +1,50 @@
-"""Supervised fine-tuning of a causal LM, by TRL's SFTTrainer.
+"""`klippo sft`: supervised fine-tuning of a causal LM, by TRL's SFTTrainer.
 
 loss = -mean over learnt tokens of log p(token | tokens before), in nats.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 
+from klippo.config.load import LoadedConfig, to_yaml
 from klippo.data.files import Row, require_column
 from klippo.data.prompts import build_prompts
+from klippo.data.rows import load_rows, train_source, validation_source
 from klippo.errors import ConfigError, PreflightError
-from klippo.hub import load_model, no_progress_bars
+from klippo.evaluation.statistics import PairedComparison, compare_paired
+from klippo.hub import load_model, load_tokenizer
+from klippo.lengths import context_length
 from klippo.policy.loading import turn_dropout_off
-from klippo.supervised.settings import ExampleSettings, ModelSettings
+from klippo.runs.folder import CONFIG_FILE, write_text
+from klippo.supervised.settings import ExampleSettings, ModelSettings, SFTConfig
 from klippo.supervised.training import (
-    Report,
     Training,
+    TrainingLine,
     add_lora,
-    load_own_tokenizer,
+    holds_result,
+    make_trainer,
+    new_folder,
+    prepare,
     quiet_trl,
     refuse_adapter_folder,
-    train_causal,
+    run_trainer,
+    save,
 )
 from klippo.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOT_LEARNT = -100
 """Label of tokens without loss, as in torch's cross entropy."""
@@ -43,15 +59,71 @@ class Example:
     """The same, NOT_LEARNT on the prompt's tokens."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    model: Any
-    tokenizer: Any
-    max_tokens: int | None
-    """The model's context."""
+SFT_FILE = "klippo_sft.json"
+"""Marks the folder as ours and holds the figures."""
 
 
-def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
+def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool = False) -> int:
+    """Train as the config says; returns the exit code."""
+    config, folder = loaded.config, Path(loaded.config.output_dir)
+    device = prepare("sft", config)
+    if holds_result(folder, [SFT_FILE], "model that klippo sft trained") and not overwrite:
+        raise ConfigError(
+            f"output_dir={folder} exists already; choose another output_dir, or pass --overwrite "
+            "to train it again"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    rows, held_out_rows = load_rows(config.data, config.seed)
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_for_sft(config.model, device)
+    limits = [n for n in (config.data.max_tokens, context_length(model)) if n is not None]
+    examples, held_out = (
+        build_examples(
+            some,
+            config.data,
+            tokenizer,
+            max_tokens=min(limits, default=None),
+            seed=config.seed,
+            source=source,
+        )
+        for some, source in (
+            (rows, train_source(config.data)),
+            (held_out_rows, validation_source(config.data)),
+        )
+    )
+    num_long = len(rows) + len(held_out_rows) - len(examples) - len(held_out)
+    if not quiet:
+        too_long = f", {num_long} too long and left out" if num_long else ""
+        console.print(f"{len(examples)} examples, {len(held_out)} held out{too_long}")
+    batch_size = config.training.micro_batch_size or config.training.batch_size
+    before = nats_per_token(model, held_out, batch_size)
+    with TrainingLine(console, "sft", quiet=quiet) as line:
+        training = Training(
+            settings=config.training, seed=config.seed, device=device, report=line.step
+        )
+        model = fine_tune(model, tokenizer, examples, training)
+    compared = compare_paired(before, nats_per_token(model, held_out, batch_size))
+    figures = {
+        "model": config.model.name,
+        "num_examples": len(examples),
+        "minutes": line.seconds / 60,
+        "held_out_nats_per_token": None if compared is None else loss_figures(compared),
+    }
+    with new_folder(folder) as building:
+        save(model, tokenizer, building)
+        write_text(building / SFT_FILE, json.dumps(figures, indent=2) + "\n")
+        write_text(building / CONFIG_FILE, to_yaml(config))
+    console.print(_sentence(compared), markup=False)
+    policy = f"model: {folder}"
+    if config.model.tuning == "lora":
+        policy = f"model: {config.model.name}, adapter: {folder}, tuning: lora"
+    console.print(f"As a policy: {{{policy}}}", markup=False)
+    return 0
+
+
+def load_for_sft(
+    settings: ModelSettings, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM that learns, dropout off, and its tokenizer. Raises PreflightError."""
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +131,7 @@ def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
         settings.name, settings.revision, "merge it into its base model first, or train that"
     )
     with quiet_trl():
-        tokenizer = load_own_tokenizer(settings)
+        tokenizer = load_tokenizer(settings.name, settings.revision)
         if tokenizer.eos_token_id is None:
             raise PreflightError(
                 f"model.name={settings.name}: its tokenizer has no end-of-sequence token, so "
@@ -68,22 +140,15 @@ def load_for_sft(settings: ModelSettings, device: torch.device) -> Loaded:
         dtype = getattr(torch, settings.dtype)
         model = load_model(AutoModelForCausalLM, settings.name, settings.revision, dtype=dtype)
         turn_dropout_off(model)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if settings.tuning == "lora":
             model = add_lora(model, settings.lora, "CAUSAL_LM")
-    return Loaded(model=model.to(device), tokenizer=tokenizer, max_tokens=context)
-
-
-def learn_response(prompt: Prompt, ids: Sequence[int]) -> Example:
-    """The example with loss on the response's token ids alone."""
-    unlearnt = [NOT_LEARNT] * len(prompt.token_ids)
-    return Example(input_ids=[*prompt.token_ids, *ids], labels=[*unlearnt, *ids])
+    return model.to(device), tokenizer
 
 
 def build_examples(
     rows: Sequence[Row],
     settings: ExampleSettings,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int | None,
     seed: int,
@@ -94,21 +159,27 @@ def build_examples(
     The prompt is tokenized as `klippo train` does it, the response behind it on its own, with the
     end-of-sequence token after it. Raises ConfigError for everything that is wrong with the rows.
     """
-    rows, responses = _split(rows, settings, source)
+    if not rows:
+        return []
+    split = [_split(row, settings, source) for row in rows]
     prompts = build_prompts(
-        rows, settings, tokenizer, max_prompt_tokens=2**31, seed=seed, source=source
+        [row for row, _ in split],
+        settings,
+        tokenizer,
+        max_prompt_tokens=2**31,
+        seed=seed,
+        source=source,
     )
-    eos = int(tokenizer.eos_token_id)
     examples, too_long = [], []
-    for row, prompt, response in zip(rows, prompts, responses, strict=True):
+    for (row, response), prompt in zip(split, prompts, strict=True):
         ids = tokenizer(response or "", add_special_tokens=False, verbose=False)["input_ids"]
-        example = learn_response(prompt, [*ids, eos])
+        example = learn_response(prompt, [*ids, int(tokenizer.eos_token_id)])
         if response is None:
             example = Example(input_ids=example.input_ids, labels=example.input_ids)
         if max_tokens is not None and len(example.input_ids) > max_tokens:
             too_long.append((row, len(example.input_ids)))
-            continue
-        examples.append(example)
+        else:
+            examples.append(example)
     if too_long and (settings.overlong == "error" or not examples):
         row, length = too_long[0]
         raise ConfigError(
@@ -119,88 +190,113 @@ def build_examples(
     return examples
 
 
-def _split(
-    rows: Sequence[Row], settings: ExampleSettings, source: str
-) -> tuple[list[Row], list[str | None]]:
-    """Rows with their prompts, and their responses (None: all of the prompt column is learnt)."""
+def _split(row: Row, settings: ExampleSettings, source: str) -> tuple[Row, str | None]:
+    """The row with its prompt, and its response (None: all of the prompt column is learnt)."""
     column = settings.response_column
     if column is not None:
-        return list(rows), [_text(row, column, source) for row in rows]
+        require_column(column, row.columns, "data.response_column", source)
+        return row, _filled(row, row.columns[column], f"column {column!r}", source)
     if settings.format != "chat":
-        return list(rows), [None] * len(rows)
+        return row, None
     name = settings.prompt_columns[0]
-    split: list[Row] = []
-    responses: list[str | None] = []
-    for row in rows:
-        messages = row.columns.get(name)
-        last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
-        if (
-            not isinstance(messages, list)
-            or not isinstance(last, dict)
-            or last.get("role") != "assistant"
-        ):
-            raise ConfigError(
-                f"{row.place(source)}: column {name!r} holds {str(messages)[:60]!r}; with "
-                "response_column: null and format: chat it must be a list of messages that ends "
-                "with the assistant's"
-            )
-        columns = dict(row.columns) | {name: messages[:-1], "": last.get("content")}
-        split.append(Row(row.number, columns, row.line))
-        responses.append(_text(split[-1], "", source))
-    return split, responses
+    messages = row.columns.get(name)
+    chat = messages if isinstance(messages, list) else []
+    last = chat[-1] if len(chat) > 1 else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise ConfigError(
+            f"{row.place(source)}: column {name!r} holds {str(messages)[:60]!r}; with "
+            "response_column: null and format: chat it must be a list of messages that ends "
+            "with the assistant's"
+        )
+    response = _filled(row, last.get("content"), "the assistant's last message", source)
+    return replace(row, columns={**row.columns, name: chat[:-1]}), response
 
 
-def _text(row: Row, column: str, source: str) -> str:
-    require_column(column, row.columns, "data.response_column", source)
-    value = row.columns[column]
+def _filled(row: Row, value: Any, what: str, source: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    what = f"column {column!r}" if column else "the assistant's last message"
     raise ConfigError(
         f"{row.place(source)}: {what} holds {str(value)[:60]!r} where a response is needed; fill "
         "or remove the row"
     )
 
 
+def learn_response(prompt: Prompt, ids: Sequence[int]) -> Example:
+    """The example with loss on the response's token ids alone."""
+    unlearnt = [NOT_LEARNT] * len(prompt.token_ids)
+    return Example(input_ids=[*prompt.token_ids, *ids], labels=[*unlearnt, *ids])
+
+
 def fine_tune(
-    model: Any, tokenizer: Any, examples: Sequence[Example], training: Training, report: Report
-) -> Any:
-    """The model (or PeftModel) trained on the examples; raises DivergedError when that fails."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    training: Training,
+) -> PreTrainedModel:
+    """Train the model (or PeftModel) in place. Raises DivergedError when the loss is not finite."""
     from trl import SFTConfig, SFTTrainer
 
     columns = {
         "input_ids": [example.input_ids for example in examples],
         "labels": [example.labels for example in examples],
     }
-    return train_causal(SFTTrainer, SFTConfig, model, tokenizer, columns, training, report)
+    return train_causal(SFTTrainer, SFTConfig, model, tokenizer, columns, training)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Model (or adapter) and tokenizer, as from_pretrained reads them."""
-    with no_progress_bars():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
+def train_causal(
+    trainer: Any, config: Any, model: PreTrainedModel, *data: Any, **options: Any
+) -> PreTrainedModel:
+    """Train with the model's padding ids restored; `data` and `options` as in `make_trainer`."""
+    text_config = model.config.get_text_config()
+    pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
+    training: Training = data[-1]
+    with quiet_trl():
+        made = make_trainer(trainer, config, model, *data, **options)
+        trained = run_trainer(made, training.report)
+    text_config.pad_token_id, trained.generation_config.pad_token_id = pads
+    return trained
 
 
 @torch.no_grad()
-def nats_per_token(model: Any, examples: Sequence[Example], batch_size: int) -> list[float]:
+def nats_per_token(
+    model: PreTrainedModel, examples: Sequence[Example], batch_size: int
+) -> list[float]:
     """Mean -log p of the learnt tokens of each example, nats."""
     device = model.get_input_embeddings().weight.device
     losses = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        width = max(len(example.input_ids) for example in batch)
-
-        def padded(rows: Sequence[Sequence[int]], filler: int, width: int = width) -> torch.Tensor:
-            return torch.tensor([[*r, *[filler] * (width - len(r))] for r in rows], device=device)
-
-        ids = padded([example.input_ids for example in batch], 0)  # (B, S)
-        labels = padded([example.labels for example in batch], NOT_LEARNT)  # (B, S)
-        mask = padded([[1] * len(example.input_ids) for example in batch], 0)  # (B, S)
+        rows = [torch.tensor(example.input_ids, device=device) for example in batch]
+        ids = pad_sequence(rows, batch_first=True)  # (B, S)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, S)
+        labels = pad_sequence(
+            [torch.tensor(example.labels, device=device) for example in batch],
+            batch_first=True,
+            padding_value=NOT_LEARNT,
+        )  # (B, S)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         nats = F.cross_entropy(
             logits.transpose(1, 2), labels[:, 1:], ignore_index=NOT_LEARNT, reduction="none"
         )  # (B, S-1)
         losses += (nats.sum(1) / (labels[:, 1:] != NOT_LEARNT).sum(1)).tolist()
     return losses
+
+
+def loss_figures(compared: PairedComparison) -> dict[str, Any]:
+    """Held-out loss before and after, as JSON holds it."""
+    return {side: asdict(getattr(compared, side)) for side in ("before", "after", "difference")}
+
+
+def _sentence(compared: PairedComparison | None) -> str:
+    """Loss per learnt token, averaged over held-out examples, before and after."""
+    if compared is None:
+        return (
+            "Nothing was held out, so nothing says what it brought; set data.validation_size or "
+            "data.validation."
+        )
+    before, after, change = compared.before, compared.after, compared.difference
+    return (
+        f"Held-out loss, {before.num} examples: {before.mean:.3f} → {after.mean:.3f} nats/token "
+        f"({change.low:+.3f} to {change.high:+.3f}), "
+        f"perplexity {math.exp(before.mean):.1f} → {math.exp(after.mean):.1f}"
+    )

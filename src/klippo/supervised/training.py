@@ -1,4 +1,4 @@
-"""What TRL's trainers share here: how one is made and run, its silence, and the line per step."""
+"""What the trainings with TRL share: preparation, the trainer, and what a person sees of it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 
-from klippo.errors import DivergedError, PreflightError
-from klippo.hub import find_file, load_tokenizer, no_progress_bars
+from klippo.config.schema import WholeConfig
+from klippo.errors import ConfigError, DivergedError, PreflightError
+from klippo.hub import find_file, no_progress_bars
 from klippo.policy.adapters import finding_layers
 from klippo.policy.settings import LoraSettings
-from klippo.supervised.settings import ModelSettings, TrainingSettings
+from klippo.ranks import choose_device
+from klippo.runs.folder import RunFolder, writing
+from klippo.runs.progress import LiveLine, clock
+from klippo.supervised.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, all steps and TRL's figures since the last call."""
@@ -28,86 +38,121 @@ MAX_REPORTS = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How a trainer trains, whatever it trains."""
+    """How to train, whatever the loss."""
 
     settings: TrainingSettings
     seed: int
     """Of the order of the data."""
     device: torch.device
+    report: Report
+
+
+def prepare(command: str, config: WholeConfig) -> torch.device:
+    """The device to train on. Raises PreflightError under torchrun or accelerate launch."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PreflightError(
+            f"klippo {command} runs in one process, and WORLD_SIZE={os.environ['WORLD_SIZE']}; "
+            "start it without torchrun or accelerate launch (several members can be trained at "
+            "once by commands with other seeds)"
+        )
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return choose_device(config.device)
+
+
+def holds_result(folder: Path, files: Sequence[str], kind: str) -> bool:
+    """Whether the folder holds a finished `kind`, known by its `files`.
+
+    Raises ConfigError if it holds anything else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not all((folder / name).is_file() for name in files):
+        raise ConfigError(
+            f"output_dir={folder} exists and is not a {kind} (it lacks "
+            f"{' or '.join(files)}), so it is left alone, also by --overwrite; choose another "
+            "output_dir"
+        )
+    return True
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when it is complete."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder.parent).new_directory(folder.name) as building:
+        yield building
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model (or adapter) and its tokenizer as from_pretrained reads them."""
+    with no_progress_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
+
+
+def refuse_adapter_folder(name: str, revision: str | None, remedy: str) -> None:
+    """Raises PreflightError for a folder that holds nothing but an adapter."""
+    if find_file(name, "adapter_config.json", revision) is not None:
+        raise PreflightError(f"model.name={name} is a LoRA adapter, not a model; {remedy}")
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, task: str) -> PeftModel:
+    """The model with a fresh LoRA adapter; for SEQ_CLS the score head trains in full beside it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    config = LoraConfig(
+        task_type=task,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=settings.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with finding_layers("model.lora", settings.target_modules):
+        return get_peft_model(model, config)
 
 
 def make_trainer(
-    trainer: Any,
+    trainer: type[Trainer],
     config: Any,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     columns: Mapping[str, Sequence[Any]],
     training: Training,
     *,
     options: Mapping[str, Any] | None = None,
     **parts: Any,
-) -> Any:
-    """One of TRL's trainers, and its config with `options`, on columns of token ids."""
+) -> Trainer:
+    """One of TRL's trainers on columns of token ids, and its config with `options`."""
     from datasets import Dataset
 
     num_examples = len(next(iter(columns.values())))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = trainer_arguments(training, num_examples, folder) | dict(options or {})
+    with tempfile.TemporaryDirectory() as folder:  # TRL wants one, and writes nothing there
+        arguments = config(
+            output_dir=folder, **trainer_arguments(training, num_examples), **(options or {})
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # TRL refuses a process that sees several
         return trainer(
             model=model,
-            args=one_device(config(**arguments)),
+            args=arguments,
             train_dataset=Dataset.from_dict(dict(columns)),
             processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
             **parts,
         )
 
 
-def train_causal(
-    trainer: Any,
-    config: Any,
-    model: Any,
-    tokenizer: Any,
-    columns: Mapping[str, Sequence[Any]],
-    training: Training,
-    report: Report,
-    *,
-    options: Mapping[str, Any] | None = None,
-    **parts: Any,
-) -> Any:
-    """Train a causal LM (or PeftModel) in place and return it, its own padding ids put back.
-
-    Raises DivergedError when training fails.
-    """
-    text_config = model.config.get_text_config()
-    own_pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
-    with quiet_trl():
-        made = make_trainer(
-            trainer, config, model, tokenizer, columns, training, options=options, **parts
-        )
-        run_trainer(made, report)
-        trained = unwrapped(made)
-    text_config.pad_token_id, trained.generation_config.pad_token_id = own_pads
-    return trained
-
-
-def unwrapped(trainer: Any) -> Any:
-    """The trainer's model as it was given to it, ready to be read."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    model.config.use_cache = True
-    return model.eval()
-
-
-def trainer_arguments(training: Training, num_examples: int, folder: str) -> dict[str, Any]:
-    """Arguments that TRL's SFTConfig, RewardConfig and DPOConfig take alike.
-
-    `folder` is one that TRL wants and writes nothing into: no checkpoints, trackers, bars or cards.
-    """
+def trainer_arguments(training: Training, num_examples: int) -> dict[str, Any]:
+    """What TRL's configs take alike; no checkpoints, trackers, bars or cards."""
     settings = training.settings
     micro = settings.micro_batch_size or settings.batch_size
     num_steps = settings.num_epochs * math.ceil(num_examples / settings.batch_size)
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     return {
-        "output_dir": folder,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": settings.batch_size // micro,
         "num_train_epochs": settings.num_epochs,
@@ -131,17 +176,16 @@ def trainer_arguments(training: Training, num_examples: int, folder: str) -> dic
     }
 
 
-def run_trainer(trainer: Any, report: Report) -> None:
-    """Train; every logged step goes to `report`.
+def run_trainer(trainer: Trainer, report: Report) -> PreTrainedModel:
+    """Train; every logged step goes to `report`. Returns the trained model in evaluation mode.
 
     Raises DivergedError when the loss is no longer a finite number.
     """
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-    class Line(TrainerCallback):  # type: ignore[misc]
+    class Reporter(TrainerCallback):  # type: ignore[misc]
         def on_log(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
-            logs: dict[str, float] = kwargs["logs"]
-            loss = logs.get("loss")
+            loss = kwargs["logs"].get("loss")
             if loss is None:
                 return
             if not math.isfinite(loss):
@@ -149,79 +193,48 @@ def run_trainer(trainer: Any, report: Report) -> None:
                     f"the loss is {loss} at step {state.global_step}; lower the learning rate, or "
                     "set dtype: float32"
                 )
-            report(state.global_step, state.max_steps, logs)
+            report(state.global_step, state.max_steps, kwargs["logs"])
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Line())
+    trainer.add_callback(Reporter())
     trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.config.use_cache = True
+    return model.eval()
 
 
 @contextmanager
 def quiet_trl() -> Iterator[None]:
-    """Keep bars, advice and deprecation talk of the libraries off the user's screen."""
+    """Silence the bars, advice and deprecation warnings of the libraries."""
     import datasets
-    from transformers.utils import logging as transformers_logging
 
-    shown = not datasets.are_progress_bars_disabled()
-    transformers_logging.get_verbosity()  # sets its logger up, which would undo our level later
-    loggers = [logging.getLogger(name) for name in ("trl", "transformers", "accelerate")]
-    levels = [logger.level for logger in loggers]
+    had_bars, was_off = not datasets.are_progress_bars_disabled(), logging.root.manager.disable
     datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with no_progress_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if shown:
+        logging.disable(was_off)
+        if had_bars:
             datasets.enable_progress_bars()
 
 
-def one_device(arguments: Any) -> Any:
-    """TRL's arguments, held to one GPU: it refuses a process that sees several."""
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
+class TrainingLine(LiveLine):
+    """Shows the newest step of a training: `sft: step 20/94  loss 0.61  left 0:12`."""
 
+    def __init__(self, console: Console, title: str, *, quiet: bool = False) -> None:
+        super().__init__(console, num_lines=8, quiet=quiet)
+        self._title = title
 
-def check_one_process(command: str) -> None:
-    """Raises PreflightError under torchrun or accelerate launch."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PreflightError(
-            f"klippo {command} runs in one process, and WORLD_SIZE={os.environ['WORLD_SIZE']}; "
-            "start it without torchrun or accelerate launch (several members can be trained at "
-            "once by commands with other seeds)"
-        )
-
-
-def load_own_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer. Raises PreflightError where there is none."""
-    return load_tokenizer(settings.name, settings.revision)
-
-
-def refuse_adapter_folder(name: str, revision: str | None, remedy: str) -> None:
-    """Raises PreflightError for a folder that holds an adapter alone."""
-    if find_file(name, "adapter_config.json", revision) is not None:
-        raise PreflightError(f"model.name={name} is a LoRA adapter, not a model; {remedy}")
-
-
-def add_lora(model: Any, settings: LoraSettings, task: str) -> Any:
-    """The model with a fresh LoRA adapter; for SEQ_CLS the score head trains in full beside it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    config = LoraConfig(
-        task_type=task,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=settings.target_modules,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    with finding_layers("model.lora", settings.target_modules):
-        return get_peft_model(model, config)
+    def step(self, step: int, num_steps: int, figures: Mapping[str, float]) -> None:
+        """Show that `step` of `num_steps` are done, with TRL's figures."""
+        parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"loss {figures['loss']:.3f}"]
+        accuracy = figures.get("accuracy", figures.get("rewards/accuracies"))  # of pairs
+        if accuracy is not None:
+            parts.append(f"accuracy {accuracy:.2f}")
+        parts.append(f"left {clock(self.seconds_left(step, num_steps))}")
+        self.show(f"{self._title}: {'  '.join(parts)}", step, num_steps)
