@@ -1,6 +1,6 @@
 """Two hosts on one machine: a run over both, and what is left of it when one is cut off.
 
-    python scripts/two_hosts.py [--sharding fsdp|zero3] [--timeout-s 15]
+    python scripts/two_hosts.py [--sharding fsdp|shard_grad_op] [--timeout-s 15]
 
 Two network namespaces with an address each, joined by a veth pair, and torchrun on both sides.
 First a short run is to end well; then a long one loses its second host, and the first host must
@@ -30,7 +30,7 @@ START_S = 180.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sharding", default="none", choices=["none", "fsdp", "zero3"])
+    parser.add_argument("--sharding", default="none", choices=["none", "fsdp", "shard_grad_op"])
     parser.add_argument("--timeout-s", type=float, default=15.0)
     arguments = parser.parse_args()
     try:

@@ -110,12 +110,11 @@ class Ranks:
         """Replace every gradient by its sum over all processes, in messages of many weights each.
 
         One that is missing here counts as zero; one that is missing everywhere stays missing, so
-        that the optimizer leaves its weights and their moments alone. Those of sharded weights are
-        sums already.
+        that the optimizer leaves its weights and their moments alone.
         """
         if self.world_size == 1:
             return
-        parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+        parameters = list(parameters)
         if not parameters:
             return
         there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
@@ -142,10 +141,6 @@ class Ranks:
         with _together():
             dist.all_gather_object(items, item)
         return items
-
-    def for_main(self, x: Tensor) -> Tensor:
-        """x on the CPU in the first process, and a tensor of no size in the others."""
-        return x.cpu() if self.is_main else x.new_empty(0, device="cpu")
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Let the first process do this; where it fails there, the others raise PeerError."""
@@ -220,18 +215,6 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
                 bucket, num_bytes = [], 0
         if bucket:
             yield bucket
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether this process holds only its part of the tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
-
-
-def whole_tensor(x: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part; every process must call it."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:
@@ -331,8 +314,6 @@ def choose_device(name: str) -> torch.device:
         raise PreflightError(
             f"device=cuda: PyTorch {torch.__version__} finds no CUDA GPU here; use device=auto"
         )
-    # Where DeepSpeed is installed, other libraries import it, and it warns that it finds no GPU.
-    os.environ.setdefault("DS_ACCELERATOR", name)
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)

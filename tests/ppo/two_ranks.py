@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from klippo.policy.settings import CriticSettings, Sharding
-from klippo.policy.sharding import has_shards, shard, whole
+from klippo.policy.sharding import full_weights, is_sharded, shard
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ranks import Ranks
@@ -101,7 +101,7 @@ def learn(case: Case, ranks: Ranks, held: Sharding) -> dict:
                 experience, old_logprobs=experience.old_logprobs + shift
             )
         metrics = learner.learn(experience)
-    with whole(learner.policy):
+    with full_weights(learner.policy):
         trained = weights(learner.policy)
     return {
         "weights": trained,
@@ -131,11 +131,11 @@ def go_on(ranks: Ranks, held: Sharding) -> dict:
     second.load_tensors(copy.deepcopy(then))  # it goes on in what it loads
     second.load_state_dict(first.state_dict())
     second.learn(second.experience(rollout, scores))
-    with whole(second.policy):
+    with full_weights(second.policy):
         return {
             "then": then,
             "now": weights(second.policy),
-            "in parts": has_shards(second.policy),
+            "in parts": is_sharded(second.policy),
         }
 
 

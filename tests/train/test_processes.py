@@ -33,10 +33,10 @@ def torchrun(num: int, *arguments: object) -> list[str]:
     return [sys.executable, *launcher, "-m", "klippo", "train", *map(str, arguments)]
 
 
-def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+def finish(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
         timeout=120,

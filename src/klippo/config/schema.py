@@ -53,9 +53,9 @@ class RunConfig(WholeConfig):
     """Run folder; `{name}` is the config's name, `{seed}` the seed, `{rm_seed}` that of the reward
     model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
     sharding: Sharding | Literal["auto"] = "auto"
-    """With several processes: `none` gives each a whole model; `fsdp` (FSDP2) or `zero3`
-    (DeepSpeed) a part of weights, gradients and optimizer states; `auto` does what accelerate's
-    config file says, or else none."""
+    """With several processes: `none` gives each a full model; `fsdp` shards weights, gradients and
+    optimizer states (FSDP2); `shard_grad_op` does too, but keeps gathered weights until the
+    backward pass; `auto` does what accelerate's config file says, or else none."""
     peer_timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Longest that a process of a running run waits for another, in seconds."""
     max_memory_gib: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -189,9 +189,10 @@ class RunConfig(WholeConfig):
                 "rollout.engine=vllm takes over whole weights, and policy.quantize_4bit has none; "
                 "use rollout.engine=hf"
             )
-        if self.sharding in ("fsdp", "zero3") and policy.quantize_4bit:
+        if self.sharding in ("fsdp", "shard_grad_op") and policy.quantize_4bit:
             yield (
-                f"sharding={self.sharding} cannot cut 4-bit weights; set policy.quantize_4bit=false"
+                f"sharding={self.sharding} cannot shard 4-bit weights; set "
+                "policy.quantize_4bit=false, or sharding=none"
             )
         if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):

@@ -10,7 +10,7 @@ from klippo.hub import no_progress_bars
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.adapters import CRITIC, POLICY
 from klippo.policy.critic import LoraCritic, SeparateCritic
-from klippo.policy.sharding import whole_weights
+from klippo.policy.sharding import full_state
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -18,7 +18,7 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir: Path) -> None:
     """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on.
 
-    The weights must be whole in this process.
+    Call it inside `full_weights`.
     """
     save_model(policy, tokenizer, model_dir)
     with no_progress_bars():
@@ -29,7 +29,7 @@ def save_model(policy: ActorCritic, tokenizer: Any, model_dir: Path) -> None:
     """Model (or adapter) and tokenizer."""
     with no_progress_bars():
         if policy.peft_model is None:
-            weights = whole_weights(policy.lm.model)
+            weights = full_state(policy.lm.model)
             policy.lm.model.save_pretrained(model_dir, state_dict=weights)
         else:
             _save_adapter(policy, POLICY, model_dir)
@@ -43,14 +43,14 @@ def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
     critic = policy.critic
     critic_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(critic, SeparateCritic):
-        critic.trunk.save_pretrained(critic_dir, state_dict=whole_weights(critic.trunk))
+        critic.trunk.save_pretrained(critic_dir, state_dict=full_state(critic.trunk))
         stands_on = "this folder's model"
     elif isinstance(critic, LoraCritic):
         _save_adapter(policy, CRITIC, critic_dir)
         stands_on = "the policy's base with this folder's adapter"
     else:
         stands_on = "the policy's trunk"
-    head = whole_weights(critic.head)  # type: ignore[arg-type]
+    head = full_state(critic.head)  # type: ignore[arg-type]
     save_file(
         {name: tensor.contiguous().cpu() for name, tensor in head.items()},
         critic_dir / VALUE_HEAD_FILE,
@@ -61,5 +61,5 @@ def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
 
 def _save_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
     assert policy.peft_model is not None
-    weights = whole_weights(policy.peft_model)
+    weights = full_state(policy.peft_model)
     policy.peft_model.save_pretrained(folder, selected_adapters=[name], state_dict=weights)

@@ -6,8 +6,9 @@ from pydantic import Field, PositiveInt
 
 from klippo.settings import CodeSettings, Settings
 
-Sharding = Literal["none", "fsdp", "zero3"]
-"""How several processes hold the models: each the whole, or a part (FSDP2, DeepSpeed's ZeRO-3)."""
+Sharding = Literal["none", "fsdp", "shard_grad_op"]
+"""How several processes hold the models: in full, or in shards (FSDP2); `shard_grad_op` keeps
+gathered weights from the forward to the backward pass."""
 
 
 class LoraSettings(Settings):

@@ -13,9 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.policy.sharding import whole_shape
 from klippo.ppo.experience import Experience, Forward, build_experience, run_forward
-from klippo.ppo.optimizer import Tensors, build_optimizer
+from klippo.ppo.optimizer import Optimizer, Tensors
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ppo.update import ppo_update
 from klippo.ranks import Ranks
@@ -53,7 +52,7 @@ class Learner:
             horizon=self.kl.horizon,
         )
         self.score_moments = RunningMoments()
-        self.optimizer = build_optimizer(policy, reference, self.optimizer_settings, self.ranks)
+        self.optimizer = Optimizer(policy, reference, self.optimizer_settings, self.ranks)
         self.scheduler = build_schedule(
             self.optimizer.adam, self.optimizer_settings, self.ppo.num_steps
         )
@@ -208,8 +207,8 @@ def build_schedule(
 
 def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise ConfigError where tensors of a checkpoint are not those of this policy and critic."""
-    here = {name: whole_shape(tensor) for name, tensor in expected.items()}
-    there = {name: whole_shape(tensor) for name, tensor in found.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if here == there:
         return
     name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))

@@ -14,7 +14,7 @@ from klippo.lengths import longest
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.loading import LoadedPolicy
 from klippo.policy.merged import merged_adapters, merged_weights
-from klippo.policy.sharding import has_shards, whole
+from klippo.policy.sharding import full_weights, is_sharded
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
@@ -80,8 +80,8 @@ def build_engine(
 @contextmanager
 def ready_to_sample(config: RunConfig, policy: ActorCritic) -> Iterator[None]:
     """All weights of a policy in this process, its adapter folded in where `merges_adapters`."""
-    merges = merges_adapters(config, sharded=has_shards(policy.lm))
-    with whole(policy.lm), merged_adapters(policy.lm.model) if merges else nullcontext():
+    merges = merges_adapters(config, sharded=is_sharded(policy.lm))
+    with full_weights(policy.lm), merged_adapters(policy.lm.model) if merges else nullcontext():
         yield
 
 

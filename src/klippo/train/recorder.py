@@ -17,7 +17,7 @@ from klippo.config.schema import RunConfig
 from klippo.errors import HealthError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
-from klippo.policy.sharding import has_shards, whole
+from klippo.policy.sharding import full_weights, is_sharded
 from klippo.ppo.experience import parts_of
 from klippo.ranks import Ranks, warn
 from klippo.runs.folder import (
@@ -36,6 +36,7 @@ from klippo.train.early_stop import RunEarlyStop
 from klippo.train.health import RunHealth
 from klippo.train.interruptions import Interruptions
 from klippo.train.keeper import Keeper
+from klippo.train.launch import sharding_note
 from klippo.train.offline import OfflineData
 from klippo.train.out_of_memory import explaining_memory
 from klippo.train.resume import Start, find_start
@@ -129,8 +130,10 @@ class RunRecorder:
             warn(note)
         write_text(folder.path / CONFIG_FILE, to_yaml(self.session.config))
         if self.session.ranks.world_size > 1:
-            how = ", each with its part of the weights" if has_shards(self.session.policy) else ""
+            how = ", each with a shard of the weights" if is_sharded(self.session.policy) else ""
             self.progress.say(f"{self.session.ranks.world_size} processes{how}")
+            if (sharding := sharding_note(self.session.config, self.session.ranks)) is not None:
+                self.progress.say(sharding)
         if start.is_resumed:
             changed = f", with {', '.join(start.changed)}" if start.changed else ""
             self.progress.say(
@@ -187,7 +190,7 @@ class RunRecorder:
         models: list[nn.Module] = [session.policy.lm, session.reference.lm]
         if self.early_stop is not None:
             models.append(session.policy.critic)  # it is saved with the policy
-        with explaining_memory("evaluate", session), whole(*models):
+        with explaining_memory("evaluate", session), full_weights(*models):
             return self._evaluate(step)
 
     def _evaluate(self, step: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from klippo.errors import DivergedError, HealthError, KlippoError, StorageError
-from klippo.policy.sharding import has_shards, whole
+from klippo.policy.sharding import full_weights, is_sharded
 from klippo.ranks import PeerError, Ranks, explaining_peers
 from klippo.report.write import refresh_report
 from klippo.runs.checkpoints import Checkpoints
@@ -60,12 +60,12 @@ def _keep(
         details |= {"resume": resume_command(folder.path), "checkpoint_step": checkpoint}
         with _second_failure(recorder):
             folder.write_status(state, **details, ended=now())
-    if are_together or not has_shards(session.policy):
-        with _second_failure(recorder), whole(session.policy):
+    if are_together or not is_sharded(session.policy):
+        with _second_failure(recorder), full_weights(session.policy):
             _save_model(session, recorder, error)
     elif checkpoint is not None:
         recorder.progress.say(
-            "No model is saved: each process had its part of the weights. The checkpoint has all; "
+            "No model is saved: each process had a shard of the weights. The checkpoint has all; "
             f"with ppo.num_steps={checkpoint} checkpoint.keep_when_done=true the command below "
             "makes a model of it and trains no further."
         )
@@ -79,7 +79,7 @@ def _help(session: Session, recorder: RunRecorder, error: BaseException) -> None
     """In the other processes: their part of what `_keep` does together."""
     with _second_failure(recorder):
         recorder.keeper.rescue(error)
-    with _second_failure(recorder), whole(session.policy):
+    with _second_failure(recorder), full_weights(session.policy):
         pass
 
 

@@ -22,7 +22,7 @@ from klippo.lab.reward_names import check_reward
 from klippo.lengths import room_for_prompts
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.loading import load_policy
-from klippo.policy.sharding import whole
+from klippo.policy.sharding import full_weights
 from klippo.ppo.learner import Learner, require_equal_shares
 from klippo.ranks import Ranks, choose_device
 from klippo.rewards.build import build_reward
@@ -171,7 +171,7 @@ def open_session(
         "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
         "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
     }
-    with whole(loaded.reference.lm):
+    with full_weights(loaded.reference.lm):
         model_digest = of_weights(loaded.reference.lm.model)
     if offline is not None:
         responses = offline.sampler(ranks)

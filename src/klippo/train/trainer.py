@@ -14,7 +14,7 @@ from klippo.config.schema import RunConfig
 from klippo.config.trust import trust_code
 from klippo.data.rows import Data
 from klippo.errors import ConfigError
-from klippo.policy.sharding import has_shards, whole
+from klippo.policy.sharding import full_weights, is_sharded
 from klippo.ppo import loop as ppo_trainer
 from klippo.ranks import explaining_peers
 from klippo.rollouts.collate import collate, truncate_after_stop
@@ -94,7 +94,7 @@ class PPOTrainer:
                 )
             with recorder.progress, recorder.interruptions, explaining_peers():
                 ppo_trainer.train(session.learner, session.source, self._score, recorder)
-            with whole(session.policy):
+            with full_weights(session.policy):
                 if session.ranks.is_main:
                     save_model(session, recorder.folder)
             outcome = conclude(
@@ -145,8 +145,8 @@ class PPOTrainer:
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         policy = self.session.policy
-        with whole(policy):
-            if self.session.ranks.is_main or not has_shards(policy):
+        with full_weights(policy):
+            if self.session.ranks.is_main or not is_sharded(policy):
                 save_model(self.session, RunFolder(path))
 
     def _score(self, rollout: Rollout) -> Scores:
