@@ -50,8 +50,13 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
     loaded = load_policy(settings, CriticSettings(), torch.device("cpu"))
     policy = loaded.policy
     rows = [
-        loaded.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        loaded.tokenizer.encode(
+            str(
+                loaded.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                )
+            ),
+            add_special_tokens=False,
         )
         for text in TEXTS
     ]

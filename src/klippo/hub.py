@@ -7,12 +7,15 @@ import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from klippo.demo import demo_path
 from klippo.errors import ConfigError, PreflightError
+
+if TYPE_CHECKING:
+    from klippo.types import Tokenizer  # needs torch, which is slow to import
 
 DEMO_PREFIX = "demo:"
 LOADING_ERRORS = (
@@ -66,7 +69,7 @@ def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
     return None if found is None else Path(found)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model folder or hub name. A pad token is not needed.
 
     Raises PreflightError when there is none.
@@ -76,7 +79,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     folder = resolve(name)
     remedy = "save the model's own tokenizer beside it with tokenizer.save_pretrained(folder)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, **code_option(name))
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, **code_option(name)
+        )
     except Exception as error:  # the tokenizers library raises nothing narrower for broken files
         _refuse_own_code(name, error)
         raise PreflightError(

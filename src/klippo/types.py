@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -142,6 +143,57 @@ class Scores:
     baseline: Tensor | None = None  # (B,) float32: what to compare with, instead of the critic
     not_finite: Mapping[int, str] = field(default_factory=dict)
     """Rows whose reward came as NaN or infinite (`reward` has NaN), and what to say of each."""
+
+
+class Tokenizer(Protocol):
+    """What Klippo uses of a Hugging Face tokenizer."""
+
+    name_or_path: str
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    pad_token: str | None
+    pad_token_id: int | None
+    all_special_ids: list[int]
+    truncation_side: str
+    model_max_length: int
+
+    def __len__(self) -> int: ...
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        verbose: bool = True,
+    ) -> Mapping[str, Any]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(
+        self, token_ids: list[int], *, clean_up_tokenization_spaces: bool | None = None
+    ) -> str: ...
+
+    def batch_decode(
+        self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool = False
+    ) -> list[str]: ...
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+    ) -> object: ...
+
+    def convert_ids_to_tokens(self, token_id: int) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def save_pretrained(self, folder: str | Path) -> object: ...
 
 
 OnDone = Callable[[int, Completion], None]

@@ -11,7 +11,7 @@ from typing import Any
 from klippo.data.files import Row, require_column
 from klippo.data.settings import OfflineSettings
 from klippo.errors import ConfigError
-from klippo.types import BASELINE, Completion, LoggedResponse, Prompt
+from klippo.types import BASELINE, Completion, LoggedResponse, Prompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ def _prompt_key(row: Row, prompt_columns: Sequence[str]) -> str:
 def log_responses(
     answers: Sequence[Answer],
     prompts: Sequence[Prompt],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: OfflineSettings,
     *,
     reward_column: str,
@@ -240,7 +240,7 @@ def log_responses(
     return found
 
 
-def _completion(answer: Answer, tokenizer: Any, stop_ids: frozenset[int]) -> Completion:
+def _completion(answer: Answer, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> Completion:
     if answer.token_ids is not None:
         ids = answer.token_ids
         unknown = [i for i in ids if not 0 <= i < len(tokenizer)]

@@ -12,7 +12,7 @@ from klippo.data.files import Row, require_column
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.templates import prompt_text
-from klippo.types import Prompt
+from klippo.types import Prompt, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _Encoded:
 def build_prompts(
     rows: Sequence[Row],
     settings: DataSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_prompt_tokens: int,
     seed: int,
@@ -74,12 +74,14 @@ def build_prompts(
     ]
 
 
-def _bare(row: Row, settings: DataSettings, tokenizer: Any) -> str:
+def _bare(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> str:
     """A row's prompt without template and without a BOS token at its start."""
     return str(row.prompt(settings.prompt_columns)).removeprefix(tokenizer.bos_token or "")
 
 
-def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: str) -> list[str]:
+def _texts(
+    rows: Sequence[Row], settings: DataSettings, tokenizer: Tokenizer, source: str
+) -> list[str]:
     """Each row's prompt as one text, after the template."""
     render: Callable[[Row], str]
     if settings.format == "chat":
@@ -101,7 +103,9 @@ def _texts(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: 
     return [render(row) for row in rows]
 
 
-def _check_filled(rows: Sequence[Row], settings: DataSettings, tokenizer: Any, source: str) -> None:
+def _check_filled(
+    rows: Sequence[Row], settings: DataSettings, tokenizer: Tokenizer, source: str
+) -> None:
     names = settings.prompt_columns
     empty = [row for row in rows if _is_empty(row.prompt(names), tokenizer.bos_token)]
     if empty:
@@ -127,7 +131,7 @@ def _columns(settings: DataSettings) -> str:
 
 
 class _TextFormat:
-    def __init__(self, settings: DataSettings, tokenizer: Any, source: str) -> None:
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, source: str) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._source = source
@@ -152,7 +156,7 @@ class _TextFormat:
 
 
 class _ChatFormat:
-    def __init__(self, settings: DataSettings, tokenizer: Any, source: str) -> None:
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, source: str) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._source = source
@@ -203,7 +207,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _encode(
-    rows: Sequence[Row], texts: list[str], settings: DataSettings, tokenizer: Any, source: str
+    rows: Sequence[Row], texts: list[str], settings: DataSettings, tokenizer: Tokenizer, source: str
 ) -> list[_Encoded]:
     """Token ids with at most one BOS token of ours, and no EOS token that the tokenizer adds."""
     all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -226,15 +230,15 @@ def _encode(
     return encoded
 
 
-def _added_bos(tokenizer: Any) -> list[int]:
+def _added_bos(tokenizer: Tokenizer) -> list[int]:
     """[BOS] where the tokenizer puts one before every text, else nothing."""
     with_special = tokenizer("a")["input_ids"]
     if tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]:
-        return [int(tokenizer.bos_token_id)]
+        return [tokenizer.bos_token_id]
     return []
 
 
-def _keep(encoded: _Encoded, part: slice, tokenizer: Any) -> _Encoded:
+def _keep(encoded: _Encoded, part: slice, tokenizer: Tokenizer) -> _Encoded:
     """The same with a part of its content; the text is that part's, where it is not the whole."""
     content = encoded.content[part]
     if len(content) == len(encoded.content):
@@ -244,7 +248,7 @@ def _keep(encoded: _Encoded, part: slice, tokenizer: Any) -> _Encoded:
 
 
 def _limit(
-    encoded: list[_Encoded], settings: DataSettings, tokenizer: Any, limit: int, source: str
+    encoded: list[_Encoded], settings: DataSettings, tokenizer: Tokenizer, limit: int, source: str
 ) -> list[_Encoded]:
     """Apply `overlong` to prompts of more than `limit` tokens."""
     long = [e for e in encoded if len(e) > limit]

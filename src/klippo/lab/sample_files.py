@@ -26,7 +26,7 @@ from klippo.rollouts.sampling import response_seeds
 from klippo.runs.folder import BrokenLineError, read_rows, write_rows
 from klippo.runs.lines import append_lines, whole_lines
 from klippo.runs.progress import clock
-from klippo.types import Engine, Prompt
+from klippo.types import Engine, Prompt, Tokenizer
 
 SAMPLES_FILE = "samples.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
@@ -79,7 +79,7 @@ class DrawnSamples:
     def draw(
         self,
         engine: Engine,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         response_length: int,
         temperature: float,

@@ -39,7 +39,7 @@ from klippo.policy.norms import with_lean_norms
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings, Sharding
 from klippo.policy.sharding import shard
 from klippo.ranks import Ranks
-from klippo.types import TokenBatch
+from klippo.types import TokenBatch, Tokenizer
 
 ONE_PROCESS = Ranks()
 
@@ -48,7 +48,7 @@ ONE_PROCESS = Ranks()
 class LoadedPolicy:
     policy: ActorCritic
     reference: Reference
-    tokenizer: Any
+    tokenizer: Tokenizer
 
 
 def load_policy(
@@ -57,7 +57,7 @@ def load_policy(
     device: torch.device,
     *,
     model: Any | None = None,
-    tokenizer: Any | None = None,
+    tokenizer: Tokenizer | None = None,
     sharding: Sharding = "none",
     ranks: Ranks = ONE_PROCESS,
 ) -> LoadedPolicy:
@@ -108,7 +108,7 @@ def shape_policy(
             AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
         )
     with device:
-        loaded = assemble(settings, critic, device, model, critic_model, None)
+        loaded = assemble(settings, critic, device, model, critic_model, None)  # type: ignore[arg-type]
     with_lean_adapters(loaded.policy.lm.model)
     return loaded
 
@@ -119,7 +119,7 @@ def assemble(
     device: torch.device,
     model: Any,
     critic_model: Any | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
 ) -> LoadedPolicy:
     """Policy, critic and reference of a causal LM, and of the classifier behind `critic.model`."""
     turn_dropout_off(with_lean_norms(with_fused_activations(model)))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from klippo.hub import no_progress_bars
 from klippo.policy.actor_critic import ActorCritic
 from klippo.policy.adapters import CRITIC, POLICY
 from klippo.policy.critic import LoraCritic, SeparateCritic
 from klippo.policy.sharding import full_state
+from klippo.types import Tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
-def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir: Path) -> None:
+def save_policy(
+    policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path, critic_dir: Path
+) -> None:
     """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on.
 
     Call it inside `full_weights`.
@@ -25,7 +27,7 @@ def save_policy(policy: ActorCritic, tokenizer: Any, model_dir: Path, critic_dir
         save_critic(policy, critic_dir)
 
 
-def save_model(policy: ActorCritic, tokenizer: Any, model_dir: Path) -> None:
+def save_model(policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path) -> None:
     """Model (or adapter) and tokenizer."""
     with no_progress_bars():
         if policy.peft_model is None:

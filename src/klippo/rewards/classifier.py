@@ -21,7 +21,7 @@ from klippo.rewards.reading import Reader, check_max_tokens, context_of
 from klippo.rewards.scorers import architecture, load_scorer
 from klippo.rewards.settings import ClassifierSettings
 from klippo.rewards.stored import StoredReward
-from klippo.types import Prompt, Rollout, Scores
+from klippo.types import Prompt, Rollout, Scores, Tokenizer
 
 
 class ClassifierReward:
@@ -180,7 +180,7 @@ def find_label(label: str | int | None, config: Any, model: str) -> int:
     raise ConfigError(f"label={label!r}: reward model {model} has the outputs {listed}{hint}")
 
 
-def _filler_id(model: Any, tokenizer: Any) -> int:
+def _filler_id(model: Any, tokenizer: Tokenizer) -> int:
     """What stands behind a shorter text; masked, but RoBERTa's kind finds positions by it."""
     config = model.config.get_text_config()
     for name in ("pad_token_id", "eos_token_id"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from klippo.errors import ConfigError
 from klippo.rewards.rendering import Renderer
-from klippo.types import Prompt
+from klippo.types import Prompt, Tokenizer
 
 
 class Reader:
@@ -20,7 +20,7 @@ class Reader:
     def __init__(
         self,
         name: str,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         template: str = "{prompt}{response}",
         response_only: bool = False,
@@ -43,7 +43,7 @@ class Reader:
             prompt_column=prompt_column,
         )
         adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._added_bos: str = tokenizer.bos_token if adds_bos else ""
+        self._added_bos = (adds_bos and tokenizer.bos_token) or ""
         self.key = json.dumps([_identity(tokenizer), template, response_only, max_tokens])
         """Equal for readers that read every text alike."""
 
@@ -89,7 +89,7 @@ def check_max_tokens(name: str, wanted: int | None, context: int | None) -> int 
     return context if wanted is None else wanted
 
 
-def context_of(model: Any, tokenizer: Any) -> int | None:
+def context_of(model: Any, tokenizer: Tokenizer) -> int | None:
     """The most tokens that a model's positions and its tokenizer allow (None: no limit)."""
     limits = [n for n in (tokenizer.model_max_length,) if n is not None and n < 1_000_000]
     text_config = model.config.get_text_config()
@@ -104,7 +104,7 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _identity(tokenizer: Any) -> str:
+def _identity(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that make the same ids of every text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

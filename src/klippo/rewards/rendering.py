@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from klippo.errors import ConfigError, PreflightError
 from klippo.templates import full_text
-from klippo.types import Prompt
+from klippo.types import Prompt, Tokenizer
 
 CHAT = "chat"
 
@@ -17,7 +15,7 @@ class Renderer:
     def __init__(
         self,
         name: str,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         template: str = "{prompt}{response}",
         response_only: bool = False,

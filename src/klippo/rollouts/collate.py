@@ -13,7 +13,7 @@ from torch import Tensor
 
 from klippo.errors import ConfigError
 from klippo.rollouts.hf import left_pad
-from klippo.types import Completion, Prompt, Rollout, TokenBatch
+from klippo.types import Completion, Prompt, Rollout, TokenBatch, Tokenizer
 
 
 def truncate_after_stop(token_ids: Sequence[int], stop_ids: frozenset[int]) -> Completion:
@@ -27,7 +27,7 @@ def truncate_after_stop(token_ids: Sequence[int], stop_ids: frozenset[int]) -> C
 def collate(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     temperature: float,
     device: torch.device | str,
@@ -58,14 +58,13 @@ def collate(
     )
 
 
-def decode(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
+def decode(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
     """Responses as text for rewards and people: special tokens are left out."""
-    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return texts
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def stop_token_ids(
-    tokenizer: Any, generation_config: Any | None, *, at_eos: bool, extra: Iterable[str | int]
+    tokenizer: Tokenizer, generation_config: Any | None, *, at_eos: bool, extra: Iterable[str | int]
 ) -> frozenset[int]:
     """The set of tokens that end a response.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate, decode
 from klippo.rollouts.sampling import draw_limits, response_seeds
 from klippo.rollouts.settings import RolloutSettings
-from klippo.types import Behavior, Completion, Engine, LoggedResponse, Prompt, Rollout
+from klippo.types import Behavior, Completion, Engine, LoggedResponse, Prompt, Rollout, Tokenizer
 
 OnResponse = Callable[[Prompt, str], None]
 """Told a prompt and a finished response to it."""
@@ -32,7 +31,7 @@ class OnlineSource:
         self,
         next_prompts: Callable[[], list[Prompt]],
         engine: Engine,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         settings: RolloutSettings,
         *,
         seed: int,
@@ -96,7 +95,7 @@ class LoggedSource:
     def __init__(
         self,
         next_responses: Callable[[], list[LoggedResponse]],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         temperature: float,
         behavior: Behavior,

@@ -23,6 +23,7 @@ from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
+from klippo.types import Tokenizer
 
 UNNAMED = DataSettings(train="prompts")
 MAX_TOKENS = 64
@@ -51,7 +52,7 @@ class OpenModel:
 
     name: str
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     data: DataSettings
     data_seed: int
     """Seed of its run, which held out rows by it; 0 for other models."""
@@ -192,7 +193,7 @@ def open_place(
     )
 
 
-def tokenizer_of(place: Place) -> Any:
+def tokenizer_of(place: Place) -> Tokenizer:
     """The adapter's own tokenizer, where it was saved beside it, or the base's."""
     if place.adapter is not None and find_file(place.adapter, "tokenizer_config.json") is not None:
         return load_tokenizer(place.adapter)

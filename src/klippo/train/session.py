@@ -44,6 +44,7 @@ from klippo.types import (
     RolloutSource,
     Scores,
     Stateful,
+    Tokenizer,
     stateful,
 )
 
@@ -58,7 +59,7 @@ class Session:
     config: RunConfig
     device: torch.device
     ranks: Ranks
-    tokenizer: Any
+    tokenizer: Tokenizer
     policy: ActorCritic
     reference: Reference
     learner: Learner
@@ -97,7 +98,7 @@ def open_session(
     config: RunConfig,
     *,
     model: Any | None = None,
-    tokenizer: Any | None = None,
+    tokenizer: Tokenizer | None = None,
     reward: RewardSource | Callable[..., Any] | None = None,
     prompts: Sequence[Any] | None = None,
     data: Data | None = None,

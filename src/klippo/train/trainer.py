@@ -25,7 +25,7 @@ from klippo.train.recorder import RunRecorder, save_model
 from klippo.train.rescue import rescue
 from klippo.train.session import Session, open_session
 from klippo.train.started import write_started
-from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores
+from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores, Tokenizer
 
 IN_MEMORY = "(given from Python)"
 
@@ -51,7 +51,7 @@ class PPOTrainer:
         reward: RewardSource | Callable[..., Any] | None = None,
         prompts: Sequence[Any] | None = None,
         *,
-        tokenizer: Any | None = None,
+        tokenizer: Tokenizer | None = None,
         data: Data | None = None,
         overwrite: bool = False,
         resume: bool = False,
