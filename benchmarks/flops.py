@@ -19,7 +19,7 @@ import torch
 from workload import Workload
 
 TRAINED_PASSES, FROZEN_PASSES = 3, 2
-FORWARD_PRODUCTS, ATTENTION_PRODUCTS = 2, 6
+ATTENTION_PRODUCTS = 6
 
 
 class Product(NamedTuple):
@@ -131,13 +131,10 @@ def of_update(
     tokenizer: Any,
     policy: Any,
     critic: Any | None,
-    *,
-    knows_first_pass: bool = False,
 ) -> dict[str, float]:
     """GFLOP of an update's epochs, and GFLOP/s of products of its shapes, measured now.
 
-    `policy` is a causal LM with its adapters, `critic` the trunk of a critic of its own. With
-    `knows_first_pass` the first pass of the trunks is the forward phase's and does not count.
+    `policy` is a causal LM with its adapters, `critic` the trunk of a critic of its own.
     """
     sequences = Sequences(
         number=workload.batch_size,
@@ -150,12 +147,6 @@ def of_update(
         attention *= 2
     _, rate = rates(products, dtype=workload.torch_dtype, device=workload.device)
     gflop = workload.num_epochs * (operations(products) + attention) / 1e9
-    if knows_first_pass:
-        trunks = [policy.base_model, *([] if critic is None else [critic])]
-        rows = sequences.number * sequences.length
-        matrices = [product for trunk in trunks for product in trunk_products(trunk, rows)]
-        once = sum(product._replace(passes=1).operations for product in matrices)
-        gflop -= (once + attention * FORWARD_PRODUCTS / ATTENTION_PRODUCTS) / 1e9
     return {"update_gflop": round(gflop, 1), "matmul_gflops": round(rate, 1)}
 
 

@@ -80,14 +80,8 @@ def run(
         tokenizer,
         session.policy.lm.model,
         trunk,
-        knows_first_pass=starts_with_whole_batch(workload) and session.ranks.world_size == 1,
     )
     return result | {"peak_rss_gb": round(peak, 3)} | counted
-
-
-def starts_with_whole_batch(workload: Workload) -> bool:
-    """Whether the update's first pass is that of the forward phase, with one process."""
-    return workload.num_minibatches == 1 and workload.micro_batch_size is None
 
 
 def save_rewards(workload: Workload, tokenizer: Any, folder: Path) -> list[str]:

@@ -25,8 +25,8 @@ from workload import W1
 
 from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
+from klippo.ppo.loss import policy_loss, probability_ratio
 from klippo.tensors.head import token_logprobs, token_loss
-from klippo.tensors.losses import policy_loss, probability_ratio
 from klippo.types import Rollout
 
 Work = Callable[[], torch.Tensor]
@@ -104,21 +104,26 @@ def heads(loaded: LoadedPolicy, rollout: Rollout) -> tuple[Work, Work]:
     with torch.no_grad():
         old = token_logprobs(lm.head(1.0), hidden, ids, with_entropy=False)[0]
 
-    def loss_of(logprobs: torch.Tensor, _: torch.Tensor, part: slice) -> torch.Tensor:
-        return policy_loss(
-            probability_ratio(logprobs, old[part]), advantages[part], clip_range=W1.clip_range
-        )
+    per_token: dict[str, torch.Tensor] = {"old": old, "advantages": advantages}
+
+    def loss_of(
+        logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, **_: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ratio = probability_ratio(logprobs, old)
+        loss = policy_loss(ratio, advantages, clip_range=W1.clip_range)[0]
+        return loss, logprobs[:, None].detach()
 
     def gradients(loss: torch.Tensor) -> torch.Tensor:
         head = lm.head(1.0).weight
         return torch.cat(torch.autograd.grad(loss / len(ids), (hidden, head)))
 
     def twice() -> torch.Tensor:
-        logprobs, entropy = token_logprobs(lm.head(1.0), hidden, ids, with_entropy=False)
-        return gradients(loss_of(logprobs, entropy, slice(None)).sum())
+        logprobs, _ = token_logprobs(lm.head(1.0), hidden, ids, with_entropy=False)
+        return gradients(loss_of(logprobs, **per_token)[0].sum())
 
     def once() -> torch.Tensor:
-        return gradients(token_loss(lm.head(1.0), hidden, ids, loss_of, with_entropy=False)[0])
+        loss, _ = token_loss(lm.head(1.0), hidden, ids, loss_of, per_token, with_entropy=False)
+        return gradients(loss)
 
     return twice, once
 

@@ -17,7 +17,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -148,10 +147,7 @@ def step(loaded: LoadedPolicy, rollout: Rollout, work: Workload) -> dict[str, An
     learner.optimizer.adam.register_step_pre_hook(keep)
     forward, forward_s, _ = timed(lambda: learner.forward(rollout))
     reward = torch.randn(work.batch_size, generator=torch.Generator().manual_seed(1))
-    # Every pass of the update is run, so that the arms differ by the frozen blocks alone.
-    experience = replace(
-        learner.experience(rollout, Scores(reward=reward), forward), first_pass=None
-    )
+    experience = learner.experience(rollout, Scores(reward=reward), forward)
     metrics, update_s, update_cpu_s = timed(lambda: learner.learn(experience))
     states = experience.tokens.frozen_states
     return {

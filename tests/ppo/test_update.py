@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from klippo.policy.settings import CriticSettings
+from klippo.ppo.experience import Experience
 from klippo.ppo.learner import build_schedule
 from klippo.ppo.settings import OptimizerSettings
 from klippo.types import Scores
@@ -185,15 +186,13 @@ def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(settings, ste
 
 
 def test_every_row_is_visited_once_in_each_epoch(monkeypatch):  # rule 27
-    from klippo.ppo.objective import PPOLoss
+    seen, rows = [], Experience.rows
 
-    seen, loss = [], PPOLoss.__call__
+    def watched(self, index):
+        seen.append(index.tolist())
+        return rows(self, index)
 
-    def watched(self, rows):
-        seen.append(rows.tolist())
-        return loss(self, rows)
-
-    monkeypatch.setattr(PPOLoss, "__call__", watched)
+    monkeypatch.setattr(Experience, "rows", watched)
     run(learner(ppo={"num_epochs": 3, "minibatch_size": 2, "micro_batch_size": 1}))
     epochs = [seen[i : i + 4] for i in range(0, 12, 4)]
     assert all(sorted(epoch) == [[0], [1], [2], [3]] for epoch in epochs)

@@ -158,7 +158,7 @@ def test_without_entropy_one_chunk_of_logits_is_held(monkeypatch):
     hidden, weight, _, token_ids = draw(tokens, vocabulary, width, bias=False)
     head = LMHead(weight=weight, bias=None, scale=1.0)  # 9 chunks, and a head that is frozen
     with LargestTensor() as seen:
-        token_loss(head, hidden.requires_grad_(), token_ids, lambda x, *_: x**3, with_entropy=False)
+        token_loss(head, hidden.requires_grad_(), token_ids, cubic, with_entropy=False)
     assert budget <= seen.peak < 1.5 * budget
 
 
@@ -249,10 +249,10 @@ def test_exact_kl_and_its_gradients_are_those_of_the_dense_head(monkeypatch, sha
         torch.testing.assert_close(own.grad.double(), other.grad, atol=5e-5, rtol=1e-3)
 
 
-def cubic(logprobs, entropy, part):
-    """A loss with a derivative of its own at every token."""
-    del part
-    return logprobs**3 - 2 * entropy**2
+def cubic(logprobs, entropy, values=0.0):
+    """A loss with a derivative of its own at every token; logs the log-prob and its square."""
+    logged = torch.stack([logprobs, logprobs**2], -1).detach()
+    return logprobs**3 - 2 * entropy**2 + values**2 * logprobs, logged
 
 
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
@@ -262,19 +262,21 @@ def test_a_loss_of_tokens_has_the_gradients_of_the_dense_head(monkeypatch, shape
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
-    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    head = LMHead(weight=ours[1], bias=ours[2] if bias is not None else None, **options)
-    loss, logprobs = token_loss(head, ours[0], token_ids, cubic)
+    values = torch.linspace(-1, 2, 7)
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, values, bias) if x is not None]
+    head = LMHead(weight=ours[1], bias=ours[3] if bias is not None else None, **options)
+    loss, logged = token_loss(head, ours[0], token_ids, cubic, {"values": ours[2]})
     (loss / 7).backward()
 
-    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    logp = dense(theirs[0], theirs[1], theirs[2] if bias is not None else None, **options)
+    theirs = [x.double().requires_grad_() for x in (hidden, weight, values, bias) if x is not None]
+    logp = dense(theirs[0], theirs[1], theirs[3] if bias is not None else None, **options)
     true_logprobs = logp.gather(1, token_ids[:, None]).squeeze(1)
-    true_loss = cubic(true_logprobs, -(logp.exp() * logp).sum(1), slice(None)).sum()
+    losses, true_logged = cubic(true_logprobs, -(logp.exp() * logp).sum(1), theirs[2])
+    true_loss = losses.sum()
     (true_loss / 7).backward()
 
-    assert not logprobs.requires_grad
-    torch.testing.assert_close(logprobs.double(), true_logprobs, atol=2e-6, rtol=1e-5)
+    assert not logged.requires_grad
+    torch.testing.assert_close(logged, true_logged.sum(0), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(loss.double(), true_loss, atol=1e-4, rtol=1e-5)
     for mine, true in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad.double(), true.grad, atol=1e-4, rtol=1e-4)
@@ -294,6 +296,15 @@ def test_a_loss_of_tokens_and_a_comparison_stay_within_the_chunk_budget(
         compare_heads(head, hidden, head, hidden, token_ids)
     assert weight.grad is not None
     assert seen.largest <= max(budget, num_tokens * width, vocabulary * width)
+
+
+def test_no_tokens_have_no_loss_and_zero_gradients():
+    hidden, weight, _, token_ids = (x if x is None else x[:0] for x in draw(4, 6, bias=False))
+    hidden, weight = torch.zeros(0, 5).requires_grad_(), torch.randn(6, 5).requires_grad_()
+    loss, logged = token_loss(LMHead(weight=weight, bias=None, scale=1.0), hidden, token_ids, cubic)
+    loss.backward()
+    assert (loss.item(), logged.tolist()) == (0, [0, 0])
+    assert not weight.grad.any()
 
 
 def test_a_loss_goes_backward_once():

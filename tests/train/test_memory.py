@@ -18,7 +18,6 @@ from klippo.policy.tracing import LiveBytes
 from klippo.runs.folder import STATUS_FILE
 from klippo.train.memory import KEPT, Machine, MemoryEstimate, estimate_memory
 from klippo.train.memory_phases import (
-    FIRST_PASS,
     generation_bytes,
     total_bytes,
     update_bytes,
@@ -110,17 +109,6 @@ def test_outputs_of_frozen_blocks_stay_from_the_forward_phase_to_the_update():
     assert held.pop("forward") == held.pop("score") == held.pop("update") == 4 * 11 * 8 * 4
     assert not any(held.values())
     assert "outputs of frozen blocks" not in estimate().phases["update"]
-
-
-def test_the_first_pass_over_a_whole_batch_waits_for_its_scores():
-    def held(**ppo: Any) -> list[Any]:
-        phases = estimate(ppo={"batch_size": 4} | ppo).phases
-        return [phases[name].get(FIRST_PASS, 0) for name in ("forward", "score", "update")]
-
-    forward, score, update = held()
-    assert forward == score > 0 == update, "in the update it is among the activations"
-    assert score < estimate().phases["update"]["activations"]
-    assert held(minibatch_size=2) == held(micro_batch_size=2) == [0, 0, 0]
 
 
 def test_frozen_blocks_in_4_bits_need_4_and_an_eighth_bits():

@@ -8,7 +8,7 @@ there.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,22 +123,21 @@ class CausalLM(nn.Module):
     def loss(
         self,
         batch: TokenBatch,
+        mask: Tensor,
         hidden: Tensor,
         temperature: float,
         loss_of: LossOfTokens,
+        inputs: Mapping[str, Tensor],
         *,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of a loss of the N real response tokens, row by row, and their log-probs (N,).
-
-        The log-probs have no gradient.
-        """
-        mask = batch.response_mask
+        """`token_loss` of the tokens in mask (B, T); each input is (B, T), hidden (B, T, D)."""
         return token_loss(
             self.head(temperature),
-            hidden[:, : mask.shape[1]][mask],
+            hidden[mask],
             batch.response_ids[mask],
             loss_of,
+            {name: x[mask] for name, x in inputs.items()},
             with_entropy=with_entropy,
         )
 

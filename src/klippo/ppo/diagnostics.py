@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from klippo.ppo.experience import Experience, Forward
+from klippo.ppo.loss import probability_ratio
 from klippo.ppo.settings import PPOSettings
-from klippo.tensors.losses import probability_ratio
 from klippo.tensors.masked import masked_sum
 from klippo.types import Behavior, Metrics
 

@@ -30,27 +30,6 @@ NGRAM = 3
 """Tokens of what counts as repeated."""
 
 
-@dataclass(slots=True)
-class FirstPass:
-    """The trunk's and the critic's pass over a whole batch, with its graph.
-
-    The update's first minibatch, where it is the whole batch, would compute the same once more: no
-    weight has moved since.
-    """
-
-    order: Tensor  # (B,) which row of the batch each of its rows is
-    outputs: tuple[Tensor, Tensor] | None  # hidden states and values of at least T states
-
-    def take(self, rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """Hidden states (B, T, D) and values (B, T) of all rows, in this order; only once."""
-        if self.outputs is None or len(rows) != len(self.order):
-            return None
-        at = self.order.argsort()[rows]
-        hidden, values = self.outputs
-        self.outputs = None
-        return hidden[at, :num_tokens], values[at, :num_tokens]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
     """What the models say of a rollout batch; no score is needed for it."""
@@ -62,7 +41,6 @@ class Forward:
     ref_logprobs: Tensor
     exact_kl: Tensor | None = None  # from the reference, where others wrote the responses
     hidden: Tensor | None = None  # (B, T, D) of the policy, where it was asked for
-    first_pass: FirstPass | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +60,29 @@ class Experience:
     sequence_kl: float  # nats, mean over scored rows of all processes
     num_scored: int  # over all processes
     hidden: Tensor | None = None  # (B, T, D) of the policy, where the critic alone learns from it
-    first_pass: FirstPass | None = None
     metrics: Metrics
+
+    def rows(self, index: Tensor) -> Experience:
+        """These rows alone, without the columns that are padding in all of them."""
+        tokens = self.tokens.rows(index)
+        width = tokens.response_mask.shape[1]
+        columns = {name: getattr(self, name) for name in PER_TOKEN}
+        cut = {name: x[index, :width] for name, x in columns.items() if x is not None}
+        return replace(self, tokens=tokens, **cut)
+
+
+PER_TOKEN = (
+    "mask",
+    "old_logprobs",
+    "ref_logprobs",
+    "old_values",
+    "token_rewards",
+    "advantages",
+    "returns",
+    "weights",
+    "hidden",
+)
+"""The fields of an `Experience` that are (B, T) or (B, T, D)."""
 
 
 @torch.no_grad()
@@ -94,48 +93,30 @@ def run_forward(
     rollout: Rollout,
     *,
     keep_hidden: bool = False,
-    keep_graph: bool = False,
     ranks: Ranks = ONE_PROCESS,
 ) -> Forward:
     """Log-probs, entropy and values of a rollout batch, by the update's own forward pass.
 
-    Every model runs once. `keep_hidden` keeps the policy's hidden states, and `keep_graph` the
-    graph that the update's first pass needs, where the batch is one micro-batch.
+    Every model runs once. `keep_hidden` keeps the policy's hidden states.
     """
     parts = parts_of(ppo, rollout.tokens, ranks=ranks)
     tokens = _with_frozen_states(policy, rollout.tokens, parts)
     found: dict[str, Tensor] = {}
-    first_pass = None
+    after_last = ppo.bootstrap_truncated
     for rows in parts:
         own = tokens.rows(rows)
         width = own.response_mask.shape[1]
-        hidden, values = _trunk_and_critic(ppo, policy, own, keep_graph and len(parts) == 1)
-        if values.requires_grad:
-            first_pass = FirstPass(rows, (hidden, values))
-        hidden, values = hidden.detach(), values.detach()
-        part = {"values": values} | _log_probs(policy, reference, rollout, own, hidden)
+        hidden = policy.lm.hidden(own, after_last=after_last)
+        part = {"values": policy.critic(own, hidden, after_last=after_last)}
+        part |= _log_probs(policy, reference, rollout, own, hidden)
         if keep_hidden:
             part["hidden"] = hidden[:, :width]
         for name, values in part.items():
             if name not in found:
-                width = tokens.response_ids.shape[1] + int(
-                    name == "values" and ppo.bootstrap_truncated
-                )
+                width = tokens.response_ids.shape[1] + int(name == "values" and after_last)
                 found[name] = values.new_zeros(len(tokens), width, *values.shape[2:])
             found[name][rows, : values.shape[1]] = values
-    return Forward(tokens=tokens, first_pass=first_pass, **found)
-
-
-def _trunk_and_critic(
-    ppo: PPOSettings, policy: ActorCritic, tokens: TokenBatch, keep_graph: bool
-) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, D) and values (B, T), or of T+1 states where cut responses need it."""
-    policy.train(keep_graph)  # gradient checkpointing looks at it
-    with torch.set_grad_enabled(keep_graph):
-        hidden = policy.lm.hidden(tokens, after_last=ppo.bootstrap_truncated)
-        values = policy.critic(tokens, hidden, after_last=ppo.bootstrap_truncated)
-    policy.eval()
-    return hidden, values
+    return Forward(tokens=tokens, **found)
 
 
 def _log_probs(
@@ -221,7 +202,6 @@ def build_experience(
         weights=weights,
         sequence_kl=sequence_kl,
         hidden=forward.hidden,
-        first_pass=forward.first_pass,
         num_scored=int(ranks.all_sum(scored.sum())),
         metrics={"kl/sequence_nats": sequence_kl, "kl/coef": kl_coef} | metrics | mismatch,
     )

@@ -68,7 +68,6 @@ class Learner:
                 self.reference,
                 rollout,
                 keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
-                keep_graph=self._starts_with_whole_batch and not self._is_warming_up,
                 ranks=self.ranks,
             )
         )
@@ -167,12 +166,6 @@ class Learner:
     def _is_warming_up(self) -> bool:
         """Whether this step trains the critic alone."""
         return self.num_steps_done < self.ppo.num_critic_warmup_steps
-
-    @property
-    def _starts_with_whole_batch(self) -> bool:
-        """Whether the update's first minibatch has all rows, and this process has them."""
-        size = self.ppo.minibatch_size or self.ppo.batch_size
-        return size == self.ppo.batch_size and self.ranks.world_size == 1
 
     def _advance_schedule(self) -> None:
         # PyTorch warns when a schedule moves before the first optimizer step (all rows unscored,

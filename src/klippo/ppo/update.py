@@ -6,7 +6,8 @@ B sequences, T response tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -16,25 +17,31 @@ from torch import Tensor
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience, parts_of
 from klippo.ppo.gather import gather_experience
-from klippo.ppo.objective import NAMES, Loss, PPOLoss, WarmupLoss
+from klippo.ppo.loss import LOGGED, ppo_loss, value_loss
 from klippo.ppo.optimizer import Optimizer
 from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks
 from klippo.types import Metrics
 
+Loss = Callable[[Experience], tuple[Tensor, Tensor]]
+"""Sum of the losses of a micro-batch's tokens; sums (5,) of what is logged, as in `LOGGED`."""
 Skip = Literal["empty", "loss", "ratio", "gradient"]
 """Why a minibatch was skipped: nothing to learn from; a loss (or ratio) that is not finite; a mean
 ratio above the threshold; a gradient that is not finite."""
+ON_POLICY = dict.fromkeys(LOGGED, 0.0) | {"ratio": 1.0}
+"""Means of an update without any optimizer step."""
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What the passes over one batch did."""
+@dataclass(frozen=True, slots=True)
+class MinibatchResult:
+    """What became of one minibatch."""
 
-    skipped: list[Skip] = field(default_factory=list)  # one per minibatch without a step
-    seen: list[dict[str, float]] = field(default_factory=list)  # means of all minibatches
-    grad_norms: list[float] = field(default_factory=list)  # one per optimizer step
-    means: list[dict[str, float]] = field(default_factory=list)  # one per optimizer step
+    means: Mapping[str, float]
+    """Of `LOGGED`, over its tokens; empty without tokens."""
+    skipped: Skip | None
+    """Why there was no optimizer step."""
+    grad_norm: float = 0.0
+    """Before clipping."""
 
 
 def ppo_update(
@@ -52,122 +59,162 @@ def ppo_update(
     """Run `num_epochs` passes; returns means over the optimizer steps.
 
     `experience` holds this process's rows; minibatches are made of the rows of all processes, and
-    each process takes an equal part of every minibatch. `critic_only` trains the critic's own
+    each process takes an equal share of every minibatch. `critic_only` trains the critic's own
     weights and leaves the policy alone (warm-up). `generator` (CPU) shuffles the rows, and must be
     in the same state on every process. With `exact_kl_to` the KL in the loss is the exact one.
     """
     experience = gather_experience(experience, ranks)
-    loss: Loss = PPOLoss(
-        settings=settings,
-        policy=policy,
-        experience=experience,
-        kl_coef=kl_in_loss_coef,
-        reference=exact_kl_to,
-    )
-    if critic_only:
-        loss = WarmupLoss(settings=settings, policy=policy, experience=experience)
-    tally = _Tally()
-    num_rows = len(experience.tokens)  # of all processes
-    size = settings.minibatch_size or settings.batch_size
+    loss: Loss = partial(warm_up_loss, settings, policy)
+    if not critic_only:
+        loss = partial(loss_of, settings, policy, kl_coef=kl_in_loss_coef, exact_kl_to=exact_kl_to)
+    limit = math.inf if settings.target_kl is None else settings.target_kl
+    results: list[MinibatchResult] = []
     stopped_early = False
     policy.train()
-    for _ in range(settings.num_epochs):
-        order = torch.randperm(num_rows, generator=generator).to(experience.mask.device)
-        for rows in torch.split(order, size):
-            num_tokens = float(experience.mask[rows].sum())
-            share = ranks.share(len(rows))
-            own = parts_of(settings, experience.tokens, rows[share.start : share.stop], ranks=ranks)
-            means = _gradients(loss, optimizer, own, num_tokens, ranks)
-            _step(optimizer, means, settings.ratio_threshold, tally)
-            stopped_early = settings.target_kl is not None and (
-                means.get("update_kl", 0.0) > settings.target_kl
-            )
-            if stopped_early:
-                break
+    for rows in minibatches(settings, experience, generator):
+        num_tokens = float(experience.mask[rows].sum())
+        share = ranks.share(len(rows))
+        parts = parts_of(settings, experience.tokens, rows[share.start : share.stop], ranks=ranks)
+        batches = map(experience.rows, parts)
+        means = add_gradients(loss, optimizer, batches, num_tokens, ranks)
+        results.append(step(optimizer, means, settings.ratio_threshold))
+        stopped_early = means.get("update_kl", 0.0) > limit
         if stopped_early:
             break
     policy.eval()
-    planned = settings.num_epochs * math.ceil(num_rows / size)
-    assert stopped_early or len(tally.seen) == planned
-    return _summary(tally, stopped_early)
+    return summary(results, stopped_early)
 
 
-def _gradients(
-    loss: Loss, optimizer: Optimizer, parts: list[Tensor], num_tokens: float, ranks: Ranks
+def minibatches(
+    settings: PPOSettings, experience: Experience, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Rows of each minibatch: every row once per epoch, in an order that changes."""
+    size = settings.minibatch_size or settings.batch_size
+    for _ in range(settings.num_epochs):
+        order = torch.randperm(len(experience.tokens), generator=generator)
+        yield from torch.split(order.to(experience.mask.device), size)
+
+
+def loss_of(
+    settings: PPOSettings,
+    policy: ActorCritic,
+    batch: Experience,
+    *,
+    kl_coef: float,
+    exact_kl_to: Reference | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's objective on a micro-batch, by one pass over trunk, critic and LM head."""
+    tokens, temperature = batch.tokens, batch.temperature
+    hidden = policy.lm.hidden(tokens)
+    inputs = {
+        "values": policy.critic(tokens, hidden, after_last=False),
+        "old_logprobs": batch.old_logprobs,
+        "old_values": batch.old_values,
+        "advantages": batch.advantages,
+        "returns": batch.returns,
+        "ref_logprobs": batch.ref_logprobs,
+    }
+    if batch.weights is not None:
+        inputs["weights"] = batch.weights
+    if kl_coef > 0 and exact_kl_to is not None:
+        inputs["exact_kl"] = exact_kl_to.kl_from(policy.lm, tokens, temperature, hidden)
+    return policy.lm.loss(
+        tokens,
+        batch.mask,
+        hidden,
+        temperature,
+        partial(ppo_loss, settings, kl_coef),
+        inputs,
+        with_entropy=settings.entropy_coef > 0,
+    )
+
+
+def warm_up_loss(
+    settings: PPOSettings, policy: ActorCritic, batch: Experience
+) -> tuple[Tensor, Tensor]:
+    """The value loss alone, and only for the critic's own weights: the policy does not move.
+
+    So the hidden states that a critic on the policy's trunk reads are those of the forward phase.
+    """
+    values = policy.values(batch.tokens, batch.hidden)
+    losses = value_loss(
+        values, batch.old_values, batch.returns, clip_range=settings.value_clip_range
+    )[batch.mask]
+    ones, zeros = torch.ones_like(losses), torch.zeros_like(losses)
+    logged = torch.stack([zeros, losses.detach(), ones, zeros, zeros], -1)
+    return losses.sum(), logged.double().sum(0)
+
+
+def add_gradients(
+    loss: Loss,
+    optimizer: Optimizer,
+    batches: Iterator[Experience],
+    num_tokens: float,
+    ranks: Ranks,
 ) -> dict[str, float]:
-    """Add this process's gradients up over the micro-batches; returns means over all tokens.
+    """Add up this process's gradients over its micro-batches; returns means over all tokens.
 
     Every token of the optimizer step weighs the same, whatever its micro-batch or process; without
     any token there are no means, and the step will be skipped.
     """
-    sums = torch.zeros(len(NAMES), dtype=torch.float64, device=parts[0].device)
+    sums: list[Tensor] = []
 
-    def mean_loss(rows: Tensor) -> Tensor:
-        total, logged = loss(rows)
-        sums.add_(logged.stack())
+    def mean_loss(batch: Experience) -> Tensor:
+        total, logged = loss(batch)
+        sums.append(logged)
         return total / max(num_tokens, 1)
 
-    for rows in parts:
-        optimizer.backward(partial(mean_loss, rows))
-    totals = ranks.all_sum(sums).tolist()
+    for batch in batches:
+        optimizer.backward(partial(mean_loss, batch))
+    totals = ranks.all_sum(torch.stack(sums).sum(0)).tolist()
     if num_tokens == 0:
         return {}
-    return {name: total / num_tokens for name, total in zip(NAMES, totals, strict=True)}
+    return {name: total / num_tokens for name, total in zip(LOGGED, totals, strict=True)}
 
 
-def _step(
-    optimizer: Optimizer, means: dict[str, float], ratio_threshold: float | None, tally: _Tally
-) -> None:
-    """One optimizer step, or none where it would do harm."""
-    tally.seen.append(means)
-    skip = _why_skip(means, ratio_threshold)
-    if skip is not None:
-        optimizer.forget()
-        tally.skipped.append(skip)
-        return
-    norm = optimizer.step()
-    if math.isfinite(norm):
-        tally.grad_norms.append(norm)
-        tally.means.append(means)
-    else:
-        tally.skipped.append("gradient")
-
-
-def _why_skip(means: dict[str, float], ratio_threshold: float | None) -> Skip | None:
-    """What forbids a step before its gradient is looked at."""
+def step(
+    optimizer: Optimizer, means: dict[str, float], ratio_threshold: float | None
+) -> MinibatchResult:
+    """One optimizer step, or none if it would do harm."""
+    skipped: Skip | None = None
     if not means:
-        return "empty"
-    if not all(math.isfinite(means[name]) for name in ("policy_loss", "value_loss", "ratio")):
-        return "loss"
-    if ratio_threshold is not None and means["ratio"] > ratio_threshold:
-        return "ratio"
-    return None
+        skipped = "empty"
+    elif not all(math.isfinite(means[name]) for name in ("policy_loss", "value_loss", "ratio")):
+        skipped = "loss"
+    elif ratio_threshold is not None and means["ratio"] > ratio_threshold:
+        skipped = "ratio"
+    if skipped is not None:
+        optimizer.forget()
+        return MinibatchResult(means, skipped)
+    norm = optimizer.step()
+    return MinibatchResult(means, None if math.isfinite(norm) else "gradient", norm)
 
 
-def _largest(tally: _Tally, name: str, otherwise: float) -> float:
-    """Over all minibatches where it is finite."""
-    values = [means[name] for means in tally.seen if means and math.isfinite(means[name])]
-    return max(values, default=otherwise)
+def summary(results: list[MinibatchResult], stopped_early: bool) -> Metrics:
+    """Means over the optimizer steps, largest values over all minibatches, and counts."""
+    steps = [result for result in results if result.skipped is None]
+    means = [result.means for result in steps] or [ON_POLICY]
+    mean = {name: sum(m[name] for m in means) / len(means) for name in LOGGED}
+    skips = [result.skipped for result in results if result.skipped is not None]
 
+    def largest(name: str) -> float:
+        values = [result.means.get(name, math.nan) for result in results]
+        return max(filter(math.isfinite, values), default=ON_POLICY[name])
 
-def _summary(tally: _Tally, stopped_early: bool) -> Metrics:
-    steps = max(len(tally.means), 1)
-    still = dict.fromkeys(NAMES, 0.0) | {"ratio": 1.0}
-    mean = {name: sum(m[name] for m in tally.means or [still]) / steps for name in NAMES}
     return {
         "loss/policy": mean["policy_loss"],
         "loss/value": mean["value_loss"],
         "policy/ratio_mean": mean["ratio"],
-        "policy/first_ratio_mean": (tally.means or [still])[0]["ratio"],
+        "policy/first_ratio_mean": means[0]["ratio"],
         "policy/clipped_share": mean["clipped"],
         "policy/update_kl_nats_per_token": mean["update_kl"],
-        "policy/largest_ratio_mean": _largest(tally, "ratio", 1.0),
-        "policy/largest_update_kl_nats_per_token": _largest(tally, "update_kl", 0.0),
-        "update/grad_norm": sum(tally.grad_norms) / steps,
-        "update/num_optimizer_steps": float(len(tally.means)),
-        "update/num_skipped_minibatches": float(len(tally.skipped)),
-        "update/num_losses_not_finite": float(tally.skipped.count("loss")),
-        "update/num_gradients_not_finite": float(tally.skipped.count("gradient")),
-        "update/num_ratio_skips": float(tally.skipped.count("ratio")),
+        "policy/largest_ratio_mean": largest("ratio"),
+        "policy/largest_update_kl_nats_per_token": largest("update_kl"),
+        "update/grad_norm": sum(result.grad_norm for result in steps) / max(len(steps), 1),
+        "update/num_optimizer_steps": float(len(steps)),
+        "update/num_skipped_minibatches": float(len(skips)),
+        "update/num_losses_not_finite": float(skips.count("loss")),
+        "update/num_gradients_not_finite": float(skips.count("gradient")),
+        "update/num_ratio_skips": float(skips.count("ratio")),
         "update/stopped_early": float(stopped_early),
     }

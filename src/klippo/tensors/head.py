@@ -8,7 +8,7 @@ Results are float32, or float64 for float64 hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +68,9 @@ def _results(hidden: Tensor, *shape: int) -> Tensor:
 
 
 def chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of tokens whose logits fit in CHUNK_ELEMENTS."""
+    """Slices of tokens whose logits fit in CHUNK_ELEMENTS; an empty one of no tokens."""
     size = max(CHUNK_ELEMENTS // vocabulary, 1)
-    for start in range(0, num_tokens, size):
+    for start in range(0, max(num_tokens, 1), size):
         yield slice(start, min(start + size, num_tokens))
 
 
@@ -89,8 +89,9 @@ def token_logprobs(
     return logprobs, entropy
 
 
-LossOfTokens = Callable[[Tensor, Tensor, slice], Tensor]
-"""Log-probs and entropies (n,) of a slice of the N tokens -> the losses of these tokens (n,)."""
+LossOfTokens = Callable[..., tuple[Tensor, Tensor]]
+"""`logprobs`, `entropy` and further inputs of n tokens by name, each (n,) -> the losses of these
+tokens (n,), and M numbers to log of each (n, M)."""
 
 
 def token_loss(
@@ -98,21 +99,24 @@ def token_loss(
     hidden: Tensor,
     token_ids: Tensor,
     loss_of: LossOfTokens,
+    inputs: Mapping[str, Tensor] | None = None,
     *,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a loss of single tokens, and log pi(token), (N,), which has no gradient.
+    """The sum of a loss of single tokens; the sums (M,) float64 of what it logs, without gradient.
 
-    hidden (N, D), token_ids (N,). `loss_of` must be differentiable, and each token's loss a
-    function of its own log-prob and entropy (zero without `with_entropy`) alone. Then a chunk's
-    gradients are known as soon as its logits are, and the LM head is run once instead of twice, as
-    in the fused cross-entropy of Hsu et al. 2024 (arXiv 2410.10989).
+    hidden (N, D), token_ids and each of `inputs` (N,). `loss_of` must be differentiable, and each
+    token's loss a function of its own log-prob, entropy (zero without `with_entropy`) and inputs.
+    Then a chunk's gradients are known as soon as its logits are, and the LM head runs once instead
+    of twice, as in the fused cross-entropy of Hsu et al. 2024 (arXiv 2410.10989).
     """
+    inputs = inputs or {}
     with _no_autocast(hidden):
-        loss, logprobs = _TokenLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, token_ids, head, loss_of, with_entropy
-        )
-    return loss, logprobs
+        loss, logged = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, token_ids, head, loss_of,
+            ["logprobs", "entropy", *inputs], with_entropy, *inputs.values(),
+        )  # fmt: skip
+    return loss, logged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,48 +279,52 @@ class _TokenLoss(torch.autograd.Function):
         token_ids: Tensor,
         head: LMHead,
         loss_of: LossOfTokens,
+        names: Sequence[str],
         with_entropy: bool,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        logprobs = _results(hidden, len(hidden))
-        total = logprobs.new_zeros(())
+        total = _results(hidden).zero_()
+        sums: list[Tensor] = []  # of what is logged, by chunk
+        of_inputs = [torch.empty_like(x) for x in inputs]
         sink = _Gradients(ctx.needs_input_grad, hidden, weight, has_bias=bias is not None)
         for part, logits in head.chunks(hidden):
             slope = head.slope(logits)
             # In place from here on: a chunk of logits is the largest thing in memory.
             logp = _normalized(logits)
             ids = token_ids[part, None]
-            logprobs[part] = logp.gather(1, ids).squeeze(1)
-            entropy = torch.zeros_like(logprobs[part])
+            logprobs = logp.gather(1, ids).squeeze(1)
+            entropy = torch.zeros_like(logprobs)
             if with_entropy:
                 entropy = -logp.exp().mul_(logp).sum(-1)
-            loss, of_logprobs, of_entropy = _derivatives(loss_of, logprobs[part], entropy, part)
-            total += loss
+            with torch.enable_grad():
+                given = [logprobs, entropy, *(x[part] for x in inputs)]
+                given = [x.detach().requires_grad_() for x in given]
+                losses, logged = loss_of(**dict(zip(names, given, strict=True)))
+                loss = losses.sum()
+            of_logprobs, of_entropy, *others = torch.autograd.grad(
+                loss, given, materialize_grads=True
+            )
+            total += loss.detach()
+            sums.append(logged.double().sum(0))
+            for gradient, other in zip(of_inputs, others, strict=True):
+                gradient[part] = other
             pull = of_logprobs[:, None]
             if with_entropy:
                 pull = pull + of_entropy[:, None] * (logp + entropy[:, None])
             grad = logp.exp_().mul_(-pull)
             grad.scatter_add_(1, ids, of_logprobs[:, None])
             sink.add(part, grad, slope)
-        ctx.gradients = sink.all
-        ctx.mark_non_differentiable(logprobs)
-        return total, logprobs
+        ctx.gradients = [*sink.all, *of_inputs]
+        logged_sums = torch.stack(sums).sum(0)
+        ctx.mark_non_differentiable(logged_sums)
+        return total, logged_sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found, ctx.gradients = ctx.gradients, None  # in place, and nothing is held twice
-        assert found is not None, "token_loss goes backward once"
-        return *(x if x is None else x.mul_(grads[0]) for x in found), None, None, None, None
-
-
-@torch.enable_grad()
-def _derivatives(
-    loss_of: LossOfTokens, logprobs: Tensor, entropy: Tensor, part: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's summed loss, and its derivatives by log-prob and entropy, each (n,)."""
-    inputs = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
-    loss = loss_of(*inputs, part).sum()
-    of_logprobs, of_entropy = torch.autograd.grad(loss, inputs, materialize_grads=True)
-    return loss.detach(), of_logprobs, of_entropy
+        kept, ctx.gradients = ctx.gradients, None  # in place, and nothing is held twice
+        assert kept is not None, "token_loss goes backward once"
+        hidden, weight, bias, *others = (x if x is None else x.mul_(grads[0]) for x in kept)
+        return hidden, weight, bias, *[None] * 5, *others
 
 
 class _Gradients:

@@ -32,9 +32,7 @@ from klippo.rewards.settings import (
 )
 from klippo.train.engines import merges_adapters
 from klippo.train.memory_phases import (
-    both,
     evaluation_bytes,
-    first_pass_bytes,
     forward_bytes,
     frozen_state_bytes,
     generation_bytes,
@@ -130,10 +128,6 @@ def estimate_memory(
         ),
     }
     traced["update"]["gradients"] //= machine.num_shards
-    if sizes.keeps_first_pass:
-        first_pass = first_pass_bytes(policy, sizes.update, prompt, response)
-        for phase in ("forward", "score"):
-            traced[phase] = both(traced[phase], first_pass)
     kept = frozen_state_bytes(policy, config.ppo.batch_size, prompt, response)
     for phase in ("forward", "score", "update"):
         traced[phase] |= kept
@@ -251,8 +245,6 @@ class _Sizes:
     parts: int
     """Micro-batches per optimizer step."""
     evaluate: int
-    keeps_first_pass: bool
-    """A pass over the whole batch waits for its scores."""
 
     @classmethod
     def of(cls, config: RunConfig, num_processes: int, prompt: int) -> _Sizes:
@@ -276,7 +268,6 @@ class _Sizes:
             update=update,
             parts=-(-minibatch // update),
             evaluate=min(micro or ppo.batch_size, evaluated),
-            keeps_first_pass=num_processes == 1 and update == ppo.batch_size,
         )
 
 

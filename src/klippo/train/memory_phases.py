@@ -18,7 +18,6 @@ from klippo.rollouts.sampling import Sampling, draw
 from klippo.types import TokenBatch
 
 META = torch.device("meta")
-FIRST_PASS = "the update's first pass"
 
 
 def generation_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
@@ -72,19 +71,6 @@ def forward_bytes(
     return live.at_peak
 
 
-def first_pass_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
-    """The graph of trunk and critic over B=`rows` sequences, kept until the update."""
-    policy.train()
-    with _traced(policy) as live:
-        batch = policy.lm.with_frozen_states(_batch(rows, prompt, response))
-        hidden = policy.lm.hidden(batch)
-        values = policy.critic(batch, hidden, after_last=False)
-        found = live.now
-    del hidden, values
-    policy.eval()
-    return {FIRST_PASS: total_bytes(found), IN_BLOCKS: found[IN_BLOCKS]}
-
-
 def frozen_state_bytes(policy: ActorCritic, rows: int, prompt: int, response: int) -> Bytes:
     """What frozen blocks make of a rollout batch of B=`rows`, kept until the update is done."""
     with _traced(policy):
@@ -128,10 +114,12 @@ def update_bytes(
 def update_loss(policy: ActorCritic, batch: TokenBatch, *, with_entropy: bool) -> torch.Tensor:
     """A loss that runs what PPO's loss runs: trunk, LM head in one pass, critic."""
     hidden = policy.lm.hidden(batch)
-    loss, _ = policy.lm.loss(
-        batch, hidden, 1.0, lambda logprobs, entropy, _: logprobs + entropy,
-        with_entropy=with_entropy,
-    )  # fmt: skip
+
+    def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logprobs + entropy, logprobs[:, None].detach()
+
+    mask = torch.ones_like(batch.response_mask)
+    loss, _ = policy.lm.loss(batch, mask, hidden, 1.0, loss_of, {}, with_entropy=with_entropy)
     values: torch.Tensor = policy.critic(batch, hidden, after_last=False)
     return loss + values.sum()
 
@@ -165,11 +153,6 @@ def _batch(rows: int, prompt: int, response: int) -> TokenBatch:
         response_ids=_ids(rows, response),
         response_mask=_ids(rows, response).bool(),
     )
-
-
-def both(one: Bytes, other: Bytes) -> Bytes:
-    """What is held by two at once."""
-    return {kind: one.get(kind, 0) + other.get(kind, 0) for kind in {**one, **other}}
 
 
 def _largest(*phases: Bytes) -> Bytes:

@@ -1,4 +1,4 @@
-"""Rules 20, 21 and 29: PPO's losses."""
+"""PPO's losses on numbers computed by hand."""
 
 import math
 
@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klippo.tensors.losses import is_clipped, policy_loss, probability_ratio, value_loss
+from klippo.ppo.loss import policy_loss, probability_ratio, value_loss
 
 
 def loss_and_gradient(ratio, advantage, **options):
     """Policy loss and its derivative with respect to the log-prob."""
     logprob = torch.tensor([math.log(ratio)], requires_grad=True)
     rho = probability_ratio(logprob, torch.zeros(1))
-    loss = policy_loss(rho, torch.tensor([advantage]), clip_range=0.2, **options)
+    loss, _ = policy_loss(rho, torch.tensor([advantage]), clip_range=0.2, **options)
     loss.sum().backward()
     return loss.item(), float(logprob.grad)
 
@@ -33,23 +33,23 @@ def loss_and_gradient(ratio, advantage, **options):
 )
 def test_the_gradient_is_zero_exactly_when_clipped_and_pessimistic(
     ratio, advantage, loss, gradient
-):  # rule 20
+):
     assert loss_and_gradient(ratio, advantage) == pytest.approx((loss, gradient), rel=1e-5)
-    clipped = is_clipped(torch.tensor([ratio]), torch.tensor([advantage]), clip_range=0.2)
+    _, clipped = policy_loss(torch.tensor([ratio]), torch.tensor([advantage]), clip_range=0.2)
     assert bool(clipped) is (gradient == 0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0.05, 4), st.floats(-5, 5))
-def test_a_token_counts_as_clipped_where_its_gradient_vanishes(ratio, advantage):  # rule 20
+def test_a_token_counts_as_clipped_where_its_gradient_vanishes(ratio, advantage):
     if min(abs(ratio - 0.8), abs(ratio - 1.2), abs(advantage)) < 1e-3:
         return  # at the kink, or nothing to learn
     _, gradient = loss_and_gradient(ratio, advantage)
-    clipped = is_clipped(torch.tensor([ratio]), torch.tensor([advantage]), clip_range=0.2)
+    _, clipped = policy_loss(torch.tensor([ratio]), torch.tensor([advantage]), clip_range=0.2)
     assert bool(clipped) is (gradient == 0)
 
 
-def test_dual_clip_bounds_the_loss_of_bad_tokens_alone():  # rule 20
+def test_dual_clip_bounds_the_loss_of_bad_tokens_alone():
     # A < 0 and rho = 5: -A * rho = 10, bounded by dual_clip * |A| = 6 with no gradient.
     assert loss_and_gradient(5.0, -2.0) == pytest.approx((10.0, 10.0), rel=1e-5)
     assert loss_and_gradient(5.0, -2.0, dual_clip=3.0) == pytest.approx((6.0, 0.0), rel=1e-5)
@@ -58,7 +58,7 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_alone():  # rule 20
     assert loss_and_gradient(0.1, 2.0, dual_clip=3.0) == loss_and_gradient(0.1, 2.0)
 
 
-def test_the_log_ratio_is_clamped_to_twenty_on_both_sides():  # rule 20
+def test_the_log_ratio_is_clamped_to_twenty_on_both_sides():
     logprobs = torch.tensor([-1.0, -1.0, -500.0, -25.0], requires_grad=True)
     ratio = probability_ratio(logprobs, torch.tensor([-3.0, -30.0, -1.0, -4.0]))
     expected = [math.exp(2), math.exp(20), math.exp(-20), math.exp(-20)]
@@ -79,7 +79,7 @@ def test_the_log_ratio_is_clamped_to_twenty_on_both_sides():  # rule 20
 )
 def test_the_value_loss_takes_the_worse_of_clipped_and_unclipped(
     value, old, target, clip_range, loss, gradient
-):  # rules 21 and 29
+):
     values = torch.tensor([value], requires_grad=True)
     got = value_loss(values, torch.tensor([old]), torch.tensor([target]), clip_range=clip_range)
     got.sum().backward()
