@@ -84,6 +84,10 @@ def test_unknown_key_names_the_nearest_key_or_its_home(tmp_path, text, expected)
         ("policy: {model: 3}", "policy.model=3: must be text; put it in quotes"),
         ("output_dir: {name}", "output_dir={name: null}: must be text; put it in quotes"),
         ("ppo: 3", "ppo=3: must be a mapping"),
+        (
+            "sharding: fsdq",
+            "sharding=fsdq: must be none, fsdp, shard_grad_op or auto; did you mean fsdp?",
+        ),
         ("ppo:", "ppo: empty; must be a mapping, or leave the key out"),
         ("score: {whiten: maybe}", "score.whiten=maybe: must be true or false"),
         (

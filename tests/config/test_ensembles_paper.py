@@ -330,7 +330,7 @@ def test_without_a_gold_model_there_is_none():
         ("gold_config=x", "gold_config=x: must be a mapping"),
         ("rank_config.pooling=mean", "rank_config.pooling=mean: must be last; scores are read at"),
         ("debug=true", "debug=true: must be false; Klippo has no such mode; for a short run set"),
-        ("learning_rate=1e-5", "learning_rate=1.0e-05: changes nothing; remove it"),
+        ("learning_rate=1e-5", "learning_rate: unknown key; neither these entries nor Klippo's"),
         ("sft_config.dtype=fp16", "sft_config.dtype=fp16: must be bf16, bfloat16, fp32 or float32"),
         (
             "sft_config.num_layers_unfrozen=0",
@@ -355,6 +355,26 @@ def test_what_cannot_be_translated_names_key_value_and_rule(folder, override, ex
     (folder / "ppo_config.yaml").write_text(PPO)
     (problem,) = problems(override)
     assert problem.startswith(f"command line: {expected}")
+
+
+def test_keys_that_change_nothing_are_listed_in_one_note(folder, caplog):
+    (folder / "ppo_config.yaml").write_text(PPO)
+    load()
+    (note,) = caplog.messages
+    assert note.startswith("These keys of the config change nothing: train.checkpoint_interval, ")
+    for key in ("learning_rate", "cache_dir", "method.chunk_size", "rank_config.residual_dropout"):
+        assert key in note
+    for key in ("freeze_layer", "model_path", "method.init_kl_coef", "rng_seed"):
+        assert key not in note
+
+
+def test_a_misspelt_key_in_a_file_is_refused_though_unknown_ones_are_not():
+    text = ENTRY.replace("num_layers_unfrozen", "num_layer_unfrozen")
+    Path("configs/config_rl.yaml").write_text(text)
+    assert problems() == [
+        "configs/config_rl.yaml:20: sft_config.num_layer_unfrozen: unknown key; did you mean "
+        "num_layers_unfrozen?"
+    ]
 
 
 def test_uwo_without_its_weight_names_the_key_to_write(folder):

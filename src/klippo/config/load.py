@@ -1,6 +1,6 @@
 """From a YAML file, a recipe or a mapping, plus overrides, to a config whose origins are known.
 
-Every problem is found before any is reported.
+Every problem is collected before any is reported.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from typing_extensions import TypeVar
 
 from klippo.config.located import (
-    KeyPath,
     Located,
     Problem,
     dotted,
+    flatten,
     locate,
     read_yaml,
     write_value,
@@ -60,7 +60,10 @@ def load_config(
 
     Raises ConfigError that lists every problem with its file and line.
     """
-    label, text = _read_source(source, schema)
+    path = Path(source)
+    label, text = (
+        (str(path), read_text(path)) if path.is_file() else _read_recipe(str(source), schema)
+    )
     tree, problems = read_yaml(text, lambda line: f"{label}:{line}")
     return _load(tree, problems, overrides, Path(label).stem, schema)
 
@@ -81,21 +84,31 @@ def config_from_mapping(
 def recipe_names(schema: type[WholeConfig] = RunConfig) -> list[str]:
     """The packaged recipes of a schema."""
     folder = resources.files(RECIPES) / schema.recipe_folder
-    if not folder.is_dir():
-        return []
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
+    files = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    return sorted(file.removesuffix(".yaml") for file in files if file.endswith(".yaml"))
 
 
-def to_yaml(config: WholeConfig) -> str:
-    """The whole config, defaults included; it loads again to an equal one."""
-    return write_yaml(reopened(config.model_dump(mode="json")))
+def to_yaml(config: WholeConfig, origins: Mapping[str, str] | None = None) -> str:
+    """The whole config, defaults included; it loads again to an equal one.
+
+    `origins` (a LoadedConfig's) become comments behind the values.
+    """
+    text = write_yaml(reopened(config.model_dump(mode="json")))
+    if origins is None:
+        return text
+    tree, _ = read_yaml(text, str)
+    lines = text.splitlines()
+    width = min(max(map(len, lines)), 44)
+    for path, node in tree.walk():
+        if origin := origins.get(dotted(path)):
+            number = int(node.origin) - 1
+            lines[number] = f"{lines[number]:<{width}}  # {' '.join(origin.split())}"
+    return "\n".join(lines) + "\n"
 
 
 def show(loaded: LoadedConfig[C]) -> list[tuple[str, Any, str]]:
     """Key, value and origin of everything, in the schema's order."""
-    values = {dotted(path): value for path, value in _flat(loaded.config.model_dump(mode="json"))}
+    values = flatten(loaded.config.model_dump(mode="json"))
     return [(key, value, loaded.origins[key]) for key, value in values.items()]
 
 
@@ -104,16 +117,8 @@ def schema(of: type[WholeConfig] = RunConfig) -> dict[str, Any]:
     return of.model_json_schema()
 
 
-def _read_source(source: str | Path, schema: type[WholeConfig]) -> tuple[str, str]:
-    """What to call the source in messages, and its text."""
-    path = Path(source)
-    if not path.is_file():
-        return _read_recipe(str(source), schema)
-    return str(path), read_text(path)
-
-
 def read_text(path: Path) -> str:
-    """A YAML file's text; ConfigError where there is none to read."""
+    """A YAML file's text. Raises ConfigError if there is none to read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -124,6 +129,7 @@ def read_text(path: Path) -> str:
 
 
 def _read_recipe(name: str, schema: type[WholeConfig]) -> tuple[str, str]:
+    """What to call the recipe in messages, and its text."""
     recipes = recipe_names(schema)
     if name in recipes:
         file = resources.files(RECIPES) / schema.recipe_folder / f"{name}.yaml"
@@ -142,12 +148,10 @@ def _load(
     tree: Located, problems: list[Problem], overrides: Sequence[str], name: str, schema: type[C]
 ) -> LoadedConfig[C]:
     if not isinstance(tree.value, dict):
-        what = write_value(tree.plain())
-        problems.append(
-            Problem(tree.origin, f"a config must be a mapping (key: value), not {what}")
-        )
-    if not isinstance(tree.value, dict) or (problems and not tree.value):
-        raise config_error(problems)  # nothing to go on with
+        what = f"a config must be a mapping (key: value), not {write_value(tree.plain())}"
+        raise config_error([*problems, Problem(tree.origin, what)])
+    if problems and not tree.value:
+        raise config_error(problems)  # the file could not be read
     over, override_problems = parse_overrides(overrides, schema)
     return resolve(merge(tree, over, schema), problems + override_problems, name, schema)
 
@@ -170,15 +174,13 @@ def resolve(
         config = schema.model_validate(tree.plain())
     except ValidationError as error:
         problems = problems + describe(error, tree, schema)
-    told = {problem.text.partition("=")[0] for problem in problems}
-    problems += [one for one in _oversized(tree) if one.text.partition("=")[0] not in told]
+    named = {problem.text.partition("=")[0] for problem in problems}
+    problems += [p for p in _oversized(tree) if p.text.partition("=")[0] not in named]
     if config is None or problems:
         raise config_error(problems, sources)
-    given = dict(tree.leaves())
-    origins = {
-        dotted(path): given.get(path, DEFAULT) for path, _ in _flat(config.model_dump(mode="json"))
-    }
-    return LoadedConfig(config, origins, name)
+    written = {dotted(path): node.origin for path, node in tree.walk()}
+    keys = flatten(config.model_dump(mode="json"))
+    return LoadedConfig(config, {key: written.get(key, DEFAULT) for key in keys}, name)
 
 
 def config_error(
@@ -186,7 +188,7 @@ def config_error(
 ) -> ConfigError:
     """All problems, file by file in the order of the lines, the command line's last."""
 
-    def place(problem: Problem) -> tuple[bool, str, int]:
+    def order(problem: Problem) -> tuple[bool, str, int]:
         file, _, line = problem.origin.rpartition(":")
         return problem.origin == COMMAND_LINE, file, int(line) if line.isdigit() else 0
 
@@ -194,25 +196,17 @@ def config_error(
         source = (sources or {}).get(re.split(r"[=:\[ ]", problem.text)[0])
         return f"{problem} (written as {source})" if source else str(problem)
 
-    lines = [text(problem) for problem in sorted(problems, key=place)]
+    lines = [text(problem) for problem in sorted(problems, key=order)]
     return ConfigError("\n".join(dict.fromkeys(lines)))
 
 
 def _oversized(tree: Located) -> Iterator[Problem]:
     """Numbers that PyTorch does not hold: whole ones in 64 bits, others in float32."""
-    for path, item in tree.scalars():
+    for path, node in tree.walk():
         rule = None
-        if isinstance(item.value, int) and not -(2**63) <= item.value < 2**63:
+        if isinstance(node.value, int) and not -(2**63) <= node.value < 2**63:
             rule = "must lie within 64 bits"
-        elif isinstance(item.value, float) and FLOAT32_MAX < abs(item.value) < math.inf:
+        elif isinstance(node.value, float) and FLOAT32_MAX < abs(node.value) < math.inf:
             rule = "must lie within float32, below 3.4e+38"
         if rule is not None:
-            yield Problem(item.origin, f"{dotted(path)}={write_value(item.value)[:40]}: {rule}")
-
-
-def _flat(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, (*path, key))
-    else:
-        yield path, value
+            yield Problem(node.origin, f"{dotted(path)}={write_value(node.value)[:40]}: {rule}")

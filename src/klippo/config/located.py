@@ -7,7 +7,7 @@ Tags are refused, and so are keys given twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,18 @@ class Located:
     value: Any
     origin: str
 
+    def items(self) -> Iterable[tuple[str | int, Located]]:
+        """What a mapping or a list holds, by key or index; of anything else nothing."""
+        if isinstance(self.value, dict):
+            return self.value.items()
+        return enumerate(self.value) if isinstance(self.value, list) else ()
+
+    def walk(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Located]]:
+        """This value and everything inside it, with their paths."""
+        yield path, self
+        for key, item in self.items():
+            yield from item.walk((*path, key))
+
     def plain(self) -> Any:
         """The value without origins."""
         if isinstance(self.value, dict):
@@ -34,33 +46,21 @@ class Located:
             return [item.plain() for item in self.value]
         return self.value
 
+    def map(self, change: Callable[[str | int, Located], Located]) -> Located:
+        """The same mapping or list with changed items."""
+        changed = {key: change(key, item) for key, item in self.items()}
+        is_list = isinstance(self.value, list)
+        return Located(list(changed.values()) if is_list else changed, self.origin)
+
     def origin_at(self, path: KeyPath) -> str:
         """Where `path` was given, or else the deepest of its parents that was given."""
-        here = self
+        node = self
         for key in path:
-            items = dict(enumerate(here.value)) if isinstance(here.value, list) else here.value
-            if not isinstance(items, dict) or key not in items:
+            items = dict(node.items())
+            if key not in items:
                 break
-            here = items[key]
-        return here.origin
-
-    def leaves(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-        """Path and origin of everything that is not a mapping with something in it."""
-        if isinstance(self.value, dict) and self.value:
-            for key, item in self.value.items():
-                yield from item.leaves((*path, key))
-        else:
-            yield path, self.origin
-
-    def scalars(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Located]]:
-        """Path and value of everything that is neither mapping nor list."""
-        items = self.value.items() if isinstance(self.value, dict) else None
-        if isinstance(self.value, list):
-            items = dict(enumerate(self.value)).items()
-        if items is None:
-            yield path, self
-        for key, item in items or ():
-            yield from item.scalars((*path, key))
+            node = items[key]
+        return node.origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,13 @@ def dotted(path: KeyPath) -> str:
     """`ppo.clip_range`, `optimizer.betas[1]`."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".")
+
+
+def flatten(value: Any, path: KeyPath = ()) -> dict[str, Any]:
+    """Dotted key -> value, of everything that is no mapping with something in it."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, item in value.items() for k, v in flatten(item, (*path, key)).items()}
+    return {dotted(path): value} if path else {}
 
 
 def locate(value: Any, origin: str) -> Located:
@@ -135,33 +142,30 @@ for _name, _pattern, _first, _ in _SCALARS:
         )
 
 
-def read_yaml(text: str, place: Callable[[int], str]) -> tuple[Located, list[Problem]]:
-    """The document and what is wrong with it; `place` names the origin of a line, from 1.
+def read_yaml(text: str, origin: Callable[[int], str]) -> tuple[Located, list[Problem]]:
+    """The document and what is wrong with it; `origin` names a line, counted from 1.
 
     An empty document is an empty mapping. Broken YAML gives an empty mapping and one problem.
     """
+    line, broken = 1, None
+    reader = _Reader(origin)
     try:
         node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            line = node.start_mark.line + 1
+            return reader.read(node, origin(line), (), ()), reader.problems
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = " ".join(filter(None, (error.context, error.problem)))
         line = mark.line + 1 if mark else 1
-        return Located({}, place(line)), [Problem(place(line), f"not YAML: {what}")]
-    except RecursionError:
-        return Located({}, place(1)), [Problem(place(1), f"not YAML: {_TOO_DEEP}")]
+        broken = f"not YAML: {' '.join(filter(None, (error.context, error.problem)))}"
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        what = f"character #x{error.character:x} is not allowed"
-        return Located({}, place(line)), [Problem(place(line), f"not YAML: {what}")]
-    if node is None:
-        return Located({}, place(1)), []
-    reader = _Reader(place)
-    start = place(node.start_mark.line + 1)
-    try:
-        return reader.read(node, start, (), ()), reader.problems
+        broken = f"not YAML: character #x{error.character:x} is not allowed"
+    except RecursionError:
+        broken = f"not YAML: {_TOO_DEEP}"
     except _TooManyError:
-        what = f"more than {MAX_VALUES:,} values, aliases written out; write a smaller document"
-        return Located({}, start), [Problem(start, what)]
+        broken = f"more than {MAX_VALUES:,} values, aliases written out; write a smaller document"
+    return Located({}, origin(line)), [Problem(origin(line), broken)] if broken else []
 
 
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
@@ -174,8 +178,8 @@ class _TooManyError(Exception):
 class _Reader:
     """Turns nodes into Located values, collecting problems on the way."""
 
-    def __init__(self, place: Callable[[int], str]) -> None:
-        self.place = place
+    def __init__(self, origin: Callable[[int], str]) -> None:
+        self.origin = origin
         self.problems: list[Problem] = []
         self.num_values = 0
 
@@ -194,7 +198,7 @@ class _Reader:
             return Located(self._mapping(node, path, parents), origin)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             items = [
-                self.read(item, self._origin(item), (*path, index), parents)
+                self.read(item, self._line(item), (*path, index), parents)
                 for index, item in enumerate(node.value)
             ]
             return Located(items, origin)
@@ -209,22 +213,20 @@ class _Reader:
     def _mapping(
         self, node: yaml.MappingNode, path: KeyPath, parents: tuple[yaml.Node, ...]
     ) -> dict[str, Located]:
-        found: dict[str, Located] = {}
+        items: dict[str, Located] = {}
         for key_node, value_node in node.value:
-            origin = self._origin(key_node)
+            key, origin = key_node.value, self._line(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
                 self._problem(origin, path, "a key must be text")
-                continue
-            key = key_node.value
-            if key in found:
-                first = found[key].origin
+            elif key in items:
+                first = items[key].origin
                 self._problem(origin, (*path, key), f"given twice, first at {first}")
-                continue
-            found[key] = self.read(value_node, origin, (*path, key), parents)
-        return found
+            else:
+                items[key] = self.read(value_node, origin, (*path, key), parents)
+        return items
 
-    def _origin(self, node: yaml.Node) -> str:
-        return self.place(node.start_mark.line + 1)
+    def _line(self, node: yaml.Node) -> str:
+        return self.origin(node.start_mark.line + 1)
 
     def _problem(self, origin: str, path: KeyPath, text: str) -> Located:
         self.problems.append(Problem(origin, f"{dotted(path)}: {text}" if path else text))
@@ -233,17 +235,17 @@ class _Reader:
 
 def write_yaml(value: Any) -> str:
     """A block of YAML that `read_yaml` reads back."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
-    return text
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
-def write_value(value: Any) -> str:
-    """One value on one line, as it could stand after `key=`."""
+def write_value(value: Any, limit: int | None = None) -> str:
+    """One value on one line, as it could stand after `key=`; cut after `limit` characters."""
     flow = isinstance(value, dict | list | tuple)
     try:
-        text: str = yaml.dump(
+        text = yaml.dump(
             value, Dumper=_Dumper, default_flow_style=flow, allow_unicode=True, width=10**6
         )
     except yaml.YAMLError:  # a Python object that YAML has no form for
-        return repr(value)
-    return text.removesuffix("...\n").rstrip("\n")
+        text = repr(value)
+    text = text.removesuffix("...\n").rstrip("\n")
+    return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"

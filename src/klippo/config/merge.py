@@ -11,11 +11,11 @@ from klippo.config.walk import Section, by_kind, child
 COMMAND_LINE = "command line"
 
 
-def merge(base: Located, over: Located, annotation: Any) -> Located:
+def merge(base: Located, over: Located, annotation: Any = object) -> Located:
     """`over` on top of `base`: mappings merge, everything else replaces.
 
     A section whose `kind` changes is replaced, for the keys of one kind mean nothing to another.
-    `annotation` is the type of the value: a schema, or `object` where no schema knows it.
+    `annotation` is the type of the value: a schema, or `object` if no schema knows it.
     """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
@@ -30,10 +30,10 @@ def merge(base: Located, over: Located, annotation: Any) -> Located:
     return Located(merged, base.origin)
 
 
-def nest(keys: Sequence[str], value: Located) -> Located:
-    """Mappings around `value`, one per key, of the same origin."""
-    for key in reversed(keys):
-        value = Located({key: value}, value.origin)
+def nest(key: str, value: Located) -> Located:
+    """Mappings around `value`, one per word of the dotted key, of the same origin."""
+    for word in reversed(key.split(".")):
+        value = Located({word: value}, value.origin)
     return value
 
 
@@ -42,19 +42,15 @@ def parse_overrides(overrides: Sequence[str], schema: Section) -> tuple[Located,
     tree, problems = Located({}, COMMAND_LINE), []
     for override in overrides:
         key, equals, text = override.partition("=")
-        keys = key.strip().split(".")
-        if not equals or not all(keys):
-            problems.append(
-                Problem(COMMAND_LINE, f"{override}: needs key=value, as in ppo.num_steps=200")
-            )
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            what = f"{override}: needs key=value, as in ppo.num_steps=200"
+            problems.append(Problem(COMMAND_LINE, what))
             continue
-        value, broken = read_yaml(text, lambda _: COMMAND_LINE)
-        if broken:
-            problems += [Problem(p.origin, f"{override}: {p.text}; quotes help") for p in broken]
-            continue
-        if not text.strip():
-            value = Located(None, COMMAND_LINE)
-        tree = merge(tree, nest(keys, value), schema)
+        value, broken = read_yaml(text if text.strip() else "null", lambda _: COMMAND_LINE)
+        problems += [Problem(p.origin, f"{override}: {p.text}; quotes help") for p in broken]
+        if not broken:
+            tree = merge(tree, nest(key, value), schema)
     return tree, problems
 
 

@@ -17,26 +17,25 @@ def fill_placeholders(
     tree: Located, name: str, schema: type[WholeConfig]
 ) -> tuple[Located, list[Problem]]:
     """The tree without placeholders, and those that nothing fills."""
-    seed, rm_seed = _value(tree, "seed", schema), _value(tree, "rm_seed", schema)
-    filled, problems = {}, []
-    for key, value in tree.value.items():
-        by_rm_seed = key in schema.rm_seed_sections
-        if by_rm_seed and rm_seed is None:
-            problems += [
-                Problem(
-                    place.origin,
-                    f"{dotted(path)}={place.value}: nothing fills {{seed}}, which is rm_seed here; "
-                    "add --rm_seed 3 or rm_seed: 3",
-                )
-                for path, place in _open_seeds(value, (key,))
-            ]
-        filled[key] = _fill_members(value, rm_seed) if by_rm_seed else _fill(value, seed)
-    default = Located(schema.model_fields["output_dir"].default, "default")
-    folder = tree.value.get("output_dir", default)
+    defaults = {key: field.default for key, field in schema.model_fields.items()}
+    seeds = {
+        key: tree.value[key].plain() if key in tree.value else defaults.get(key)
+        for key in ("seed", "rm_seed")
+    }
+    seeds["seed"] = str(seeds["seed"])  # even if it is no number, which validation will say
+    problems: list[Problem] = []
+    items = {
+        key: _fill(
+            value, (key,), seeds["rm_seed" if key in schema.rm_seed_sections else "seed"], problems
+        )
+        for key, value in tree.value.items()
+    }
+    folder = tree.value.get("output_dir", Located(defaults["output_dir"], "default"))
     if isinstance(folder.value, str):
-        problems += _unfilled(folder, rm_seed, schema)
-        filled["output_dir"] = Located(_folder(folder.value, name, seed, rm_seed), folder.origin)
-    return Located(filled, tree.origin), problems
+        words = {"name": name} | {key: seed for key, seed in seeds.items() if key in defaults}
+        problems += _unfilled(folder, words)
+        items["output_dir"] = Located(_folder(folder.value, words), folder.origin)
+    return Located(items, tree.origin), problems
 
 
 def reopened(values: dict[str, Any]) -> dict[str, Any]:
@@ -47,77 +46,44 @@ def reopened(values: dict[str, Any]) -> dict[str, Any]:
     folder, rm_seed = values.get("output_dir", ""), values.get("rm_seed")
     if rm_seed is None or "{rm_seed}" in folder:
         return values
-    start, found, end = folder.rpartition(str(rm_seed))
-    return values | {"output_dir": f"{start}{{rm_seed}}{end}" if found else folder}
+    start, seed, end = folder.rpartition(str(rm_seed))
+    return values | {"output_dir": f"{start}{{rm_seed}}{end}" if seed else folder}
 
 
-def _value(tree: Located, key: str, schema: type[WholeConfig]) -> Any:
-    field = schema.model_fields.get(key)
-    default = Located(field.default if field else None, "default")
-    return tree.value.get(key, default).plain()
+def _fill(node: Located, path: KeyPath, seed: Any, problems: list[Problem]) -> Located:
+    """The node with {seed} filled; without a seed every text that has it is a problem.
 
-
-def _folder(text: str, name: str, seed: Any, rm_seed: Any) -> str:
-    """A run per reward-model seed: without {rm_seed} in it, the folder gets one inside."""
-    if rm_seed is not None and "{rm_seed}" not in text:
-        ending = f"/seed{rm_seed}"
-        text = text if text.endswith(ending) else text.rstrip("/") + ending
-    words = {"{name}": name, "{seed}": str(seed), "{rm_seed}": str(rm_seed)}
-    return re.sub(r"\{(name|seed|rm_seed)\}", lambda brace: words[brace[0]], text)
-
-
-def _unfilled(folder: Located, rm_seed: Any, schema: type[WholeConfig]) -> Iterator[Problem]:
-    known = [f"{{{key}}}" for key in ("name", "seed", "rm_seed") if _has(schema, key)]
-    for brace in sorted(set(re.findall(r"\{[^{}]*\}", folder.value))):
-        rule = f"output_dir={folder.value}: nothing fills {brace}"
-        if brace not in known:
-            *first, last = known
-            yield Problem(folder.origin, f"{rule}; use {', '.join(first)} or {last}")
-        elif brace == "{rm_seed}" and rm_seed is None:
-            yield Problem(folder.origin, f"{rule}; add --rm_seed 3 or rm_seed: 3")
-
-
-def _has(schema: type[WholeConfig], key: str) -> bool:
-    return key == "name" or key in schema.model_fields
-
-
-def _open_seeds(tree: Located, path: KeyPath) -> Iterator[tuple[KeyPath, Located]]:
-    """Texts with {seed}; an ensemble reports those of its own members."""
-    if isinstance(tree.value, dict):
-        for key, item in tree.value.items():
-            if not (key == "members" and _is_ensemble(tree)):
-                yield from _open_seeds(item, (*path, key))
-    elif isinstance(tree.value, list):
-        for index, item in enumerate(tree.value):
-            yield from _open_seeds(item, (*path, index))
-    elif isinstance(tree.value, str) and "{seed}" in tree.value:
-        yield path, tree
-
-
-def _is_ensemble(tree: Located) -> bool:
-    kind = tree.value.get("kind")
-    return kind is not None and kind.value == "ensemble"
-
-
-def _fill_members(tree: Located, rm_seed: Any) -> Located:
-    """{seed} is rm_seed, but where an ensemble has `seeds`, its members keep it for these."""
-    if rm_seed is None:
-        return tree
-    if not isinstance(tree.value, dict):
-        return _fill(tree, rm_seed)
-    seeds = tree.value.get("seeds")
-    keeps = {"members"} if _is_ensemble(tree) and seeds and seeds.value is not None else set()
-    items = tree.value.items()
-    return Located(
-        {k: v if k in keeps else _fill_members(v, rm_seed) for k, v in items}, tree.origin
+    The members of an ensemble keep {seed} for its `seeds`, and it reports its unfilled ones itself.
+    """
+    if isinstance(node.value, str) and "{seed}" in node.value:
+        if seed is not None:
+            return Located(node.value.replace("{seed}", str(seed)), node.origin)
+        rule = "nothing fills {seed}, which is rm_seed here; add --rm_seed 3 or rm_seed: 3"
+        problems.append(Problem(node.origin, f"{dotted(path)}={node.value}: {rule}"))
+    if not isinstance(node.value, dict | list):
+        return node
+    items = dict(node.items())
+    kind, seeds = (items[key].value if key in items else None for key in ("kind", "seeds"))
+    kept = "members" if kind == "ensemble" and (seed is None or seeds is not None) else None
+    return node.map(
+        lambda key, item: item if key == kept else _fill(item, (*path, key), seed, problems)
     )
 
 
-def _fill(tree: Located, seed: Any) -> Located:
-    if isinstance(tree.value, dict):
-        return Located({k: _fill(v, seed) for k, v in tree.value.items()}, tree.origin)
-    if isinstance(tree.value, list):
-        return Located([_fill(item, seed) for item in tree.value], tree.origin)
-    if isinstance(tree.value, str):
-        return Located(tree.value.replace("{seed}", str(seed)), tree.origin)
-    return tree
+def _folder(text: str, words: dict[str, Any]) -> str:
+    """A run per reward-model seed: without {rm_seed} in it, the folder gets one inside."""
+    rm_seed = words.get("rm_seed")
+    if rm_seed is not None and "{rm_seed}" not in text:
+        ending = f"/seed{rm_seed}"
+        text = text if text.endswith(ending) else text.rstrip("/") + ending
+    return re.sub(r"\{(\w+)\}", lambda brace: str(words.get(brace[1], brace[0])), text)
+
+
+def _unfilled(folder: Located, words: dict[str, Any]) -> Iterator[Problem]:
+    *first, last = [f"{{{word}}}" for word in words]
+    for word in sorted(set(re.findall(r"\{([^{}]*)\}", folder.value))):
+        rule = f"output_dir={folder.value}: nothing fills {{{word}}}"
+        if word not in words:
+            yield Problem(folder.origin, f"{rule}; use {', '.join(first)} or {last}")
+        elif words[word] is None:
+            yield Problem(folder.origin, f"{rule}; add --rm_seed 3 or rm_seed: 3")

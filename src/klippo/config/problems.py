@@ -11,22 +11,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from klippo.config.located import KeyPath, Located, Problem, dotted, write_value
-from klippo.config.walk import Section, all_sections, by_kind, find, members, sections_of
+from klippo.config.walk import Field, Section, all_sections, by_kind, find, members, sections_of
 
 _EXPECTED = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+    "model_attributes": "a mapping",
 }
 
 
@@ -47,32 +43,46 @@ def describe(error: ValidationError, tree: Located, schema: Section) -> list[Pro
     return problems
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The choice that `word` was probably meant to be."""
-    return next(iter(get_close_matches(word, list(choices), n=1)), None)
+    return next(iter(get_close_matches(word, list(choices), n=1, cutoff=cutoff)), None)
+
+
+def any_of(choices: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *first, last = choices
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def choice_rule(word: str, choices: Iterable[str]) -> str:
+    """What the word must be, and which choice it resembles."""
+    choices = list(choices)
+    near = nearest(word, choices)
+    return f"must be {any_of(choices)}" + (f"; did you mean {near}?" if near else "")
 
 
 def _problems_of(tries: list[ErrorDetails], tree: Located, schema: Section) -> list[Problem]:
-    """The problems at one path: several errors only where a union tried several types."""
+    """The problems of one key: several errors only if a union tried several types."""
     details = tries[0]
-    path, section, annotation = find(details["loc"], schema)
+    field = find(details["loc"], schema)
+    path, annotation = field.path, field.annotation
     key, origin, value = dotted(path), tree.origin_at(path), details["input"]
     match details["type"]:
         case "extra_forbidden":
-            return [Problem(origin, f"{key}: unknown key; {_advice(path, section, schema)}")]
+            return [Problem(origin, f"{key}: unknown key; {_advice(field, schema)}")]
         case "missing" if isinstance(path[-1], int):  # a pair with one item
-            path, annotation = path[:-1], find(details["loc"][:-1], schema).annotation
-            num_items = len(members(annotation)[0].__args__)
-            rule = f"must have {num_items} items, not {len(value)}"
-            return [Problem(tree.origin_at(path), f"{dotted(path)}={write_value(value)}: {rule}")]
+            pair = members(find(details["loc"][:-1], schema).annotation)[0]
+            rule = f"must have {len(pair.__args__)} items, not {len(value)}"
+            text = f"{dotted(path[:-1])}={write_value(value)}: {rule}"
+            return [Problem(tree.origin_at(path[:-1]), text)]
         case "missing":
-            return [Problem(origin, f"{key}: missing; {_meaning(section, path)}")]
+            return [Problem(origin, f"{key}: missing; {_meaning(field)}")]
         case "union_tag_not_found":
-            kinds = _any_of(by_kind(annotation))
+            kinds = any_of(by_kind(annotation))
             return [Problem(origin, f"{key}.kind: missing; it must be {kinds}")]
         case "union_tag_invalid":
             origin = tree.origin_at((*path, "kind"))
-            rule = _choice_rule(str(value["kind"]), by_kind(annotation))
+            rule = choice_rule(str(value["kind"]), by_kind(annotation))
             return [Problem(origin, f"{key}.kind={write_value(value['kind'])}: {rule}")]
         case "value_error":
             return [
@@ -82,12 +92,17 @@ def _problems_of(tries: list[ErrorDetails], tree: Located, schema: Section) -> l
     rule = _rules(tries, annotation)
     if value is None:
         return [Problem(origin, f"{key}: empty; {rule}, or leave the key out")]
-    return [Problem(origin, f"{key}={_short(write_value(value))}: {rule}")]
+    return [Problem(origin, f"{key}={write_value(value, limit=80)}: {rule}")]
+
+
+def _expected(details: ErrorDetails) -> str | None:
+    """The type that a value does not have; None if something else is wrong with it."""
+    return _EXPECTED.get(re.sub("_(type|parsing|from_float)$", "", details["type"]))
 
 
 def _rules(tries: list[ErrorDetails], annotation: Any) -> str:
-    """What the value must be; where a union's member read it as its type, only that one's rule."""
-    matched = [details for details in tries if details["type"] not in _EXPECTED]
+    """What the value must be; if a union's member read it as its type, only that one's rule."""
+    matched = [details for details in tries if _expected(details) is None]
     rules = dict.fromkeys(_rule(details, annotation) for details in matched or tries)
     if list(rules) == ["must be text"]:
         return "must be text; put it in quotes"
@@ -96,18 +111,14 @@ def _rules(tries: list[ErrorDetails], annotation: Any) -> str:
 
 def _rule(details: ErrorDetails, annotation: Any) -> str:
     kind, value = details["type"], details["input"]
-    if (
-        kind == "int_type"
-        and isinstance(value, float)
-        and value.is_integer()
-        and abs(value) < 2**53
-    ):
-        return f"must be a whole number, written as {value:.0f}"
-    if kind in _EXPECTED:
-        return f"must be {_EXPECTED[kind]}"
+    if expected := _expected(details):
+        whole = kind == "int_type" and isinstance(value, float) and value.is_integer()
+        return f"must be {expected}" + (
+            f", written as {value:.0f}" if whole and abs(value) < 2**53 else ""
+        )
     if kind == "literal_error":
         choices = [str(c) for m in members(annotation) for c in getattr(m, "__args__", ())]
-        return _choice_rule(str(value), choices)
+        return choice_rule(str(value), choices)
     if kind in ("too_short", "too_long"):
         bound = "at least {min_length}" if kind == "too_short" else "at most {max_length}"
         rule = "must have " + bound + " items, not {actual_length}"
@@ -115,23 +126,9 @@ def _rule(details: ErrorDetails, annotation: Any) -> str:
     return details["msg"].replace("Input should be", "must be")
 
 
-def _choice_rule(word: str, choices: Iterable[str]) -> str:
-    near = nearest(word, choices)
-    return f"must be {_any_of(choices)}" + (f"; did you mean {near}?" if near else "")
-
-
-def _any_of(choices: Iterable[str]) -> str:
-    *first, last = choices
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def _short(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _meaning(section: Section | None, path: KeyPath) -> str:
-    field = section.model_fields.get(str(path[-1])) if section else None
-    meaning = " ".join((field.description or "").split()) if field else ""
+def _meaning(field: Field) -> str:
+    known = field.section.model_fields.get(str(field.path[-1])) if field.section else None
+    meaning = " ".join((known.description or "").split()) if known else ""
     return meaning.split(". ")[0] or "it has no default"
 
 
@@ -143,18 +140,20 @@ def _broken_rule(line: str, path: KeyPath, annotation: Any, tree: Located) -> Pr
     return Problem(tree.origin_at(path), f"{dotted(path)}: {line}" if path else line)
 
 
-def _advice(path: KeyPath, section: Section | None, schema: Section) -> str:
+def _advice(field: Field, schema: Section) -> str:
     """Where an unknown key belongs, or which known key it resembles."""
-    key = str(path[-1])
-    own = list(section.model_fields) if section else []
-    others = [(name, other) for name, other in all_sections(schema) if other is not section]
-    homes = [name or "the top level" for name, other in others if key in other.model_fields]
-    if homes:
-        return f"{key} belongs to {_any_of(homes)}"
-    if near := nearest(key, own):
+    key = str(field.path[-1])
+    siblings = list(field.section.model_fields) if field.section else []
+    others = [
+        (name or "the top level", section)
+        for name, section in all_sections(schema)
+        if section is not field.section
+    ]
+    if homes := [name for name, section in others if key in section.model_fields]:
+        return f"{key} belongs to {any_of(homes)}"
+    if near := nearest(key, siblings):
         return f"did you mean {near}?"
-    elsewhere = {name: home for home, other in others for name in other.model_fields}
+    elsewhere = {name: home for home, section in others for name in section.model_fields}
     if near := nearest(key, elsewhere):
-        home = elsewhere[near]
-        return f"did you mean {near} of {home or 'the top level'}?"
-    return f"known here: {', '.join(own)}"
+        return f"did you mean {near} of {elsewhere[near]}?"
+    return f"known here: {', '.join(siblings)}"

@@ -1,4 +1,4 @@
-"""The whole config: the rooms' settings under one roof."""
+"""The config of a run: every room's settings, and the rules between them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class WholeConfig(Settings):
     recipe_folder: ClassVar[str]
     """Where the stage's packaged recipes are, inside `klippo/recipes`."""
     rm_seed_sections: ClassVar[tuple[str, ...]] = ()
-    """Where `{seed}` is the reward model's seed, not the run's."""
+    """Sections in which `{seed}` is the reward model's seed, not the run's."""
 
     seed: NonNegativeInt = 0
     """Seed of everything random."""
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is the config's name, `{seed}` the seed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes the GPU where there is one."""
+    """Where to compute; `auto` takes the GPU if there is one."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
 
@@ -90,10 +90,10 @@ class RunConfig(WholeConfig):
     health: HealthSettings = HealthSettings()
     """What happens when the numbers say that training went wrong."""
     checkpoint: CheckpointSettings = CheckpointSettings()
-    """What an interrupted run goes on from."""
+    """What an interrupted run resumes from."""
 
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> Self:
+    def _sections_agree(self) -> Self:
         if conflicts := [*self._truncations(), *self._conflicts()]:
             raise ValueError("\n".join(conflicts))
         return self
@@ -101,16 +101,12 @@ class RunConfig(WholeConfig):
     def _truncations(self) -> Iterator[str]:
         for name, off in {"top_k": 0, "top_p": 1, "min_response_length": 0}.items():
             value = getattr(self.rollout, name)
+            remedy = "; for longer responses add a `length` reward with min_tokens"
             if value != off:
-                remedy = (
-                    "; for longer responses add a `length` reward with min_tokens"
-                    if name == "min_response_length"
-                    else ""
-                )
                 yield (
                     f"rollout.{name}={value}: training needs {off}, because log-probs are those "
                     "of the untruncated policy, and a policy sampled otherwise is paid for "
-                    f"negative KL{remedy}"
+                    f"negative KL{remedy if name == 'min_response_length' else ''}"
                 )
 
     def _early_stop_conflicts(self) -> Iterator[str]:
@@ -186,7 +182,7 @@ class RunConfig(WholeConfig):
                 )
         if self.rollout.engine == "vllm" and policy.quantize_4bit:
             yield (
-                "rollout.engine=vllm takes over whole weights, and policy.quantize_4bit has none; "
+                "rollout.engine=vllm needs full weights, and policy.quantize_4bit has none; "
                 "use rollout.engine=hf"
             )
         if self.sharding in ("fsdp", "shard_grad_op") and policy.quantize_4bit:

@@ -1,4 +1,4 @@
-"""Code that comes with a model: it runs only where the config and the command both say so."""
+"""Code that comes with a model: it runs only if the config and the command both say so."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ KEY, FLAG = "trust_remote_code", "--trust-remote-code"
 
 
 def trust_code(config: Settings, flag: bool) -> None:
-    """Let the code of the models that the config trusts run, where the command says so too.
+    """Let the code of the models that the config trusts run, if the command agrees.
 
-    Raises ConfigError where only one of both does.
+    Raises ConfigError if only one of both does.
     """
     trusted = dict(_trusted(config, ""))
     if trusted and not flag:

@@ -12,8 +12,8 @@ from klippo.settings import Settings
 Section = type[Settings]
 
 
-class Place(NamedTuple):
-    """Where a pydantic error happened, in terms of what the user wrote."""
+class Field(NamedTuple):
+    """What a pydantic error is about, in terms of what the user wrote."""
 
     path: KeyPath
     section: Section | None
@@ -38,15 +38,15 @@ def sections_of(annotation: Any) -> list[Section]:
 
 
 def by_kind(annotation: Any) -> dict[str, Section]:
-    """`kind` -> settings class, where there are several to choose from; else empty."""
-    found = sections_of(annotation)
-    if len(found) < 2:
+    """`kind` -> settings class, if there are several to choose from; else empty."""
+    sections = sections_of(annotation)
+    if len(sections) < 2:
         return {}
-    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in found}
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
 
 def child(annotation: Any, key: str | int, kind: object = None) -> Any:
-    """The type of `key`'s value; `object` where the schema does not know the key."""
+    """The type of `key`'s value; `object` if the schema does not know the key."""
     kinds = by_kind(annotation)
     for member in [kinds.get(str(kind))] if kinds else members(annotation):
         if get_origin(member) is dict:
@@ -58,36 +58,39 @@ def child(annotation: Any, key: str | int, kind: object = None) -> Any:
     return object
 
 
-def find(loc: KeyPath, schema: Section) -> Place:
-    """The place of a pydantic `loc`, which also names the union members that it tried."""
+def find(loc: KeyPath, schema: Section) -> Field:
+    """The field of a pydantic `loc`, which also names the union members that it tried."""
     path: KeyPath = ()
     section: Section | None = None
     annotation: Any = schema
     for step in loc:
-        found = members(annotation)
-        if len(found) > 1:
-            lists = [member for member in found if get_origin(member) in (list, tuple)]
+        choices = members(annotation)
+        if len(choices) > 1 and str(step).startswith("literal["):
+            continue
+        if len(choices) > 1:
+            lists = [choice for choice in choices if get_origin(choice) in (list, tuple)]
             tried_list = lists[0] if lists and str(step).startswith(("list", "tuple")) else object
             annotation = by_kind(annotation).get(str(step), tried_list)
             continue
         path = (*path, step)
         section = next(iter(sections_of(annotation)), None)
         annotation = child(annotation, step)
-    return Place(path, section, annotation)
+    return Field(path, section, annotation)
 
 
 def all_sections(schema: Section) -> Iterator[tuple[str, Section]]:
     """Every settings class with the name of its section, each reward kind once."""
-    yield from _sections(schema, "", set())
+    seen: set[Section] = set()
 
+    def walk(annotation: Any, name: str) -> Iterator[tuple[str, Section]]:
+        kinds = by_kind(annotation)
+        for kind, section in kinds.items():
+            if section not in seen:
+                seen.add(section)
+                yield f"{name} (kind: {kind})", section
+        for section in [] if kinds else sections_of(annotation):
+            yield name, section
+            for key, field in section.model_fields.items():
+                yield from walk(field.annotation, f"{name}.{key}".removeprefix("."))
 
-def _sections(annotation: Any, name: str, seen: set[Section]) -> Iterator[tuple[str, Section]]:
-    kinds = by_kind(annotation)
-    for kind, section in kinds.items():
-        if section not in seen:
-            seen.add(section)
-            yield f"{name} (kind: {kind})", section
-    for section in [] if kinds else sections_of(annotation):
-        yield name, section
-        for key, field in section.model_fields.items():
-            yield from _sections(field.annotation, f"{name}.{key}".removeprefix("."), seen)
+    return walk(schema, "")
