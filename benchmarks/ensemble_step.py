@@ -121,10 +121,11 @@ def compare(name: str, config_of: Any, pairs: int) -> dict[str, Any]:
 def opened(config: Mapping[str, Any]) -> Any:
     """A session: models loaded, nothing sampled."""
     from klippo.config.load import config_from_mapping
+    from klippo.train.prepare import prepare
     from klippo.train.session import open_session
 
     options = {"device": "cpu", "num_threads": torch.get_num_threads()}
-    return open_session(config_from_mapping({**config, **options}).config)
+    return open_session(prepare(config_from_mapping({**config, **options})))
 
 
 def step(session: Any) -> dict[str, float]:

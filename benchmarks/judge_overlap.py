@@ -88,12 +88,12 @@ def measure(case: dict[str, Any], repeats: int = 3) -> dict[str, Any]:
         with server_of(0.0) as url:  # how long does sampling take?
             session = open_trainer(Path(name) / "first", url, case).session
             sampling_s = min(timed(session.source.next)[0] for _ in range(3))
-            session.close_reward()
+            session.reward.close()
         delay_s = sampling_s * CONCURRENCY / BATCH
         with server_of(delay_s) as url:
             session = open_trainer(Path(name) / "second", url, case).session
 
-            prompts = session.spare_prompts
+            prompts = session.online.spare_prompts
             asked = [prompts[i % len(prompts)] for i in range(BATCH)]
 
             def sample(together: bool) -> Any:

@@ -12,7 +12,7 @@ from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling, draw, draw_limits, response_seeds, truncate, uniforms
 from klippo.rollouts.settings import RolloutSettings
-from klippo.rollouts.sources import OnlineSource
+from klippo.rollouts.sources import OnlineSource, Sampler
 from klippo.tensors.kl import k1
 from klippo.tensors.masked import masked_sum
 from tests.policy.test_logprobs import UNUSUAL_HEADS
@@ -44,8 +44,9 @@ def engine(model, sampling=Sampling(), stops=(), **options):  # noqa: B008
 
 
 def online(sampler, settings, prompts=PROMPTS, **options):
-    options = {"seed": 0, "device": CPU} | options
-    return OnlineSource(lambda: prompts, sampler, NO_TOKENIZER, settings, **options)
+    options = {"seed": 0} | options
+    responses = Sampler(engine=sampler, tokenizer=NO_TOKENIZER, settings=settings, device=CPU)
+    return OnlineSource(responses, lambda: prompts, **options)
 
 
 def greedy_by_hand(model, prompt_ids, limit, stops):

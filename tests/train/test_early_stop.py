@@ -44,7 +44,7 @@ def test_a_kl_budget_ends_the_run_early_and_keeps_the_best(
     assert sum(kl) / len(kl) <= 0.5
     assert AutoModelForCausalLM.from_pretrained(run / "best/model") is not None
     assert "The run stops early" in out
-    assert f"Best policy: that of step {best}" in out
+    assert f"Best policy: step {best}," in out
 
 
 def test_a_gold_sample_ends_the_run_when_the_reward_is_fooled(

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 from klippo import PPOTrainer
 from klippo.errors import ConfigError
 from klippo.runs.folder import read_rows
-
-from .conftest import word_tokenizer
+from tests.small_models import word_tokenizer
 
 PROMPTS = ["the movie was", "a film is", "I liked the movie"]
 

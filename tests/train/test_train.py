@@ -227,7 +227,7 @@ def test_a_report_that_fails_costs_the_run_nothing(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no ink")
 
-    monkeypatch.setattr("klippo.train.outcome.write_report", fail)
+    monkeypatch.setattr("klippo.report.write.write_report", fail)
     code, out, err = cli("train", write_config())
     assert code == 0, err
     assert "There is no report: ValueError: no ink." in out

@@ -40,7 +40,7 @@ from klippo.rewards.settings import ClassifierSettings
 from klippo.rewards.stored import STORED_FILE, StoredReward
 from klippo.rollouts.sampling import Sampling
 from klippo.rollouts.settings import RolloutSettings
-from klippo.rollouts.sources import OnlineSource
+from klippo.rollouts.sources import Sampler
 from klippo.runs.folder import CONFIG_FILE, write_text, writing
 from klippo.runs.models import open_model
 from klippo.supervised.bradley_terry import train_reward_model
@@ -294,15 +294,16 @@ def sample_reference(settings: ReferenceSettings, device: torch.device) -> Rollo
     )
     room = longest(settings.response_length)
     prompts = held_out(data, settings.seed).prompts(opened, room, settings.seed)
-    engine = opened.engine(Sampling(temperature=settings.temperature), GENERATION_BATCH)
-    return OnlineSource(
-        PromptSampler(prompts, settings.num_samples, settings.seed).next,
-        engine,
-        opened.tokenizer,
-        RolloutSettings(response_length=settings.response_length, temperature=settings.temperature),
-        seed=settings.seed,
+    sampler = Sampler(
+        engine=opened.engine(Sampling(temperature=settings.temperature), GENERATION_BATCH),
+        tokenizer=opened.tokenizer,
+        settings=RolloutSettings(
+            response_length=settings.response_length, temperature=settings.temperature
+        ),
         device=device,
-    ).next()
+    )
+    asked_prompts = PromptSampler(prompts, settings.num_samples, settings.seed).next()
+    return sampler.sample(asked_prompts, settings.seed, range(settings.num_samples))
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

@@ -51,13 +51,15 @@ class Timing:
     run_s: float
 
 
-def time_run(config: RunConfig, plan: Plan, data: Data) -> Timing:
+def time_run(config: RunConfig, plan: Plan, *, trust_remote_code: bool) -> Timing:
     """Sample, score and learn from one micro-batch of the real model, twice; the second counts.
 
     A reward with a judge gives zeros here. Nothing is written.
     """
     import torch
 
+    from klippo.config.load import config_from_mapping
+    from klippo.train.prepare import Given, prepare
     from klippo.train.session import open_session
 
     ppo = config.ppo
@@ -72,7 +74,15 @@ def time_run(config: RunConfig, plan: Plan, data: Data) -> Timing:
     }
     timed = config.model_copy(update={"ppo": ppo.model_copy(update=small), "gold": None})
     asks_a_judge = any(name.startswith("reward") for name, _ in named_judges(config))
-    session = open_session(timed, reward=_zeros if asks_a_judge else None, data=data)
+    given = Given(reward=_zeros if asks_a_judge else None)
+    session = open_session(
+        prepare(
+            config_from_mapping(timed),
+            given,
+            trust_remote_code=trust_remote_code,
+            measures_memory=False,
+        )
+    )
     marks: list[float] = []
 
     def mark() -> None:
@@ -91,7 +101,7 @@ def time_run(config: RunConfig, plan: Plan, data: Data) -> Timing:
         mark()
         session.learner.learn(experience)
         mark()
-    session.close_reward()
+    session.reward.close()
     generate_s, forward_s, score_s, update_s = (b - a for a, b in pairwise(marks))
     every_response = plan.num_training + plan.num_evaluation + plan.num_early_stop
     seconds = (generate_s + forward_s + score_s) * every_response
@@ -133,7 +143,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> int:
     except NoEstimateError as error:
         problem = str(error)
     fits = estimate is None or budget is None or estimate.peak <= budget
-    timing = time_run(config, plan, data) if fits else None
+    timing = time_run(config, plan, trust_remote_code=trust_remote_code) if fits else None
     console = Console()
     tell(plan, timing, console)
     if estimate is not None:

@@ -17,8 +17,6 @@ from klippo.train.session import Session
 from klippo.types import Prompt, RewardSource, Rollout
 
 BEST_DIR = "best"
-EARLY_STOP_SEED = 3_000_017
-"""Added to the run's seed for early stopping's responses, the same random numbers every time."""
 
 Evaluate = Callable[[Rollout, int], list[SampleRow]]
 """Rows of a rollout at a step."""
@@ -76,7 +74,7 @@ class RunEarlyStop:
                 device=self._session.device,
                 prompt_column=config.data.prompt_columns[0],
             )
-        rollout = self._session.answer_alone(self._prompts, config.seed + EARLY_STOP_SEED)
+        rollout = self._session.sampling().early_stop_responses(self._prompts)
         rows = self._evaluate(rollout, step)
         gold = resolve_scores(self._gold, rollout).reward.tolist()
         return [
@@ -86,13 +84,13 @@ class RunEarlyStop:
 
     def _outside_the_evaluation(self, number: int) -> list[Prompt]:
         """Prompts that the evaluation does not use, held-out ones first."""
-        session = self._session
-        used = {str(prompt.token_ids) for prompt in session.evaluation_prompts}
-        free = [p for p in session.spare_prompts if str(p.token_ids) not in used]
+        online = self._session.sampling()
+        used = {str(prompt.token_ids) for prompt in online.evaluation_prompts}
+        free = [p for p in online.spare_prompts if str(p.token_ids) not in used]
         if len(free) < MIN_PROMPTS:
             raise ConfigError(
                 f"early_stop.gold_prompts={number}: only {len(free)} prompts are outside the "
                 f"evaluation set, and early stopping needs {MIN_PROMPTS}; lower "
-                f"evaluation.num_prompts ({len(session.evaluation_prompts)} now), or add data"
+                f"evaluation.num_prompts ({len(online.evaluation_prompts)} now), or add data"
             )
-        return pick(free, number, session.config.seed)
+        return pick(free, number, self._session.config.seed)

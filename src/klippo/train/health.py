@@ -7,50 +7,47 @@ from typing import Any
 
 from klippo.errors import HealthError, KlippoError
 from klippo.ppo.health import Alarm, HealthMonitor
-from klippo.ranks import Ranks
 from klippo.runs.folder import RunFolder
 from klippo.train.session import Session
 from klippo.types import Metrics
 
 
 class RunHealth:
-    """In every process of a run; the first one decides for all."""
+    """Lives in every process of a run; the first one decides for all."""
 
     def __init__(self, session: Session, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self._health = HealthMonitor(session.config.health, session.config.ppo)
-        self._ranks: Ranks = session.ranks
+        self._monitor = HealthMonitor(session.config.health, session.learner.ppo)
+        self._ranks = session.ranks
         self._folder = folder
         self._say = say
 
-    def look_at_rollout(self, step: int, metrics: Metrics) -> None:
-        """Before the update of a step. Raises HealthError where the run should end."""
-        self._tell(self._health.look_at_rollout(step, metrics))
+    def check_rollout(self, step: int, metrics: Metrics) -> None:
+        """Before the update of a step. Raises HealthError if the run should end."""
+        self._report(self._monitor.look_at_rollout(step, metrics))
 
-    def look_at_update(self, step: int, metrics: Metrics) -> None:
-        """After the update of a step. Raises HealthError where the run should end."""
-        self._tell(self._health.look_at_update(step, metrics))
+    def check_update(self, step: int, metrics: Metrics) -> None:
+        """After the update of a step. Raises HealthError if the run should end."""
+        self._report(self._monitor.look_at_update(step, metrics))
 
     def record(self, error: BaseException, step: int) -> None:
-        """An error that ended the run in a check's name before the check could see it."""
+        """Remember an error that ended the run in a check's name before the check could see it."""
         if isinstance(error, HealthError):
             return
         if isinstance(error, KlippoError) and error.check is not None:
-            self._health.record(error.check, step, "stop", str(error))
+            self._monitor.record(error.check, step, "stop", str(error))
 
     def status(self) -> dict[str, Any]:
         """For run_status.json: the checks that have fired so far, by name."""
-        fired = self._health.fired()
+        fired = self._monitor.fired()
         return {"health": fired} if fired else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What they remember."""
-        return self._health.state_dict()
+        return self._monitor.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self._health.load_state_dict(state)
+        self._monitor.load_state_dict(state)
 
-    def _tell(self, alarms: list[Alarm]) -> None:
+    def _report(self, alarms: list[Alarm]) -> None:
         alarms = self._ranks.gather(alarms)[0]
         news = [alarm for alarm in alarms if alarm.is_new]
         for alarm in news:

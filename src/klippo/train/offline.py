@@ -75,7 +75,7 @@ class OfflineData:
     def __init__(
         self, config: RunConfig, logged: Logged, loaded: LoadedPolicy, device: torch.device
     ) -> None:
-        """Tokenize; `config` becomes what the data makes of it. Raises ConfigError."""
+        """Tokenize, and settle `ppo`. Raises ConfigError."""
         assert config.offline is not None
         assert isinstance(config.reward, ColumnSettings)
         self.config, self.offline = config, config.offline
@@ -91,7 +91,8 @@ class OfflineData:
         settled: dict[str, float] = {"num_steps": self.num_steps}
         if self.offline.baseline == "leave_one_out":
             settled["value_coef"] = 0.0  # there is no critic to train
-        self.config = config.model_copy(update={"ppo": config.ppo.model_copy(update=settled)})
+        self.ppo = config.ppo.model_copy(update=settled)
+        """The run's PPO settings, with what the data settles."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -199,8 +200,8 @@ class OfflineData:
     def source(self, next_responses: Callable[[], list[LoggedResponse]]) -> LoggedSource:
         """Responses as rollouts."""
         return LoggedSource(
-            next_responses,
-            self._loaded.tokenizer,
+            next_responses=next_responses,
+            tokenizer=self._loaded.tokenizer,
             temperature=self.config.rollout.temperature,
             behavior=self.behavior,
             device=self._device,

@@ -65,7 +65,8 @@ def _estimate(session: Session) -> MemoryEstimate | None:
     from transformers import AutoModelForCausalLM
 
     policy, dtype = session.policy, getattr(torch, session.config.policy.dtype)
-    prompts = [*session.spare_prompts, *session.evaluation_prompts]
+    online = session.online
+    prompts = [] if online is None else [*online.spare_prompts, *online.evaluation_prompts]
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

@@ -1,10 +1,11 @@
-"""Everything that one run needs, put together from its config."""
+"""The objects of a run, built from what `prepare` checked."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -13,29 +14,27 @@ import torch
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import Data, as_rows, load_rows, train_source, validation_source
+from klippo.data.rows import as_rows, train_source, validation_source
 from klippo.data.sampler import PromptSampler, pick
 from klippo.errors import ConfigError
-from klippo.judge.reward import JudgeReward
 from klippo.lab.fingerprints import of_prompts, of_weights
-from klippo.lab.reward_names import check_reward
 from klippo.lengths import room_for_prompts
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.policy.loading import load_policy
+from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.sharding import full_weights
-from klippo.ppo.learner import Learner, require_equal_shares
-from klippo.ranks import Ranks, choose_device
-from klippo.rewards.build import build_reward
+from klippo.ppo.learner import Learner
+from klippo.ppo.settings import PPOSettings
+from klippo.ranks import Ranks
 from klippo.rewards.combined import SumReward, yardstick
-from klippo.rewards.function import FunctionReward
+from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.judged import judge_metrics, over_processes
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
+from klippo.rewards.settings import EnsembleSettings, RewardSettings, SumSettings
 from klippo.rollouts.collate import stop_token_ids
-from klippo.rollouts.sources import OnlineSource
-from klippo.train.engines import build_engine, check_engine_settings
-from klippo.train.launch import choose_sharding
-from klippo.train.moments import REFERENCE_SEED, measure_members
-from klippo.train.offline import OfflineData, read_logged
+from klippo.rollouts.sources import OnlineSource, OnResponse, Sampler
+from klippo.train.engines import build_engine
+from klippo.train.offline import OfflineData
+from klippo.train.prepare import Prepared
 from klippo.types import (
     Metrics,
     Prompt,
@@ -48,258 +47,301 @@ from klippo.types import (
     stateful,
 )
 
-EVALUATION_SEED = 1_000_003
-"""Added to the run's seed, so that evaluation draws the same random numbers at every step."""
+
+class Stream(IntEnum):
+    """Added to the run's seed, so that each use of sampling draws random numbers of its own."""
+
+    TRAINING = 0
+    EVALUATION = 1_000_003
+    REFERENCE = 2_000_003
+    EARLY_STOP = 3_000_017
+
+
+class RunReward:
+    """The training reward of a run, and the same on a fixed scale for its evaluations."""
+
+    def __init__(
+        self, source: RewardSource, ranks: Ranks, evaluators: Ranks, *, skips_not_finite: bool
+    ) -> None:
+        """`evaluators` are the processes that share an evaluation."""
+        self.source = source
+        self.fixed = yardstick(source, evaluators.all_sum_or_fail)
+        self._ranks = ranks
+        self._skips_not_finite = skips_not_finite
+
+    def score(self, rollout: Rollout) -> Scores:
+        """The training reward of a rollout."""
+        return resolve_scores(self.source, rollout, skip_not_finite=self._skips_not_finite)
+
+    def score_fixed(self, rollout: Rollout) -> Scores:
+        """The reward on a scale that does not move while the policy trains."""
+        return resolve_scores(self.fixed, rollout, skip_not_finite=self._skips_not_finite)
+
+    def metrics(self) -> Metrics:
+        """What judges counted since the last call, over all processes."""
+        return over_processes(judge_metrics(self.source), self._ranks)
+
+    def close(self) -> None:
+        """Stop waiting for answers, after a failure."""
+        close_source(self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Online:
+    """The prompts and the sampling of a run that samples."""
+
+    source: OnlineSource
+    seed: int
+    evaluation_prompts: list[Prompt]
+    evaluation_share: range
+    """Which evaluation prompts this process answers."""
+    spare_prompts: list[Prompt]
+    """Prompts beside the evaluation set: held-out ones, else those for training."""
+    on_evaluation_response: OnResponse | None
+
+    def evaluation_responses(self) -> Rollout:
+        """Responses to this process's share, with the same random numbers at every step."""
+        share = self.evaluation_share
+        prompts = self.evaluation_prompts[share.start : share.stop]
+        return self.source.sampler.sample(
+            prompts, self.seed + Stream.EVALUATION, share, self.on_evaluation_response
+        )
+
+    def early_stop_responses(self, prompts: Sequence[Prompt]) -> Rollout:
+        """Responses of this process alone, with the same random numbers at every step."""
+        seed = self.seed + Stream.EARLY_STOP
+        return self.source.sampler.sample(prompts, seed, range(len(prompts)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """The objects of a run."""
 
-    config: RunConfig
-    device: torch.device
-    ranks: Ranks
+    run: Prepared
     tokenizer: Tokenizer
     policy: ActorCritic
     reference: Reference
     learner: Learner
+    reward: RunReward
     source: RolloutSource
-    score: Callable[[Rollout], Scores]
-    """The training reward."""
-    close_reward: Callable[[], None]
-    """Ends what the reward still waits for; after a failure."""
-    reward_metrics: Callable[[], Metrics]
-    """What the reward says about itself, since the last call."""
-    measure: Callable[[Rollout], Scores]
-    """The same for evaluation, on a scale that stays."""
+    online: Online | None
+    offline: OfflineData | None
     stop_ids: frozenset[int]
-    stateful: Mapping[str, Stateful]
-    """What beside the learner remembers something from step to step."""
+    resolved: RunConfig
+    """The config with what the data and the starting policy settled, for config.yaml."""
     fingerprints: Mapping[str, str]
     """Of the model and of the data that the run began with."""
-    answer_evaluation: Callable[[], Rollout]
-    """Answers to this process's share, each with the same random numbers at every step."""
-    answer: Callable[[list[Prompt]], Rollout]
-    """Responses to prompts, numbered as the run's next."""
-    answer_alone: Callable[[list[Prompt], int], Rollout]
-    """Responses to prompts under a seed, in this process."""
-    prepare: Callable[[Sequence[Any]], list[Prompt]]
-    """Raw prompts (text or chat messages) as the policy reads them."""
-    evaluation_prompts: list[Prompt] = field(default_factory=list)
-    evaluation_share: range = range(0)
-    """Which of them this process answers."""
-    spare_prompts: list[Prompt] = field(default_factory=list)
-    """Where prompts beside the evaluation set come from: held-out ones, else those to train on."""
-    offline: OfflineData | None = None
-    """Where the run learns from responses that exist already."""
+    states: Mapping[str, Stateful]
+    """What beside the learner has a state to keep from step to step."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The config as it was given."""
+        return self.run.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.device
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.run.ranks
+
+    def score(self, rollout: Rollout) -> Scores:
+        """The training reward; an error in one process is raised in all."""
+        return self.ranks.everywhere(lambda: self.reward.score(rollout))
+
+    def prompts(self, raw: Sequence[Any]) -> list[Prompt]:
+        """Raw prompts (text, chat messages or mappings of columns) as the policy reads them."""
+        rows = as_rows(raw, self.config.data.prompt_columns)
+        return _prompts(self.config, rows, self.policy, self.tokenizer, "prompts")
+
+    def sampling(self) -> Online:
+        """The online part. Raises ConfigError for an offline run."""
+        if self.online is None:
+            raise ConfigError(
+                "an offline run learns from the responses in its data and samples none; use klippo "
+                "generate or klippo compare with its folder"
+            )
+        return self.online
 
 
-def open_session(
-    config: RunConfig,
-    *,
-    model: Any | None = None,
-    tokenizer: Tokenizer | None = None,
-    reward: RewardSource | Callable[..., Any] | None = None,
-    prompts: Sequence[Any] | None = None,
-    data: Data | None = None,
-) -> Session:
-    """Build a run. Objects given here stand in for what the config names.
-
-    `data` is what `load_rows` gave, where it was called before.
-
-    What is cheap to check comes first: the data before the models.
-    """
-    device = choose_device(config.device)
-    skips_not_finite = config.health.reward_not_finite == "skip"
-    ranks = Ranks.from_environment(device, config.peer_timeout_s)
-    sharding = choose_sharding(config, ranks)
-    require_equal_shares(config.ppo, ranks)
-    check_engine_settings(config.rollout, device, ranks)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if prompts is None:
-        rows, held_out = data or load_rows(config.data, config.seed)
-    else:
-        rows, held_out = as_rows(prompts, config.data.prompt_columns), []
-    logged = None if config.offline is None else read_logged(config, rows, held_out)
-    source = _reward_source(config, reward, device, ranks)
-    if isinstance(source, FunctionReward | JudgeReward | SumReward):
-        source.check_columns(rows[0].columns)
-    if config.gold is not None:
-        check_reward(config.gold, rows[0].columns)
+def open_session(run: Prepared) -> Session:
+    """Load the models and build everything around them. Raises what loading raises."""
+    config, ranks = run.config, run.ranks
     seed_everything(config.seed)
     loaded = load_policy(
         config.policy,
         config.critic,
-        device,
-        model=model,
-        tokenizer=tokenizer,
-        sharding=sharding,
+        run.device,
+        model=run.given.model,
+        tokenizer=run.given.tokenizer,
+        sharding=run.sharding,
         ranks=ranks,
     )
     ranks.meet("models")
-    tokenizer, hf_model = loaded.tokenizer, loaded.policy.lm.model
-    longest = config.rollout.response_length if config.offline is None else 1
-    room = room_for_prompts(hf_model, longest, config.data.max_prompt_tokens)
-
-    def prepare(rows: Sequence[Row], name: str) -> list[Prompt]:
-        return build_prompts(
-            rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed, source=name
-        )
-
-    offline = None if logged is None else OfflineData(config, logged, loaded, device)
-    if offline is not None:
-        config = offline.config
-    learner = Learner(
-        loaded.policy,
-        loaded.reference,
-        ppo=config.ppo,
-        kl=config.kl,
-        score=config.score,
-        optimizer=config.optimizer,
-        seed=config.seed,
-        ranks=ranks,
-    )
-    common: dict[str, Any] = {
-        "device": device,
-        "ranks": ranks,
-        "tokenizer": tokenizer,
-        "policy": loaded.policy,
-        "reference": loaded.reference,
-        "learner": learner,
-        "score": lambda rollout: resolve_scores(source, rollout, skip_not_finite=skips_not_finite),
-        "close_reward": lambda: close_source(source),
-        "reward_metrics": lambda: over_processes(judge_metrics(source), ranks),
-        "prepare": lambda raw: prepare(as_rows(raw, config.data.prompt_columns), "prompts"),
-    }
     with full_weights(loaded.reference.lm):
         model_digest = of_weights(loaded.reference.lm.model)
-    if offline is not None:
-        responses = offline.sampler(ranks)
-        return Session(
-            config=config,
-            source=offline.source(responses.next),
-            stateful={"sampler": responses},
-            fingerprints={
-                "data": of_prompts(p.prompt for p in offline.train),
-                "model": model_digest,
-            },
-            stop_ids=offline.stop_ids,
-            offline=offline,
-            measure=_samples_nothing,
-            answer=_samples_nothing,
-            answer_evaluation=_samples_nothing,
-            answer_alone=_samples_nothing,
-            **common,
-        )
-    train_prompts = prepare(rows, train_source(config.data))
-    held_out_prompts = (
-        prepare(held_out, validation_source(config.data)) if held_out else train_prompts
+    if run.logged is None:
+        return _open_online(run, loaded, model_digest)
+    offline = OfflineData(config, run.logged, loaded, run.device)
+    sampler = offline.sampler(ranks)
+    return Session(
+        run=run,
+        tokenizer=loaded.tokenizer,
+        policy=loaded.policy,
+        reference=loaded.reference,
+        learner=_learner(run, loaded, offline.ppo),
+        reward=RunReward(run.reward, ranks, ranks, skips_not_finite=_skips_not_finite(config)),
+        source=offline.source(sampler.next),
+        online=None,
+        offline=offline,
+        stop_ids=offline.stop_ids,
+        resolved=config.model_copy(update={"ppo": offline.ppo}),
+        fingerprints={"data": of_prompts(r.prompt for r in offline.train), "model": model_digest},
+        states={"sampler": sampler},
     )
-    sampler = PromptSampler(
-        train_prompts,
-        config.ppo.batch_size,
-        config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+
+
+def _open_online(run: Prepared, loaded: LoadedPolicy, model_digest: str) -> Session:
+    config, ranks, tokenizer = run.config, run.ranks, loaded.tokenizer
+
+    def prompts_of(rows: Sequence[Row], source: str) -> list[Prompt]:
+        return _prompts(config, rows, loaded.policy, tokenizer, source)
+
+    train = prompts_of(run.rows, train_source(config.data))
+    held_out = prompts_of(run.held_out, validation_source(config.data)) if run.held_out else train
     stop_ids = stop_token_ids(
         tokenizer,
-        getattr(hf_model, "generation_config", None),
+        getattr(loaded.policy.lm.model, "generation_config", None),
         at_eos=config.rollout.stop_at_eos,
         extra=config.rollout.stop_tokens,
     )
-    engine = build_engine(config, loaded, stop_ids, [*train_prompts, *held_out_prompts])
-    evaluation_prompts = pick(held_out_prompts, config.evaluation.num_prompts, config.seed)
-    share, evaluators = _share_evaluation(len(evaluation_prompts), ranks)
-    fixed = yardstick(source, evaluators.all_sum_or_fail)
-
-    def source_with(next_prompts: Callable[[], list[Prompt]], seed: int) -> OnlineSource:
-        return OnlineSource(
-            next_prompts,
-            engine,
-            tokenizer,
-            config.rollout,
-            seed=seed,
-            device=device,
-            ranks=ranks,
-            on_response=begin_with(source),
-        )
-
-    def reference_responses(number: int) -> Rollout:
-        chosen = pick(train_prompts, number, config.seed)
-        asked = [chosen[i % len(chosen)] for i in range(number)]
-        return source_with(list, config.seed + REFERENCE_SEED).answer_as(asked, range(number))
-
-    measured = measure_members(config.reward, source, reference_responses)
-    config = config.model_copy(update={"reward": measured})
-    training_source = source_with(sampler.next, config.seed)
-    evaluation_source = source_with(list, config.seed + EVALUATION_SEED)
-    parts: dict[str, Any] = {
-        "sampler": sampler,
-        "responses": training_source,
-        "reward": source,
-        "yardstick": fixed,
-    }
+    sampler = Sampler(
+        engine=build_engine(config, loaded, stop_ids, [*train, *held_out]),
+        tokenizer=tokenizer,
+        settings=config.rollout,
+        device=run.device,
+    )
+    measured = _measure_ensembles(config.reward, run.reward, sampler, train, config.seed)
+    evaluation = pick(held_out, config.evaluation.num_prompts, config.seed)
+    share, evaluators = _share_evaluation(len(evaluation), ranks)
+    reward = RunReward(run.reward, ranks, evaluators, skips_not_finite=_skips_not_finite(config))
+    batches = PromptSampler(
+        train, config.ppo.batch_size, config.seed, rank=ranks.rank, world_size=ranks.world_size
+    )
+    source = OnlineSource(
+        sampler,
+        batches.next,
+        seed=config.seed + Stream.TRAINING,
+        ranks=ranks,
+        on_response=begin_with(reward.source),
+    )
+    states: dict[str, Stateful] = {"sampler": batches, "responses": source}
+    for name, part in {"reward": reward.source, "yardstick": reward.fixed}.items():
+        if (state := stateful(part)) is not None:
+            states[name] = state
     return Session(
-        config=config,
-        source=training_source,
-        stateful={
-            name: found for name, part in parts.items() if (found := stateful(part)) is not None
-        },
-        fingerprints={"data": of_prompts(train_prompts), "model": model_digest},
-        answer=training_source.answer,
-        measure=lambda rollout: resolve_scores(fixed, rollout, skip_not_finite=skips_not_finite),
+        run=run,
+        tokenizer=tokenizer,
+        policy=loaded.policy,
+        reference=loaded.reference,
+        learner=_learner(run, loaded, config.ppo),
+        reward=reward,
+        source=source,
+        online=Online(
+            source=source,
+            seed=config.seed,
+            evaluation_prompts=evaluation,
+            evaluation_share=share,
+            spare_prompts=held_out,
+            on_evaluation_response=begin_with(reward.fixed),
+        ),
+        offline=None,
         stop_ids=stop_ids,
-        evaluation_prompts=evaluation_prompts,
-        evaluation_share=share,
-        answer_evaluation=lambda: evaluation_source.answer_as(
-            evaluation_prompts[share.start : share.stop], share, begin_with(fixed)
-        ),
-        spare_prompts=held_out_prompts,
-        answer_alone=lambda prompts, seed: source_with(list, seed).answer_as(
-            prompts, range(len(prompts))
-        ),
-        **common,
+        resolved=config.model_copy(update={"reward": measured}),
+        fingerprints={"data": of_prompts(train), "model": model_digest},
+        states=states,
     )
 
 
 def seed_everything(seed: int) -> None:
-    """The generators that rewards and libraries draw from; the run's own have their own seeds."""
+    """Seed the generators that rewards and libraries draw from; the run's have their own seeds."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def _samples_nothing(*_: Any) -> Any:
-    raise ConfigError(
-        "an offline run learns from the responses in its data and samples none; use klippo "
-        "generate or klippo compare with its folder"
+def _learner(run: Prepared, loaded: LoadedPolicy, ppo: PPOSettings) -> Learner:
+    config = run.config
+    return Learner(
+        loaded.policy,
+        loaded.reference,
+        ppo=ppo,
+        kl=config.kl,
+        score=config.score,
+        optimizer=config.optimizer,
+        seed=config.seed,
+        ranks=run.ranks,
     )
 
 
-def _share_evaluation(num_prompts: int, ranks: Ranks) -> tuple[range, Ranks]:
-    """This process's part of the prompts, and the processes that evaluate.
+def _prompts(
+    config: RunConfig, rows: Sequence[Row], policy: ActorCritic, tokenizer: Any, source: str
+) -> list[Prompt]:
+    room = room_for_prompts(
+        policy.lm.model,
+        config.rollout.response_length if config.offline is None else 1,
+        config.data.max_prompt_tokens,
+    )
+    return build_prompts(
+        rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed, source=source
+    )
 
-    The first evaluates alone where some would have no prompt.
+
+def _skips_not_finite(config: RunConfig) -> bool:
+    return config.health.reward_not_finite == "skip"
+
+
+def _share_evaluation(num_prompts: int, ranks: Ranks) -> tuple[range, Ranks]:
+    """This process's share of the prompts, and the processes that evaluate.
+
+    The first process evaluates alone if some would have no prompt.
     """
     if num_prompts >= ranks.world_size:
         return ranks.share(num_prompts), ranks
     return range(num_prompts if ranks.is_main else 0), Ranks()
 
 
-def _reward_source(
-    config: RunConfig,
-    reward: RewardSource | Callable[..., Any] | None,
-    device: torch.device,
-    ranks: Ranks,
-) -> RewardSource:
-    if reward is None:
-        return build_reward(
-            config.reward,
-            device=device,
-            prompt_column=config.data.prompt_columns[0],
-            ranks=ranks,
-            account=config.output_dir,
-        )
-    return reward if hasattr(reward, "score") else FunctionReward(reward)
+def _measure_ensembles(
+    settings: RewardSettings,
+    source: RewardSource,
+    sampler: Sampler,
+    prompts: list[Prompt],
+    seed: int,
+) -> RewardSettings:
+    """Put the members of every waiting ensemble on one scale, measured on the starting policy.
+
+    Returns the settings with what was measured; without such an ensemble nothing is sampled.
+    """
+    if isinstance(source, EnsembleReward) and source.waits_for_moments:
+        number = source.settings.reference_size
+        chosen = pick(prompts, number, seed)
+        asked = [chosen[i % len(chosen)] for i in range(number)]
+        rollout = sampler.sample(asked, seed + Stream.REFERENCE, range(number))
+        moments = source.measure(rollout.prompts, rollout.responses)
+        if isinstance(settings, EnsembleSettings):
+            return settings.model_copy(update={"moments": moments})
+    if isinstance(source, SumReward) and isinstance(settings, SumSettings):
+        parts = {
+            name: part.model_copy(
+                update={
+                    "reward": _measure_ensembles(
+                        part.reward, source.parts[name].source, sampler, prompts, seed
+                    )
+                }
+            )
+            for name, part in settings.parts.items()
+        }
+        return settings.model_copy(update={"parts": parts})
+    return settings

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from klippo.config.schema import RunConfig
 from klippo.report.reading import STARTED_FILE
 from klippo.runs.folder import write_text
 from klippo.train.resume import Start
@@ -28,34 +26,31 @@ def now() -> str:
 def write_started(
     folder: Path,
     session: Session,
-    config: RunConfig,
-    name: str,
-    origins: Mapping[str, str],
     start: Start,
 ) -> None:
     """The config as it was given, its name and who set what in it; time, versions and device.
 
-    A run that goes on keeps when it began and is told of each time that it went on.
+    A resumed run keeps when it began, and lists each time that it was resumed.
     """
     file = folder / STARTED_FILE
     before = json.loads(file.read_bytes()) if start.is_resumed and file.is_file() else {}
     is_gpu = session.device.type == "cuda"
     facts = {
-        "name": name,
+        "name": session.run.name,
         "started": before.get("started", now()),
         "device": torch.cuda.get_device_name(session.device) if is_gpu else session.device.type,
         "num_processes": session.ranks.world_size,
         "versions": {"python": platform.python_version()} | versions(),
-        "origins": dict(origins),
-        "config": config.model_dump(mode="json"),
+        "origins": dict(session.run.origins),
+        "config": session.config.model_dump(mode="json"),
     }
     if start.is_resumed:
-        went_on = {
+        resumption = {
             "at": now(),
             "after_steps": session.learner.num_steps_done,
             "changed": start.changed,
         }
-        facts["resumed"] = [*before.get("resumed", []), went_on]
+        facts["resumed"] = [*before.get("resumed", []), resumption]
     write_text(file, json.dumps(facts, indent=2) + "\n")
 
 

@@ -11,18 +11,16 @@ import torch
 
 from klippo.config.load import LoadedConfig, config_from_mapping
 from klippo.config.schema import RunConfig
-from klippo.config.trust import trust_code
-from klippo.data.rows import Data
 from klippo.errors import ConfigError
 from klippo.policy.sharding import full_weights, is_sharded
-from klippo.ppo import loop as ppo_trainer
+from klippo.ppo import loop
 from klippo.ranks import explaining_peers
 from klippo.rollouts.collate import collate, truncate_after_stop
 from klippo.runs.folder import RunFolder
+from klippo.train.ending import Outcome, conclude, rescue
 from klippo.train.interruptions import undisturbed
-from klippo.train.outcome import Outcome, conclude
+from klippo.train.prepare import Given, prepare
 from klippo.train.recorder import RunRecorder, save_model
-from klippo.train.rescue import rescue
 from klippo.train.session import Session, open_session
 from klippo.train.started import write_started
 from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores, Tokenizer
@@ -36,10 +34,11 @@ class PPOTrainer:
     `config` is a LoadedConfig, a RunConfig, or a mapping of the same shape. `policy` (a Hugging
     Face causal LM with `tokenizer`, or a name), `reward` (a function of keyword arguments
     `prompts`, `responses`, `token_ids` and the data's columns, or any object with `score`) and
-    `prompts` (texts, chat messages or mappings of columns) stand in for what the config names.
-    `data` is what `load_rows` gave, where the data was read before. An unfinished run in the same
-    folder with an equal config goes on; `resume` allows safe changes (docs/resume.md), `overwrite`
-    begins again. `trust_remote_code` is the flag of that name (docs/security.md).
+    `prompts` (texts, chat messages or mappings of columns) replace what the config names.
+
+    An unfinished run in the same folder with an equal config is resumed; `resume` allows safe
+    changes (docs/resume.md), `overwrite` starts over. `trust_remote_code` is the flag of that name
+    (docs/security.md). `confirm_cost` asks on the terminal before a judge that may cost much.
 
     Raises ConfigError or PreflightError before anything expensive starts.
     """
@@ -52,65 +51,53 @@ class PPOTrainer:
         prompts: Sequence[Any] | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        data: Data | None = None,
         overwrite: bool = False,
         resume: bool = False,
         quiet: bool = False,
         trust_remote_code: bool = False,
+        confirm_cost: bool = False,
     ) -> None:
-        loaded = _loaded(config, policy, reward, prompts)
-        self.config = loaded.config
-        self.name = loaded.name
-        trust_code(self.config, trust_remote_code)
-        self._origins = loaded.origins
-        self._options = {"overwrite": overwrite, "resume": resume, "quiet": quiet}
-        in_memory = policy is not None and not isinstance(policy, str)
-        if in_memory and tokenizer is None:
-            raise ConfigError(
-                "a policy given as a model needs its tokenizer: PPOTrainer(…, tokenizer=…)"
-            )
-        self.session: Session = open_session(
-            self.config,
-            model=policy if in_memory else None,
+        given = Given(
+            model=None if isinstance(policy, str) else policy,
             tokenizer=tokenizer,
             reward=reward,
             prompts=prompts,
-            data=data,
         )
+        self._overwrite, self._resume, self._quiet = overwrite, resume, quiet
+        run = prepare(
+            _loaded(config, policy, reward, prompts),
+            given,
+            trust_remote_code=trust_remote_code,
+            confirm_cost=confirm_cost,
+        )
+        self.config = run.config
+        self.session: Session = open_session(run)
 
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
     def train(self) -> Outcome:
-        """The whole run: trains, evaluates, writes the run folder, compares before and after."""
+        """The whole run: train, evaluate, write the run folder, compare before and after."""
         session = self.session
-        recorder = RunRecorder(session, self.config, **self._options)
-        folder = recorder.folder.path
+        recorder = RunRecorder(
+            session, overwrite=self._overwrite, resume=self._resume, quiet=self._quiet
+        )
         try:
             if session.ranks.is_main:
-                write_started(
-                    folder, session, self.config, self.name, self._origins, recorder.start
-                )
+                write_started(recorder.folder.path, session, recorder.start)
             with recorder.progress, recorder.interruptions, explaining_peers():
-                ppo_trainer.train(session.learner, session.source, self._score, recorder)
+                loop.train(session.learner, session.source, session.score, recorder)
             with full_weights(session.policy):
                 if session.ranks.is_main:
                     save_model(session, recorder.folder)
-            outcome = conclude(
-                session,
-                recorder.folder,
-                recorder.console,
-                recorder.early_stop,
-                recorder.stopped,
-                recorder.health.status(),
-            )
+            outcome = conclude(recorder)
             recorder.keeper.done()
         except BaseException as error:
             with undisturbed():
-                rescue(session, recorder, error)
-                with suppress(Exception):  # what went wrong first is what is told
-                    session.close_reward()
+                rescue(recorder, error)
+                with suppress(Exception):  # the first error is the one to report
+                    session.reward.close()
             raise
         finally:
             recorder.close()
@@ -118,8 +105,7 @@ class PPOTrainer:
 
     def generate(self, prompts: Sequence[Any]) -> Rollout:
         """Sample one response per prompt from the current policy, for `step`."""
-        ready = _ready(prompts) or self.session.prepare(prompts)
-        return self.session.answer(list(ready))
+        return self.session.sampling().source.answer(self._prompts(prompts))
 
     def step(
         self, prompts: Sequence[Any], responses: Sequence[Any], scores: Sequence[float | None]
@@ -130,12 +116,10 @@ class PPOTrainer:
         in `rollout.response_token_ids()`. scores: one number each; None or NaN leaves a response
         out. The number of responses must be `ppo.batch_size`. Returns the step's metrics.
         """
-        ready = list(_ready(prompts) or self.session.prepare(prompts))
-        rollout = self._rollout(ready, responses, len(scores))
+        rollout = self._rollout(self._prompts(prompts), responses, len(scores))
         reward = torch.tensor([float("nan") if s is None else float(s) for s in scores])
-        return self.session.learner.learn(
-            self.session.learner.experience(rollout, Scores(reward=reward))
-        )
+        learner = self.session.learner
+        return learner.learn(learner.experience(rollout, Scores(reward=reward)))
 
     def save(self, directory: str | Path) -> None:
         """Write `model/` (Hugging Face format, with tokenizer) and `critic/` into a directory.
@@ -149,16 +133,19 @@ class PPOTrainer:
             if self.session.ranks.is_main or not is_sharded(policy):
                 save_model(self.session, RunFolder(path))
 
-    def _score(self, rollout: Rollout) -> Scores:
-        return self.session.ranks.everywhere(lambda: self.session.score(rollout))
+    def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
+        ready = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        if ready and len(ready) == len(prompts):
+            return ready
+        return self.session.prompts(prompts)
 
     def _rollout(self, prompts: list[Prompt], responses: Sequence[Any], num_scores: int) -> Rollout:
-        sizes = (len(prompts), len(responses), num_scores)
-        expected = self.config.ppo.batch_size // self.session.ranks.world_size
-        if any(size != expected for size in sizes):
+        session = self.session
+        expected = self.config.ppo.batch_size // session.ranks.world_size
+        if {len(prompts), len(responses), num_scores} != {expected}:
             raise ConfigError(
-                f"step got {sizes[0]} prompts, {sizes[1]} responses and {sizes[2]} scores; "
-                f"ppo.batch_size={self.config.ppo.batch_size} needs {expected} of each"
+                f"step got {len(prompts)} prompts, {len(responses)} responses and {num_scores} "
+                f"scores; ppo.batch_size={self.config.ppo.batch_size} needs {expected} of each"
             )
         completions = []
         for i, response in enumerate(responses):
@@ -170,20 +157,14 @@ class PPOTrainer:
             ids = [int(token) for token in response]
             if not ids:
                 raise ConfigError(f"responses[{i}] is empty; a response has at least one token")
-            completions.append(truncate_after_stop(ids, self.session.stop_ids))
+            completions.append(truncate_after_stop(ids, session.stop_ids))
         return collate(
             prompts,
             completions,
-            self.session.tokenizer,
+            session.tokenizer,
             temperature=self.config.rollout.temperature,
-            device=self.session.device,
+            device=session.device,
         )
-
-
-def _ready(prompts: Sequence[Any]) -> list[Prompt] | None:
-    """Prompts that are prepared already."""
-    ready = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-    return ready if ready and len(ready) == len(prompts) else None
 
 
 def _loaded(
