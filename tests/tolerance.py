@@ -1,38 +1,68 @@
 """How far two computations of one number may lie apart: derived, never tuned.
 
-A processor adds the terms of a sum in an order of its own (the width of its vectors, the number of
-threads), and each order rounds otherwise. A tolerance that was tried out on one machine therefore
-fails on another. So tests do one of two things:
+A processor adds the terms of a sum in its own order (by the width of its vectors and the number of
+threads), and each order rounds differently. A tolerance that was tried out on one machine fails on
+another. So a test does one of three things:
 
-- Models and learners compute in float64 (`gpt2().double()`, `oracle(...)`), and results agree to
-  `FLOAT64`. Rounding is then a million times smaller than any mistake worth finding.
-- What is float32 on purpose, on few operations, is compared with float64 and `float32(...)`, a
-  bound from the number of roundings (N. Higham, Accuracy and Stability of Numerical Algorithms,
-  2nd ed., 2002, chapters 2-4).
+- Models and learners compute in float64, and results agree to `FLOAT64`: rounding is then a million
+  times smaller than any mistake worth catching. The toys are float64 (toys.py), and code of others
+  that would narrow to float32 runs inside `NoFloat32`.
+- Few float32 operations are compared with `float32(n, largest)`, a bound from the number of
+  roundings on the way to a result.
+- What must be equal bit by bit (a resumed run, two processes) is compared on one machine.
 
-What must be equal bit by bit (a resumed run, two processes of one run) is compared on one machine.
+Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, chapters 2 to 4.
 """
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 FLOAT64 = {"atol": 1e-9, "rtol": 1e-9}
 """For `assert_close` of float64 results.
 
-A toy step chains about 10^4 roundings (2 layers, sums of at most 24 terms, 14 tokens, up to 12
-optimizer steps), each of at most 1.1e-16 of numbers below 10^2: 1e-10 if all of them point the same
-way. AdamW multiplies a gradient's error by at most learning rate / eps = 10^3 where gradients
-vanish, but there the numbers are below 1e-3. A wrong term, sign or mask shows at 1e-6 or more.
+A toy step chains at most 10^4 roundings (2 layers, sums of at most 64 terms, 20 tokens, 12 steps of
+the optimizer), each of at most 1.1e-16 of numbers below 10^2: 1e-10 if all of them point the same
+way. A wrong term, sign or mask changes results by 1e-6 or more.
 """
-FLOAT64_APPROX = {"abs": 1e-9, "rel": 1e-9}
+FLOAT64_APPROX = {"abs": FLOAT64["atol"], "rel": FLOAT64["rtol"]}
 """The same for `pytest.approx`."""
 
 
+class NoFloat32(TorchFunctionMode):
+    """Code that asks for float32 gets float64 inside.
+
+    transformers computes norms, attention weights and rewards in float32 even if the weights are
+    float64, which would bring float32's rounding back into an exact comparison.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+
+        def widened(x):
+            return torch.float64 if x is torch.float32 else x
+
+        args = [widened(x) for x in args]
+        return func(*args, **{name: widened(x) for name, x in (kwargs or {}).items()})
+
+
 def gamma(num_roundings: int, dtype: torch.dtype = torch.float32) -> float:
-    """Bound on the relative error of a product of `num_roundings` factors 1 + d, |d| <= u.
+    """The relative error after `num_roundings` operations, at most, in any order.
 
         gamma_n = n u / (1 - n u),    u = half the distance from 1 to the next number
 
-    Higham, lemma 3.1. It holds for every order of the operations.
+    Higham, lemma 3.1. A sum of n terms has n - 1 roundings, and its error is relative to the sum of
+    the terms' absolute values.
     """
     unit = torch.finfo(dtype).eps / 2
     return num_roundings * unit / (1 - num_roundings * unit)
+
+
+def float32(num_roundings: int, largest: float = 1.0) -> dict[str, float]:
+    """For `assert_close`: float32 results, `num_roundings` away from numbers up to `largest`."""
+    return {"atol": gamma(num_roundings) * largest, "rtol": gamma(num_roundings)}
+
+
+def float32_approx(num_roundings: int, largest: float = 1.0) -> dict[str, float]:
+    """The same for `pytest.approx`."""
+    return {"abs": gamma(num_roundings) * largest, "rel": gamma(num_roundings)}

@@ -1,5 +1,8 @@
 """Tiny models, prompts and rollouts that tests share.
 
+The models are in float64, so that results do not depend on the processor (see tolerance.py); a test
+of float32 itself says `gpt2().float()`.
+
 B sequences, P prompt tokens, T response tokens, V vocabulary.
 """
 
@@ -39,7 +42,7 @@ def gpt2(seed=0, vocab_size=VOCABULARY, num_layers=2, **config):
             vocab_size=vocab_size, n_positions=40, n_embd=16, n_layer=num_layers, n_head=2,
             bos_token_id=EOS, eos_token_id=EOS, initializer_range=0.4, **config,
         )
-    ).eval()  # fmt: skip
+    ).double().eval()  # fmt: skip
 
 
 def llama(seed=0, vocab_size=VOCABULARY, num_layers=2, **config):
@@ -52,7 +55,7 @@ def llama(seed=0, vocab_size=VOCABULARY, num_layers=2, **config):
             num_key_value_heads=2, bos_token_id=EOS, eos_token_id=EOS, initializer_range=0.4,
             **config,
         )
-    ).eval()  # fmt: skip
+    ).double().eval()  # fmt: skip
 
 
 FAMILIES = {"gpt2": gpt2, "llama": llama}
@@ -62,7 +65,7 @@ def load(model=None, *, critic=None, sharding="none", ranks=ONE_PROCESS, **polic
     """What `load_policy` makes of a model (a GPT-2 by default)."""
     settings = PolicySettings(**({"model": "toy", "lora": LORA} | policy))
     model = gpt2() if model is None else model
-    loaded = load_policy(
+    return load_policy(
         settings,
         critic or CriticSettings(),
         CPU,
@@ -71,15 +74,12 @@ def load(model=None, *, critic=None, sharding="none", ranks=ONE_PROCESS, **polic
         sharding=sharding,
         ranks=ranks,
     )
-    if model.dtype == torch.float64:
-        loaded.policy.double()  # the critic's new head as well
-    return loaded
 
 
 def oracle(model):
-    """A copy of a model, or of any module, that computes in float64 all the way.
+    """A copy of a model that computes in float64 all the way.
 
-    transformers' RMSNorm computes in float32 whatever its weights are; PyTorch's takes its turn.
+    transformers' RMSNorm computes in float32 whatever its weights are; PyTorch's replaces it.
     """
     copied = copy.deepcopy(model).double()
     for module in copied.modules():

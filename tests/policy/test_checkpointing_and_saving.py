@@ -12,6 +12,7 @@ from klippo.policy.saving import VALUE_HEAD_FILE, save_policy
 from klippo.policy.settings import CriticSettings
 from tests.policy.test_critics import CRITICS, TOKENS
 from tests.policy.test_reference import logprobs_of
+from tests.tolerance import FLOAT64
 from tests.toys import (
     FAMILIES,
     LORA,
@@ -22,6 +23,7 @@ from tests.toys import (
     gradients,
     llama,
     load,
+    oracle,
 )
 
 LORA_CRITIC = CriticSettings(kind="lora", lora=LORA)
@@ -63,7 +65,7 @@ def test_checkpointed_gradients_equal_plain_ones(setup, family):
     checkpointed, again = trained_gradients(family, tuning, critic, True)
     assert (none_again, again > 0) == (0, True), "checkpointing must recompute the blocks"
     assert plain
-    assert_same_tensors(checkpointed, plain, atol=1e-6, rtol=1e-5)
+    assert_same_tensors(checkpointed, plain, **FLOAT64)
 
 
 def saved(tmp_path, kind, model=None):
@@ -79,8 +81,8 @@ def saved(tmp_path, kind, model=None):
 @pytest.mark.parametrize("kind", ["trunk", "trunk_last_layers"])
 def test_a_saved_policy_reloads_with_the_same_log_probs(tmp_path, kind, family):
     _, output = saved(tmp_path, kind, FAMILIES[family]())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    torch.testing.assert_close(logprobs_of(again), output.logprobs, atol=1e-5, rtol=0)
+    again = oracle(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
+    torch.testing.assert_close(logprobs_of(again), output.logprobs, **FLOAT64)
 
 
 def test_the_saved_config_keeps_its_dropout(tmp_path):  # rule 6: off in the run, not in the model
@@ -95,8 +97,8 @@ def test_a_saved_adapter_reloads_on_its_base_and_stands_alone(tmp_path, kind, fa
 
     _, output = saved(tmp_path, kind, FAMILIES[family]())
     again = PeftModel.from_pretrained(FAMILIES[family](), tmp_path / "model").eval()
-    merged = again.merge_and_unload()
-    torch.testing.assert_close(logprobs_of(merged), output.logprobs, atol=2e-5, rtol=0)
+    merged = oracle(again.merge_and_unload())
+    torch.testing.assert_close(logprobs_of(merged), output.logprobs, **FLOAT64)
     assert not [path for path in (tmp_path / "model").iterdir() if path.is_dir()]
     names = load_file(tmp_path / "model/adapter_model.safetensors")
     assert all("critic" not in name and "reference" not in name for name in names)
@@ -114,7 +116,7 @@ def test_a_policy_started_from_an_adapter_saves_its_own_adapter_alone(tmp_path):
     assert not [path for path in (tmp_path / "model").iterdir() if path.is_dir()]
     again = load(llama(), tuning="lora", adapter=str(tmp_path / "model"))
     with torch.no_grad():
-        torch.testing.assert_close(again.policy(TOKENS, 0.8).logprobs, expected)
+        torch.testing.assert_close(again.policy(TOKENS, 0.8).logprobs, expected, **FLOAT64)
 
 
 @pytest.mark.parametrize("kind", CRITICS)
@@ -129,7 +131,7 @@ def test_the_value_head_lies_beside_and_says_what_it_stands_on(tmp_path, kind):
         trunk = AutoModel.from_pretrained(tmp_path / "critic").eval()
         with torch.no_grad():
             policy.critic.trunk.load_state_dict(trunk.state_dict())
-            torch.testing.assert_close(policy(TOKENS, 0.8).values, output.values)
+            torch.testing.assert_close(policy(TOKENS, 0.8).values, output.values, **FLOAT64)
     elif kind == "lora":
         assert stands_on == "the policy's base with this folder's adapter"
         assert list((tmp_path / "critic").glob("*/adapter_model.safetensors"))

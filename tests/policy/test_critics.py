@@ -6,6 +6,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from klippo.errors import PreflightError
 from klippo.policy.settings import CriticSettings
+from tests.tolerance import FLOAT64
 from tests.toys import (
     EOS,
     LORA,
@@ -17,6 +18,7 @@ from tests.toys import (
     llama,
     load,
     make_rollout,
+    oracle,
 )
 
 TOKENS = make_rollout(RAGGED).tokens
@@ -68,16 +70,16 @@ def reward_model(folder, vocab_size=VOCABULARY):
 
 
 def test_a_critic_from_a_reward_model_keeps_its_head_and_reads_its_scores(tmp_path):  # rule 26
-    model = reward_model(tmp_path)
+    model = reward_model(tmp_path).double()
     critic = CriticSettings(kind="separate", model=str(tmp_path))
-    policy = load(llama(), critic=critic).policy
+    policy = load(llama(), critic=critic).policy.double()
     with torch.no_grad():
         values = policy.train()(TOKENS, 1.0, after_last=True).values
         for i, (prompt_ids, ids) in enumerate(RAGGED):
             whole = torch.tensor([prompt_ids + ids])
             scores = model.score(model.transformer(input_ids=whole)[0])[0, :, 0]
             expected = scores[len(prompt_ids) - 1 :]
-            torch.testing.assert_close(values[i, : len(expected)], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(values[i, : len(expected)], expected, **FLOAT64)
     assert all(p.requires_grad for p in policy.critic.parameters())
 
 
@@ -95,7 +97,7 @@ def test_values_alone_equal_those_of_the_whole_pass_and_spare_the_policy(kind): 
     disturb(of_critic, scale=0.3)
     values = policy.values(TOKENS)
     with torch.no_grad():
-        torch.testing.assert_close(values, policy(TOKENS, 1.0).values)
+        torch.testing.assert_close(values, policy(TOKENS, 1.0).values, **FLOAT64)
     values.square().sum().backward()
     assert all(p.grad is None for p in of_policy)
     assert all(p.grad is not None and p.grad.any() for p in of_critic)
@@ -106,7 +108,10 @@ def test_a_critic_of_its_own_leaves_the_policys_distribution_alone(kind):  # rul
     critic, tuning = CRITICS[kind]
     model = llama()
     expected = {
-        i: dense_logprobs(model, *row).gather(1, torch.tensor(row[1])[:, None]).squeeze(1).detach()
+        i: dense_logprobs(oracle(model), *row)
+        .gather(1, torch.tensor(row[1])[:, None])
+        .squeeze(1)
+        .detach()
         for i, row in enumerate(RAGGED)
     }
     policy = load(model, critic=critic, tuning=tuning).policy
@@ -114,7 +119,7 @@ def test_a_critic_of_its_own_leaves_the_policys_distribution_alone(kind):  # rul
     with torch.no_grad():
         logprobs = policy(TOKENS, 1.0).logprobs
     for i, own in expected.items():
-        torch.testing.assert_close(logprobs[i, : len(own)], own, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs[i, : len(own)], own, **FLOAT64)
 
 
 def test_the_trunk_critics_loss_also_trains_the_trunk():  # rule 26

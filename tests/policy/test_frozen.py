@@ -14,6 +14,7 @@ from klippo.policy.settings import CriticSettings
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings
 from klippo.types import Scores
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
 from tests.toys import (
     RAGGED,
     VOCABULARY,
@@ -39,7 +40,7 @@ def neox(num_layers):
             num_hidden_layers=num_layers, intermediate_size=24, num_attention_heads=2,
             rotary_pct=0.5, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
         )
-    ).eval()  # fmt: skip
+    ).double().eval()  # fmt: skip
 
 
 FAMILIES = {"gpt2": gpt2, "llama": llama, "neox": neox}
@@ -81,9 +82,9 @@ def learn(loaded, *, ppo=None, kl=None, num_steps=2):
 
 def same(mine, theirs):
     for one, other in zip(mine[0], theirs[0], strict=True):
-        assert one == pytest.approx(other, abs=1e-6, rel=1e-5)
+        assert one == pytest.approx(other, **FLOAT64_APPROX)
     for one, other in zip(mine[1], theirs[1], strict=True):
-        assert_same_tensors(one, other, atol=1e-6, rtol=1e-5)
+        assert_same_tensors(one, other, **FLOAT64)
 
 
 @pytest.mark.parametrize("after_last", [False, True])
@@ -98,7 +99,7 @@ def test_hidden_states_are_those_of_the_whole_trunk(family, after_last):
         expected = lm.hidden(ROLLOUT.tokens, after_last=after_last)
         assert len(runs) == 1
         found = lm.hidden(known, after_last=after_last)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found, expected, **FLOAT64)
         assert len(runs) == 1
         assert torch.equal(lm.hidden(ROLLOUT.tokens, after_last=after_last), expected)
         assert len(runs) == 2, "the blocks are back in their places"

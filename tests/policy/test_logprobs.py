@@ -27,6 +27,7 @@ from klippo.errors import PreflightError
 from klippo.policy.actor_critic import CausalLM
 from klippo.policy.loading import check_head, turn_dropout_off
 from klippo.types import TokenBatch
+from tests.tolerance import FLOAT64, FLOAT64_APPROX, NoFloat32
 from tests.toys import (
     EOS,
     FAMILIES,
@@ -85,9 +86,7 @@ def test_log_probs_and_values_do_not_depend_on_padding_or_company(family, left, 
             alone = policy(tokens.rows(torch.tensor([i])), 0.7)
             for name in ("logprobs", "entropy", "values"):
                 ours = getattr(together, name)[i, : len(response)]
-                torch.testing.assert_close(
-                    ours, getattr(alone, name)[0], atol=1e-5, rtol=0, msg=name
-                )
+                torch.testing.assert_close(ours, getattr(alone, name)[0], **FLOAT64, msg=name)
     assert together.logprobs.shape[1] == tokens.response_mask.shape[1] + right
     for i, (_, response) in enumerate(RAGGED):
         assert not together.logprobs[i, len(response) :].any()
@@ -106,10 +105,10 @@ def test_log_probs_are_the_models_own_at_the_position_before_each_token(family, 
             logp = dense_logprobs(model, prompt_ids, response_ids, temperature)
             for t, token in enumerate(response_ids):
                 assert float(output.logprobs[i, t]) == pytest.approx(
-                    float(logp[t, token]), abs=1e-5
+                    float(logp[t, token]), **FLOAT64_APPROX
                 )
                 entropy = -float((logp[t].exp() * logp[t]).sum())
-                assert float(output.entropy[i, t]) == pytest.approx(entropy, abs=1e-5)
+                assert float(output.entropy[i, t]) == pytest.approx(entropy, **FLOAT64_APPROX)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +122,7 @@ def test_gradients_through_the_chunked_head_are_those_of_the_dense_model(family)
         dense_logprobs(model, prompt_ids, ids, 0.8).gather(1, torch.tensor(ids)[:, None]).sum()
         for prompt_ids, ids in RAGGED
     ).backward()
-    assert_same_tensors(ours, gradients(model), atol=2e-5, rtol=1e-4)
+    assert_same_tensors(ours, gradients(model), **FLOAT64)
 
 
 def test_logits_of_a_whole_batch_never_exist(monkeypatch):  # rule 10, through the whole model
@@ -150,11 +149,11 @@ def test_values_are_read_where_the_token_is_emitted_and_one_further():  # rules 
     with torch.no_grad():
         values = policy(tokens, 1.0, after_last=True).values
         assert values.shape == (len(RAGGED), tokens.response_mask.shape[1] + 1)
-        torch.testing.assert_close(values[:, :-1], policy(tokens, 1.0).values)
+        torch.testing.assert_close(values[:, :-1], policy(tokens, 1.0).values, **FLOAT64)
         for i, (prompt_ids, response_ids) in enumerate(RAGGED):
             states = model.transformer(input_ids=torch.tensor([prompt_ids + response_ids]))[0][0]
             expected = head(states[len(prompt_ids) - 1 :]).squeeze(1)
-            torch.testing.assert_close(values[i, : len(expected)], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(values[i, : len(expected)], expected, **FLOAT64)
 
 
 SMALL = {
@@ -182,15 +181,15 @@ UNUSUAL_HEADS = {
 @pytest.mark.parametrize("architecture", UNUSUAL_HEADS)
 def test_scaled_and_capped_logits_are_understood(architecture):  # rule 4
     torch.manual_seed(0)
-    model = UNUSUAL_HEADS[architecture]().eval()
+    model = UNUSUAL_HEADS[architecture]().double().eval()
     policy = load(model).policy
     tokens = make_rollout(RAGGED).tokens
-    with torch.no_grad():
+    with torch.no_grad(), NoFloat32():
         logprobs = policy(tokens, 0.7).logprobs
         for i, (prompt_ids, ids) in enumerate(RAGGED):
             expected = dense_logprobs(model, prompt_ids, ids, 0.7)
             expected = expected.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
-            torch.testing.assert_close(logprobs[i, : len(ids)], expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(logprobs[i, : len(ids)], expected, **FLOAT64)
 
 
 @pytest.mark.parametrize("change", ["shift one token", "square", "mixture"])

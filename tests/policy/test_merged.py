@@ -12,6 +12,7 @@ from klippo.policy.settings import CriticSettings
 from klippo.ranks import Ranks
 from klippo.train.engines import build_engine, merges_adapters, ready_to_sample
 from tests.policy.test_reference import adapter_state, start
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
 from tests.toys import FAMILIES, LORA, RAGGED, disturb, gpt2, llama, load, make_rollout, prompt
 
 PROMPTS = [prompt(*ids, id=i) for i, (ids, _) in enumerate(RAGGED)]
@@ -51,7 +52,7 @@ def test_one_product_gives_the_logits_of_three(family, tmp_path):
     for layer in layers:
         layer.lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
     with merged_adapters(model):
-        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits(model), expected, **FLOAT64)
     assert (len(layers), len(calls)) == (NUM_LAYERS[family], 0)
     assert torch.equal(logits(model), expected)
     assert len(calls) == len(layers)
@@ -102,7 +103,7 @@ def test_merged_sampling_draws_the_same_tokens(family, temperature, tmp_path):
 
     for merged, plain in zip(sample(True), sample(False), strict=True):
         assert merged.token_ids == plain.token_ids
-        assert merged.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+        assert merged.logprobs == pytest.approx(plain.logprobs, **FLOAT64_APPROX)
 
 
 def test_adapters_are_merged_once_for_all_batches_of_a_sampling_phase(monkeypatch):
@@ -129,7 +130,7 @@ def test_a_tied_embedding_keeps_its_weights():
     expected, numbers = logits(model), embedding.detach().clone()
     with merged_adapters(model):
         assert torch.equal(embedding, numbers)
-        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits(model), expected, **FLOAT64)
     assert model.get_output_embeddings().base_layer.weight is embedding
 
 
@@ -172,6 +173,6 @@ def test_where_adapters_are_merged(config, sharded, expected):
 
 
 def test_the_copy_is_as_large_as_the_adapted_weights():
-    model = load(llama(), tuning="lora").policy.lm.model
+    model = load(llama().float(), tuning="lora").policy.lm.model
     # Width 16, 2 of 4 heads for keys and values, MLP 24; 4 bytes.
     assert merged_bytes(model) == 4 * 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)

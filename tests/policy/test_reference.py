@@ -61,7 +61,7 @@ STARTS = ["full", "last_layers", "lora", "adapter"]
 
 def start(kind, family, tmp_path, critic=None):
     """(loaded policy in float64, frozen copy of what it was at step 0)."""
-    model = FAMILIES[family]().double()
+    model = FAMILIES[family]()
     copied = oracle(model)
     if kind == "adapter":
         copied = oracle(saved_adapter(tmp_path, model))

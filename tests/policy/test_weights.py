@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from klippo.errors import PreflightError
 from klippo.policy.adapters import with_adapter
 from klippo.policy.weights import effective_weights, weight_change
+from tests.tolerance import float32, float32_approx
 from tests.toys import disturb, gpt2, llama
 
 
@@ -36,11 +37,11 @@ def test_one_tensor_that_moved_is_found_with_its_size() -> None:
     total = sum(float(p.detach().double().square().sum()) for p in gpt2().parameters()) ** 0.5
     change = weight_change(gpt2(), after)
     assert change.num_changed == 1
-    assert change.relative == pytest.approx(4 / total, rel=1e-5)
+    assert change.relative == pytest.approx(4 / total, **float32_approx(3))
 
 
 def test_an_adapter_counts_as_the_weights_that_it_makes(tmp_path: Path) -> None:
-    adapted = with_adapter(gpt2(), str(adapter(tmp_path, gpt2())))
+    adapted = with_adapter(gpt2().float(), str(adapter(tmp_path, gpt2())))
     merged = copy.deepcopy(adapted)
     for module in list(merged.modules()):
         if hasattr(module, "merge"):
@@ -53,7 +54,9 @@ def test_an_adapter_counts_as_the_weights_that_it_makes(tmp_path: Path) -> None:
     found = dict(effective_weights(adapted))
     assert found.keys() == expected.keys() == dict(gpt2().named_parameters()).keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], msg=name)
+        largest = float(value.abs().max())
+        # Sums of 2 products, scaled and added, here and in peft.
+        torch.testing.assert_close(value, expected[name], **float32(2 * 4, largest), msg=name)
     assert weight_change(gpt2(), adapted).num_changed == 8  # four linear layers in two blocks
 
 

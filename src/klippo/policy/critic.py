@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from klippo.policy.actor_critic import CausalLM, trunk_hidden
 from klippo.types import TokenBatch
 
 
-def value_head(hidden_size: int) -> nn.Linear:
-    """A scalar head in float32 whose output starts at zero."""
-    head = nn.Linear(hidden_size, 1)
+def value_head(hidden_size: int, dtype: torch.dtype) -> nn.Linear:
+    """A scalar head whose output starts at zero, in float32, or in float64 on a float64 trunk."""
+    head = nn.Linear(hidden_size, 1, dtype=torch.promote_types(dtype, torch.float32))
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -31,9 +32,9 @@ class TrunkCritic(nn.Module):
 
     reads_policy = True
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, lm: CausalLM) -> None:
         super().__init__()
-        self.head = value_head(hidden_size)
+        self.head = value_head(lm.hidden_size, lm.model.dtype)
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         return self.head.parameters()
@@ -57,7 +58,7 @@ class LoraCritic(nn.Module):
     ) -> None:
         """`active` makes the adapter named `adapter` the one that `lm` computes with."""
         super().__init__()
-        self.head = value_head(lm.hidden_size)
+        self.head = value_head(lm.hidden_size, lm.model.dtype)
         self._active = active
         self._adapter = adapter
         # Shared with the policy module: kept out of the module tree.
@@ -89,7 +90,7 @@ class SeparateCritic(nn.Module):
         super().__init__()
         self.trunk = trunk
         width = int(trunk.config.get_text_config().hidden_size)
-        self.head = value_head(width) if head is None else head
+        self.head = value_head(width, trunk.dtype) if head is None else head
         self.autocast = autocast
         self._takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
 

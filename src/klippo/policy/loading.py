@@ -154,7 +154,7 @@ def assemble(
         for parameter in critic_module.own_parameters():
             parameter.requires_grad_(True)
     else:
-        critic_module = TrunkCritic(lm.hidden_size)
+        critic_module = TrunkCritic(lm)
     policy = ActorCritic(lm, critic_module.to(device), peft_model)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():
