@@ -16,6 +16,7 @@ from klippo.ppo.update import loss_of
 from klippo.tensors.masked import masked_sum
 from klippo.types import Scores
 from tests.ppo.test_experience import learner
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
 from tests.toys import (
     LORA,
     RAGGED,
@@ -114,19 +115,11 @@ def test_the_fused_head_has_the_gradients_of_plain_autograd(monkeypatch, start, 
     loaded.policy.zero_grad()
     total, logged = loss_of(settings, loaded.policy, batch, **arguments)
     (total / 7).backward()
-    torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(logged[0].float(), actor, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(logged[1].float(), critic, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(total, expected, **FLOAT64)
+    torch.testing.assert_close(logged[0], actor, **FLOAT64)
+    torch.testing.assert_close(logged[1], critic, **FLOAT64)
     assert any(bool(gradient.any()) for gradient in expected_gradients.values())
-    found = gradients(loaded.policy)
-    assert found.keys() == expected_gradients.keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
-    for name, gradient in expected_gradients.items():
-        # To 2e-6 of the largest gradient: they are sums that cancel, in float32.
-        assert float((found[name] - gradient).abs().max()) <= 2e-6 * max(1.0, largest), (
-            name,
-            largest,
-        )
+    assert_same_tensors(gradients(loaded.policy), expected_gradients, **FLOAT64)
 
 
 def trunk_runs(lm):
@@ -152,11 +145,11 @@ def test_what_both_models_say_together_is_what_they_say_apart():
     apart = one.forward(ROLLOUT)
     for name in ("logprobs", "ref_logprobs", "entropy", "values"):
         found, expected = getattr(together, name), getattr(apart, name)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found, expected, **FLOAT64)
     with torch.no_grad():
         kl = one.reference.kl_from(one.policy.lm, ROLLOUT.tokens, 0.8)
     assert kl.max() > 0.01
-    torch.testing.assert_close(together.exact_kl, kl, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together.exact_kl, kl, **FLOAT64)
 
 
 @pytest.mark.parametrize("kind", ["trunk", "separate"])
@@ -178,10 +171,10 @@ def test_a_warm_up_runs_the_policy_in_the_forward_phase_alone(kind):
     metrics, seen, num_runs = learn(known=True)
     expected_metrics, expected, num_expected = learn(known=False)
     assert (num_runs, num_expected) == (0, 6 if kind == "trunk" else 0)
-    assert metrics == pytest.approx(expected_metrics, abs=1e-6)
+    assert metrics == pytest.approx(expected_metrics, **FLOAT64_APPROX)
     assert len(seen) == 3
     for mine, theirs in zip(seen, expected, strict=True):
-        assert_same_tensors(mine, theirs, atol=1e-6)
+        assert_same_tensors(mine, theirs, **FLOAT64)
 
 
 def test_no_states_are_kept_once_the_critic_is_warm():

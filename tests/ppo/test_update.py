@@ -13,6 +13,7 @@ from klippo.ppo.learner import build_schedule
 from klippo.ppo.settings import OptimizerSettings
 from klippo.types import Scores
 from tests.ppo.test_experience import REWARD, learner, learnt_gradients
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
 from tests.toys import (
     LORA,
     RAGGED,
@@ -48,9 +49,9 @@ def test_gradients_do_not_depend_on_the_micro_batch(micro):  # rule 23
     )
     one = learner(ppo={"entropy_coef": 0.1} | micro, **options)
     split, split_metrics = learnt_gradients(one, ROLLOUT, REWARD)
-    assert_same_tensors(split, whole, atol=1e-6, rtol=1e-5)
+    assert_same_tensors(split, whole, **FLOAT64)
     for name in metrics:
-        assert split_metrics[name] == pytest.approx(metrics[name], abs=1e-5), name
+        assert split_metrics[name] == pytest.approx(metrics[name], **FLOAT64_APPROX), name
 
 
 def test_every_token_of_the_step_weighs_the_same():  # rule 23
@@ -68,7 +69,7 @@ def test_every_token_of_the_step_weighs_the_same():  # rule 23
     )
     (total / 14).backward()
     for name, expected in gradients(fresh.policy).items():
-        torch.testing.assert_close(gradient[name], expected, atol=2e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(gradient[name], expected, **FLOAT64, msg=name)
 
 
 def test_the_entropy_bonus_raises_the_entropy():  # rule 22
@@ -141,7 +142,7 @@ def test_the_ratio_threshold_looks_at_the_masked_mean_ratio_and_not_at_single_to
     old[0, 0] -= math.log(100.0)  # mean ratio (100 + 13) / 14 = 8.07
     metrics = run(one, experience, old_logprobs=old)
     assert metrics["update/num_optimizer_steps"] == 1
-    assert metrics["policy/ratio_mean"] == pytest.approx(113 / 14, rel=1e-3)
+    assert metrics["policy/ratio_mean"] == pytest.approx(113 / 14, **FLOAT64_APPROX)
     one = learner(ppo={"ratio_threshold": 8.0})
     metrics = run(one, one.experience(ROLLOUT, SCORES), old_logprobs=old)
     assert metrics["update/num_skipped_minibatches"] == 1
@@ -153,8 +154,8 @@ def test_the_update_kl_is_that_of_the_policy_that_sampled_from_the_new_one():  #
     metrics = run(one, experience, old_logprobs=experience.old_logprobs - 0.5)
     # k3 under samples of the old policy: rho - 1 - log rho with log rho = 0.5
     expected = math.exp(0.5) - 1 - 0.5
-    assert metrics["policy/update_kl_nats_per_token"] == pytest.approx(expected, abs=1e-5)
-    assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(0.5), abs=1e-5)
+    assert metrics["policy/update_kl_nats_per_token"] == pytest.approx(expected, **FLOAT64_APPROX)
+    assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(0.5), **FLOAT64_APPROX)
 
 
 def test_only_the_bad_minibatch_is_skipped():  # rules 24 and 27
@@ -217,11 +218,11 @@ def test_the_global_gradient_norm_is_clipped_and_reported_unclipped():  # rule 2
     limited = learner(optimizer={"max_grad_norm": 0.01})
     clipped, metrics = learnt_gradients(limited, ROLLOUT, REWARD * 100)
     assert norm > 0.1
-    assert free_metrics["update/grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert metrics["update/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert free_metrics["update/grad_norm"] == pytest.approx(norm, **FLOAT64_APPROX)
+    assert metrics["update/grad_norm"] == pytest.approx(norm, **FLOAT64_APPROX)
     scale = 0.01 / norm
     for name in free:
-        torch.testing.assert_close(clipped[name], free[name] * scale, atol=1e-7, rtol=1e-3)
+        torch.testing.assert_close(clipped[name], free[name] * scale, **FLOAT64)
 
 
 def test_adam_follows_its_settings():  # rule 25
@@ -251,7 +252,7 @@ def test_the_learning_rate_follows_its_schedule(settings, expected):  # rule 25;
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates == pytest.approx([2 * factor for factor in expected], abs=1e-6)
+    assert rates == pytest.approx([2 * factor for factor in expected], **FLOAT64_APPROX)
 
 
 def test_the_schedule_counts_ppo_steps_and_not_minibatches():  # rule 25
