@@ -4,17 +4,27 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 VLLM := build/vllm
 INSTALLED := $(VENV)/.installed
+FAST := -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not slow and not vllm and not timed'
+# What PyTorch, MKL and oneDNN read, to use at most AVX2, or SSE4.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: quickstart test test-slow test-vllm check format demo clean
+.PHONY: quickstart test test-portable test-slow test-vllm check format demo clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/klippo train quickstart --overwrite
 
 # One test per core at a time; those that look at a clock have the machine for themselves.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
-		-m 'not slow and not vllm and not timed'
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST)
 	$(BIN)/python -m pytest -m 'timed and not slow and not vllm'
+
+# The fast tests as other processors would compute them; each setting runs, and one failure fails all.
+test-portable: $(INSTALLED)
+	@failed=0; for setting in OMP_NUM_THREADS=1 "OMP_NUM_THREADS=1 $(AVX2)" \
+		"OMP_NUM_THREADS=1 $(SSE)" OMP_NUM_THREADS=2 OMP_NUM_THREADS=4; do \
+		echo "== $$setting"; env $$setting $(BIN)/python $(FAST) || failed=1; \
+	done; exit $$failed
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
