@@ -90,8 +90,10 @@ def evaluations(loaded: LoadedPolicy, rollout: Rollout) -> tuple[Work, Work]:
 
     @torch.no_grad()
     def once() -> torch.Tensor:
-        found = reference.compare(policy.lm, tokens, 1.0, policy.lm.hidden(tokens))
-        return torch.stack([found.logprobs - found.ref_logprobs, found.kl])
+        logprobs, _, ref_logprobs, kl = reference.compare(
+            policy.lm, tokens, 1.0, policy.lm.hidden(tokens)
+        )
+        return torch.stack([logprobs - ref_logprobs, kl])
 
     return twice, once
 

@@ -10,10 +10,10 @@ import torch
 
 from klippo.errors import DivergedError
 from klippo.policy.settings import CriticSettings
+from klippo.ppo.experience import shape_scores
 from klippo.ppo.learner import Learner
-from klippo.ppo.score import shape_scores
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.tensors.moments import RunningMoments
+from klippo.tensors.estimators import RunningMoments
 from klippo.types import Scores
 from tests.tolerance import FLOAT64, FLOAT64_APPROX, float32, float32_approx
 from tests.toys import (

@@ -13,7 +13,7 @@ from klippo.policy.settings import CriticSettings
 from klippo.ppo.loss import policy_loss, probability_ratio, value_loss
 from klippo.ppo.settings import PPOSettings
 from klippo.ppo.update import loss_of
-from klippo.tensors.masked import masked_sum
+from klippo.tensors.estimators import masked_sum
 from klippo.types import Scores
 from tests.ppo.test_experience import learner
 from tests.tolerance import FLOAT64, FLOAT64_APPROX

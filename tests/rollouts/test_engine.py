@@ -13,8 +13,7 @@ from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling, draw, draw_limits, response_seeds, truncate, uniforms
 from klippo.rollouts.settings import RolloutSettings
 from klippo.rollouts.sources import OnlineSource, Sampler
-from klippo.tensors.kl import k1
-from klippo.tensors.masked import masked_sum
+from klippo.tensors.estimators import k1, masked_sum
 from tests.policy.test_logprobs import UNUSUAL_HEADS
 from tests.tolerance import NoFloat32, float32
 from tests.toys import (

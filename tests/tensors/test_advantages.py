@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klippo.tensors.advantages import gae
-from klippo.tensors.masked import masked_mean, masked_sum, whiten
+from klippo.tensors.estimators import gae, masked_mean, masked_sum, whiten
 from tests.toys import over_two_ranks
 
 NUMBER = st.floats(-10, 10, width=32)

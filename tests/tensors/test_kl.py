@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klippo.tensors.kl import KLController, k1, k2, k3
+from klippo.ppo.learner import KLController
+from klippo.tensors.estimators import k1, k2, k3
 
 REF = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
 

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from klippo.tensors.moments import RunningMoments
+from klippo.tensors.estimators import RunningMoments
 from tests.toys import over_two_ranks
 
 STREAM = [[3.0, -1.0, 4.0], [], [1.5], [-5.0, 9.0, 2.0, 6.0]]

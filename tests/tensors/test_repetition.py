@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klippo.tensors.repetition import repeated_share
+from klippo.tensors.estimators import repeated_share
 
 
 def counted(ids, ngram):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.tensors.masked import masked_sum
+from klippo.tensors.estimators import masked_sum
 from klippo.types import Prompt, Rollout, Scores, TokenBatch
 
 SampleRow = dict[str, Any]
@@ -45,9 +45,11 @@ def evaluate(
         tokens = policy.lm.with_frozen_states(rollout.tokens.rows(index))
         mask = tokens.response_mask
         hidden = policy.lm.hidden(tokens)
-        found = reference.compare(policy.lm, tokens, rollout.temperature, hidden)
-        kl_k1 = masked_sum(found.logprobs - found.ref_logprobs, mask, 1).tolist()
-        kl_exact = masked_sum(found.kl, mask, 1).tolist()
+        logprobs, _, ref_logprobs, kl = reference.compare(
+            policy.lm, tokens, rollout.temperature, hidden
+        )
+        kl_k1 = masked_sum(logprobs - ref_logprobs, mask, 1).tolist()
+        kl_exact = masked_sum(kl, mask, 1).tolist()
         for i, k1_nats, exact_nats in zip(index.tolist(), kl_k1, kl_exact, strict=True):
             row: SampleRow = {
                 "step": step,

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from klippo.policy.frozen import FrozenBlocks
 from klippo.tensors.head import (
-    Comparison,
     LMHead,
     LossOfTokens,
     compare_heads,
@@ -241,31 +240,19 @@ class Reference:
     @torch.no_grad()
     def compare(
         self, policy: CausalLM, batch: TokenBatch, temperature: float, hidden: Tensor
-    ) -> Comparison:
-        """All that a policy and the reference say of the response tokens; each (B, T).
-
-        `hidden` (B, T, D) is the policy's.
-        """
+    ) -> tuple[Tensor, ...]:
+        """`compare_heads` of the response tokens, each (B, T); hidden (B, T, D) is the policy's."""
         mask = batch.response_mask
         with self._active():
             ref_hidden = self.lm.hidden(batch)[mask]
         found = compare_heads(
             policy.head(temperature),
-            hidden[:, : mask.shape[1]][mask],
+            hidden[mask],
             self.lm.head(temperature),
             ref_hidden,
             batch.response_ids[mask],
         )
-
-        def placed(values: Tensor) -> Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return Comparison(
-            logprobs=placed(found.logprobs),
-            entropy=placed(found.entropy),
-            ref_logprobs=placed(found.ref_logprobs),
-            kl=placed(found.kl),
-        )
+        return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
 
     def kl_from(
         self, policy: CausalLM, batch: TokenBatch, temperature: float, hidden: Tensor | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from klippo.ppo.experience import Experience, Forward
 from klippo.ppo.loss import probability_ratio
 from klippo.ppo.settings import PPOSettings
-from klippo.tensors.masked import masked_sum
+from klippo.tensors.estimators import masked_sum
 from klippo.types import Behavior, Metrics
 
 SUSPICIOUS_Z = 4.0

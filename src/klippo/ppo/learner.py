@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.ppo.experience import Experience, Forward, build_experience, run_forward
+from klippo.ppo.experience import Experience, Forward, build_experience, parts_of
 from klippo.ppo.optimizer import Optimizer, Tensors
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
 from klippo.ppo.update import ppo_update
 from klippo.ranks import Ranks
-from klippo.tensors.kl import KLController
-from klippo.tensors.moments import RunningMoments
+from klippo.tensors.estimators import RunningMoments
 from klippo.types import Metrics, Rollout, Scores
 
 
@@ -59,18 +59,50 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)  # the same on every process
         self.num_steps_done = 0
 
+    @torch.no_grad()
     def forward(self, rollout: Rollout) -> Forward:
-        """What policy, critic and reference say of this rollout, while scores are on their way."""
-        return self.optimizer.run(
-            lambda: run_forward(
-                self.ppo,
-                self.policy,
-                self.reference,
-                rollout,
-                keep_hidden=self._is_warming_up and self.policy.critic_reads_policy,
-                ranks=self.ranks,
-            )
-        )
+        """What policy, critic and reference say of this rollout, while its scores are on their way.
+
+        Every model runs once, in the update's own micro-batches.
+        """
+        batch, temperature = rollout.tokens, rollout.temperature
+        policy, after_last = self.policy, self.ppo.bootstrap_truncated
+        (num_rows, num_response), num_prompt = batch.response_ids.shape, batch.prompt_ids.shape[1]
+        full: dict[str, Tensor] = {}
+
+        def put(name: str, x: Tensor, width: int = num_response, first: int = 0) -> None:
+            """x (b, t, ...) into the rows of this micro-batch, from column `first`."""
+            if name not in full:
+                full[name] = x.new_zeros(num_rows, width, *x.shape[2:])
+            full[name][rows, first : first + x.shape[1]] = x
+
+        for rows in parts_of(self.ppo, batch, ranks=self.ranks):
+            tokens = policy.lm.with_frozen_states(batch.rows(rows))
+            if tokens.frozen_states is not None:
+                missing = num_prompt - tokens.prompt_ids.shape[1]
+                put("frozen_states", tokens.frozen_states, num_prompt + num_response, missing)
+            hidden = policy.lm.hidden(tokens, after_last=after_last)
+            values = policy.critic(tokens, hidden, after_last=after_last)
+            put("values", values, num_response + int(after_last))
+            hidden = hidden[:, : tokens.response_ids.shape[1]]
+            if self._is_warming_up and policy.critic_reads_policy:
+                put("hidden", hidden)
+            if rollout.behavior == "policy":
+                logprobs, entropy = policy.lm.logprobs(
+                    tokens, hidden, temperature, with_entropy=True
+                )
+                ref_logprobs = self.reference.logprobs(tokens, temperature)
+            else:
+                logprobs, entropy, ref_logprobs, exact_kl = self.reference.compare(
+                    policy.lm, tokens, temperature, hidden
+                )
+                put("exact_kl", exact_kl)
+            put("logprobs", logprobs)
+            put("entropy", entropy)
+            put("ref_logprobs", ref_logprobs)
+        self.optimizer.free_gathered()
+        batch = replace(batch, frozen_states=full.pop("frozen_states", None))
+        return Forward(tokens=batch, **full)
 
     def experience(
         self, rollout: Rollout, scores: Scores, forward: Forward | None = None
@@ -109,7 +141,10 @@ class Learner:
             )
             self.kl_controller.update(experience.sequence_kl, experience.num_scored)
         stats["update/learning_rate"] = float(self.optimizer.adam.param_groups[0]["lr"])
-        self._advance_schedule()
+        # PyTorch warns when a schedule moves before the first optimizer step (if no row was scored
+        # or every minibatch skipped); this one counts PPO steps and moves all the same.
+        self.optimizer.adam._opt_called = True  # type: ignore[attr-defined]
+        self.scheduler.step()
         self.num_steps_done += 1
         return experience.metrics | stats
 
@@ -167,11 +202,29 @@ class Learner:
         """Whether this step trains the critic alone."""
         return self.num_steps_done < self.ppo.num_critic_warmup_steps
 
-    def _advance_schedule(self) -> None:
-        # PyTorch warns when a schedule moves before the first optimizer step (all rows unscored,
-        # or every minibatch was skipped); the schedule counts PPO steps and moves all the same.
-        self.optimizer.adam._opt_called = True  # type: ignore[attr-defined]
-        self.scheduler.step()
+
+@dataclass(slots=True)
+class KLController:
+    """beta, and how it follows the measured KL.
+
+    Fixed, or adaptive after Ziegler et al. 2019 (arXiv 1909.08593), section 2.2:
+
+        e = clip(KL / target - 1, -0.2, 0.2);   beta *= 1 + e * n / horizon
+    """
+
+    coef: float
+    """beta, reward units per nat."""
+    target: float | None = None
+    """Nats per sequence; None keeps beta fixed."""
+    horizon: float = 10_000.0
+    """Episodes."""
+
+    def update(self, sequence_kl: float, num_episodes: int) -> None:
+        """Take in the mean KL per sequence (nats) of num_episodes sequences."""
+        if self.target is None:
+            return
+        error = min(max(sequence_kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_episodes / self.horizon
 
 
 def build_schedule(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klippo.ppo.settings import PPOSettings
-from klippo.tensors.kl import k2, k3
+from klippo.tensors.estimators import k2, k3
 
 MAX_LOG_RATIO = 20.0
 LOGGED = ("policy_loss", "value_loss", "ratio", "clipped", "update_kl")

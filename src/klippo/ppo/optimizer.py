@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from klippo.policy.sharding import (
 from klippo.ppo.settings import OptimizerSettings
 from klippo.ranks import Ranks
 
-T = TypeVar("T")
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """What training changes, by name: `weights`, and `optimizer`, AdamW's state of each."""
 
@@ -52,11 +51,9 @@ class Optimizer:
         self._ranks = ranks
         self._named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Passes without gradients."""
-        result = work()
+    def free_gathered(self) -> None:
+        """Called after passes without gradients: drop the weights that they gathered."""
         free_gathered(*self._models)
-        return result
 
     def backward(self, work: Callable[[], Tensor]) -> None:
         """Add this process's gradients of the loss that a pass returns."""

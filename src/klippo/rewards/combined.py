@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klippo.tensors.masked import AllSum, local
-from klippo.tensors.moments import RunningMoments
+from klippo.tensors.estimators import AllSum, RunningMoments, local
 from klippo.types import RewardSource, Rollout, Scores, Stateful, stateful
 
 

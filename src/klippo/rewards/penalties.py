@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from klippo.tensors.repetition import repeated_share
+from klippo.tensors.estimators import repeated_share
 from klippo.types import Rollout, Scores
 
 

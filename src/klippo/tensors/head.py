@@ -119,24 +119,14 @@ def token_loss(
     return loss, logged
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """What two models say of the same tokens; all of one shape, in nats."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    ref_logprobs: Tensor
-    kl: Tensor
-    """KL(pi || ref), summed over the vocabulary."""
-
-
 @torch.no_grad()
 def compare_heads(
     head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor, token_ids: Tensor
-) -> Comparison:
-    """Everything in one pass over the logits of pi and ref; without gradients.
+) -> tuple[Tensor, ...]:
+    """log pi(token), the entropy of pi, log ref(token) and KL(pi || ref), in one pass over logits.
 
-    hidden (N, D) of the policy and ref_hidden (N, D) of the reference, token_ids (N,).
+    hidden (N, D) of the policy and ref_hidden (N, D) of the reference, token_ids (N,). Each result
+    is (N,), in nats, without gradient; the KL is summed over the vocabulary.
     """
     found = _results(hidden, 4, len(hidden))
     with _no_autocast(hidden):
@@ -150,8 +140,7 @@ def compare_heads(
             probabilities = logp.exp()
             found[3, part] = log_ratio.mul_(probabilities).sum(-1)
             found[1, part] = -probabilities.mul_(logp).sum(-1)
-    logprobs, entropy, ref_logprobs, kl = found
-    return Comparison(logprobs=logprobs, entropy=entropy, ref_logprobs=ref_logprobs, kl=kl)
+    return tuple(found)
 
 
 def _normalized(logits: Tensor) -> Tensor:

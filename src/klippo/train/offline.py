@@ -33,7 +33,7 @@ from klippo.rewards.column import ColumnReward
 from klippo.rewards.settings import ColumnSettings
 from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.sources import LoggedSource
-from klippo.tensors.moments import RunningMoments
+from klippo.tensors.estimators import RunningMoments
 from klippo.types import Behavior, LoggedResponse, Metrics
 
 
