@@ -1,10 +1,10 @@
-"""The memory that a run needs, estimated and measured: one process per case.
+"""The memory that a run needs, estimated and measured.
 
     python benchmarks/memory_estimate.py
 
-Every case is a real run of two PPO steps on the CPU in a process of its own, whose peak resident
-size stands against the estimate made just before. Writes benchmarks/results/memory.json and
-docs/benchmarks.md.
+Every case is a real run of two PPO steps on the CPU in a process of its own. Its peak resident size
+stands against the estimate by a trial step in another process. Writes
+benchmarks/results/memory.json and docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from prepare_smollm import SMOLLM
 from workload import W1
 
 MMAP_VARIABLE, MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_", "1048576"
+HALVES = ("estimate", "measure")
 FILE = RESULTS / "memory.json"
 SMOLLM_CASE = {"model": "smollm", "batch": 16}
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -106,31 +107,30 @@ def settings(case: Mapping[str, Any], folder: Path, output: Path) -> dict[str, A
     }
 
 
-def run_case(name: str, folder: Path) -> dict[str, Any]:
-    """Estimate, then train, in this process."""
+def run_half(name: str, half: str, folder: Path) -> dict[str, Any]:
+    """Estimate by a trial step, or train, in this process."""
     from klippo import PPOTrainer
     from klippo.config.load import config_from_mapping
-    from klippo.data.rows import load_rows
     from klippo.ranks import choose_device
     from klippo.runs.memory import peak_memory_gib
-    from klippo.train.memory_check import estimate_of
+    from klippo.train.trial import measured_estimate
 
+    device = choose_device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         loaded = config_from_mapping(settings(CASES[name], folder, Path(scratch) / "run"))
-        data = load_rows(loaded.config.data, loaded.config.seed)
-        device = choose_device("cpu")
-        estimate = estimate_of(loaded.config, data, device)
         before = peak_memory_gib(device)
-        PPOTrainer(loaded, quiet=True).train()
+        trainer = PPOTrainer(loaded, quiet=True)
+        if half == "measure":
+            trainer.train()
+            return {"measured_gib": round(peak_memory_gib(device), 4)}
+        estimate = measured_estimate(trainer.session)
     return {
         "name": name,
         "estimate_gib": round(estimate.peak / 2**30, 4),
-        "measured_gib": round(peak_memory_gib(device), 4),
         "before_gib": round(before, 4),
         "phase": estimate.peak_phase,
         "components_mib": {
-            part: round(size / 2**20, 1)
-            for part, size in estimate.biggest(estimate.peak_phase, number=20)
+            part: round(size / 2**20, 1) for part, size in estimate.biggest(estimate.peak_phase)
         },
     }
 
@@ -138,11 +138,12 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=CASES, help="measure this one, in this process")
+    parser.add_argument("--half", choices=HALVES, help="of --case")
     parser.add_argument("--folder", type=Path, help="the models, for --case")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     chosen = parser.parse_args(arguments)
     if chosen.case is not None:
-        measuring.print_result(run_case(chosen.case, chosen.folder))
+        measuring.print_result(run_half(chosen.case, chosen.half, chosen.folder))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -150,18 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [json.dumps({"prompt": text}) for text in shared.prompts()]
         (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
         with ThreadPoolExecutor(chosen.jobs) as pool:
-            cases = list(pool.map(lambda name: _in_process(name, folder), CASES))
+            cases = list(pool.map(lambda name: _in_processes(name, folder), CASES))
     FILE.write_text(json.dumps(_result(cases, chosen.jobs), indent=1) + "\n")
     write_page()
 
 
-def _in_process(name: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--case", name, "--folder", str(folder)]
+def _in_processes(name: str, folder: Path) -> dict[str, Any]:
     environment = os.environ | ({MMAP_VARIABLE: MMAP_THRESHOLD} if CASES[name].get("mmap") else {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = {}
+    for half in HALVES:
+        command = [sys.executable, __file__, "--case", name, "--half", half]
+        command += ["--folder", str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
+        result |= json.loads(done.stdout.strip().splitlines()[-1])
     measuring.print_result(result)
     return result
 

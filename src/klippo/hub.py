@@ -133,30 +133,6 @@ def load_model(auto_class: Any, name: str, revision: str | None = None, **option
     return with_fused_activations(model)
 
 
-def shape_model(auto_class: Any, name: str, revision: str | None = None, **options: Any) -> Any:
-    """What `load_model` gives, on the meta device: its config is read, and no weight.
-
-    Raises PreflightError when there is no config, or none of a class that is known.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    dtype = options.pop("dtype")
-    reader = getattr(auto_class, "config_class", None) or AutoConfig
-    trust = code_option(name)
-    _refuse_kernels(name, revision)
-    try:
-        config = reader.from_pretrained(resolve(name), revision=revision, **trust, **options)
-        with torch.device("meta"):
-            if hasattr(auto_class, "from_config"):
-                model = auto_class.from_config(config, dtype=dtype, **trust)
-            else:
-                model = auto_class._from_config(config, dtype=dtype)
-            return with_fused_activations(model)
-    except LOADING_ERRORS as error:
-        raise not_loaded(name, error) from error
-
-
 def with_fused_activations(model: Any) -> Any:
     """The same model with the tanh approximation of GELU in one operation instead of eight.
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from klippo.config.schema import RunConfig
-from klippo.policy.merged import mergeable, merged_adapters, merged_bytes
+from klippo.policy.merged import mergeable, merged_adapters
 from klippo.policy.settings import CriticSettings
 from klippo.ranks import Ranks
 from klippo.train.engines import build_engine, merges_adapters, ready_to_sample
@@ -170,9 +170,3 @@ def test_bfloat16_would_lose_a_young_adapter():
 )
 def test_where_adapters_are_merged(config, sharded, expected):
     assert merges_adapters(config, sharded=sharded) is expected
-
-
-def test_the_copy_is_as_large_as_the_adapted_weights():
-    model = load(llama().float(), tuning="lora").policy.lm.model
-    # Width 16, 2 of 4 heads for keys and values, MLP 24; 4 bytes.
-    assert merged_bytes(model) == 4 * 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)

@@ -19,7 +19,6 @@ from klippo.hub import (
     load_tokenizer,
     not_loaded,
     resolve,
-    shape_model,
     with_fused_activations,
 )
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
@@ -84,32 +83,6 @@ def load_policy(
     check_head(loaded.policy.lm)
     check_frozen(loaded.policy.lm, loaded.reference.lm)
     shard(sharding, loaded.policy, loaded.reference, device, ranks)
-    return loaded
-
-
-def shape_policy(
-    settings: PolicySettings, critic: CriticSettings, model: Any | None = None
-) -> LoadedPolicy:
-    """What `load_policy` makes, on the meta device: every shape and no weight.
-
-    `model`: the same model on the meta device already. Raises what `load_policy` raises for a
-    config that cannot be found or does not fit.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    device = torch.device("meta")
-    dtype = getattr(torch, settings.dtype)
-    model = model or shape_model(
-        AutoModelForCausalLM, settings.model, settings.revision, dtype=dtype
-    )
-    critic_model = None
-    if critic.model is not None:
-        critic_model = shape_model(
-            AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
-        )
-    with device:
-        loaded = assemble(settings, critic, device, model, critic_model, None)  # type: ignore[arg-type]
-    with_lean_adapters(loaded.policy.lm.model)
     return loaded
 
 
@@ -293,7 +266,7 @@ def _frozen_copy(model: Any) -> Any:
 
 def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any) -> Any:
     """A PeftModel with the policy's adapter and, as needed, the reference's and the critic's."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     if settings.adapter is None:
         config = _lora_config(settings.lora, model)
@@ -303,15 +276,10 @@ def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any)
         path = resolve(settings.adapter)
         _check_adapter(settings.adapter)
         try:
-            if model.device.type == "meta":  # shapes alone: the weights are not read
-                config = PeftConfig.from_pretrained(path)
-                peft_model = get_peft_model(model, config, adapter_name=POLICY)
-                peft_model.add_adapter(REFERENCE, config)
-            else:
-                peft_model = PeftModel.from_pretrained(
-                    model, path, adapter_name=POLICY, is_trainable=True
-                )
-                peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
+            peft_model = PeftModel.from_pretrained(
+                model, path, adapter_name=POLICY, is_trainable=True
+            )
+            peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
         except LOADING_ERRORS as error:
             told = str(error)
             if "size mismatch" in told or "Target modules" in told:

@@ -44,6 +44,6 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _is_wide(layer: Any, x: Tensor) -> bool:
-    is_cast = torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
+    is_cast = torch.is_autocast_enabled(x.device.type)
     is_wide = x.dtype in (torch.float32, torch.float64)
     return is_wide and not is_cast and x.dtype == layer.base_layer.weight.dtype

@@ -59,11 +59,6 @@ def mergeable(model: Any) -> list[Any]:
     return [layer for layer in model.modules() if type(layer) is Linear and _is_sum(layer)]
 
 
-def merged_bytes(model: Any) -> int:
-    """What `merged_adapters` holds beside the model."""
-    return sum(layer.get_base_layer().weight.nbytes for layer in mergeable(model))
-
-
 def _is_sum(layer: Any) -> bool:
     is_plain = not (layer.lora_variant or any(layer.lora_bias.values()))
     is_active = bool(_active(layer)) and not (layer.disable_adapters or layer.merged)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,17 +67,10 @@ class LoadedScorer:
     """The text format that belongs to the model's class, where there is one."""
 
 
-def load_scorer(
-    name: str,
-    revision: str | None = None,
-    dtype: str = "float32",
-    *,
-    load: Callable[..., Any] = load_model,
-) -> LoadedScorer:
+def load_scorer(name: str, revision: str | None = None, dtype: str = "float32") -> LoadedScorer:
     """The reward model of a folder or hub name, whichever published class it has.
 
-    `load` is `hub.shape_model` where shapes are enough. Raises PreflightError when it cannot be
-    loaded or lacks weights.
+    Raises PreflightError when it cannot be loaded or lacks weights.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -85,7 +78,7 @@ def load_scorer(
 
     kind = published.KINDS.get(str(load_config(name, revision).get("model_type")))
     auto_class = AutoModelForSequenceClassification if kind is None else kind.model_class
-    model = load(auto_class, name, revision, dtype=getattr(torch, dtype))
+    model = load_model(auto_class, name, revision, dtype=getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
     if kind is not None:
         return LoadedScorer(LastTokenScorer(*kind.parts(model)).eval(), model, kind.template)

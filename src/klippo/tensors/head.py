@@ -9,7 +9,6 @@ Results are float32, or float64 for float64 hidden states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +81,7 @@ def token_logprobs(
     hidden (N, D), token_ids (N,). Differentiable in hidden, weight and bias. The entropy is zero
     (and costs nothing) without `with_entropy`.
     """
-    with _no_autocast(hidden):
+    with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, token_ids, head, with_entropy
         )
@@ -111,7 +110,7 @@ def token_loss(
     of twice, as in the fused cross-entropy of Hsu et al. 2024 (arXiv 2410.10989).
     """
     inputs = inputs or {}
-    with _no_autocast(hidden):
+    with torch.autocast(hidden.device.type, enabled=False):
         loss, logged = _TokenLoss.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, token_ids, head, loss_of,
             ["logprobs", "entropy", *inputs], with_entropy, *inputs.values(),
@@ -129,7 +128,7 @@ def compare_heads(
     is (N,), in nats, without gradient; the KL is summed over the vocabulary.
     """
     found = _results(hidden, 4, len(hidden))
-    with _no_autocast(hidden):
+    with torch.autocast(hidden.device.type, enabled=False):
         both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
         for (part, logits), (_, ref_logits) in both:
             ids = token_ids[part, None]
@@ -148,20 +147,13 @@ def _normalized(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1, out=logits)
 
 
-def _no_autocast(hidden: Tensor) -> AbstractContextManager[None]:
-    device = hidden.device.type
-    if not torch.amp.is_autocast_available(device):  # where there are shapes alone
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
     """KL(pi || ref) summed over the vocabulary at each position, (N,) in nats.
 
     hidden (N, D) of the policy and ref_hidden (N, D) of the reference at the same positions.
     Differentiable in hidden, and in the policy's weight and bias.
     """
-    with _no_autocast(hidden):
+    with torch.autocast(hidden.device.type, enabled=False):
         kl: Tensor = _ExactKL.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, ref_hidden, head, ref_head
         )

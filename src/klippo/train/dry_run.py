@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from klippo.config.load import config_from_mapping
 from klippo.config.schema import RunConfig
 from klippo.config.trust import trust_code
-from klippo.errors import ConfigError
-from klippo.judge.database import Spend, spent_in
+from klippo.data.rows import load_rows
 from klippo.judge.settings import JudgeSettings
+from klippo.ranks import choose_device
+from klippo.rewards.settings import LengthSettings, RewardSettings, SumSettings
 from klippo.train.dry_run_plan import (
     BYTES_PER_TOKEN,
     CHARS_PER_TOKEN,
     JudgePlan,
     Plan,
-    named_judges,
     passed_caps,
     plan_run,
     texts_of,
+    with_ledger,
 )
-
-if TYPE_CHECKING:
-    from klippo.data.rows import Data
-    from klippo.train.memory import MemoryEstimate
-
-ASK_ABOVE_USD = 5.0
-"""A run whose judges may cost more than this wants a yes."""
+from klippo.train.memory import MemoryEstimate, memory_budget, refusal, stored_estimate
+from klippo.train.prepare import prepare
+from klippo.train.session import Session, open_session
+from klippo.train.trial import measured_estimate, trial_learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,38 +48,11 @@ class Timing:
     run_s: float
 
 
-def time_run(config: RunConfig, plan: Plan, *, trust_remote_code: bool) -> Timing:
-    """Sample, score and learn from one micro-batch of the real model, twice; the second counts.
-
-    A reward with a judge gives zeros here. Nothing is written.
-    """
-    import torch
-
-    from klippo.config.load import config_from_mapping
-    from klippo.train.prepare import Given, prepare
-    from klippo.train.session import open_session
-
-    ppo = config.ppo
+def time_run(session: Session, plan: Plan) -> Timing:
+    """Sample, score and learn from one micro-batch, twice; the second counts. No weight moves."""
+    ppo, offline = session.config.ppo, session.offline
     size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
-    small = {
-        "num_steps": 2,
-        "batch_size": size,
-        "minibatch_size": size,
-        "micro_batch_size": None if ppo.micro_batch_tokens else size,
-        "num_epochs": 1,
-        "num_critic_warmup_steps": 0,
-    }
-    timed = config.model_copy(update={"ppo": ppo.model_copy(update=small), "gold": None})
-    asks_a_judge = any(name.startswith("reward") for name, _ in named_judges(config))
-    given = Given(reward=_zeros if asks_a_judge else None)
-    session = open_session(
-        prepare(
-            config_from_mapping(timed),
-            given,
-            trust_remote_code=trust_remote_code,
-            measures_memory=False,
-        )
-    )
+    learner = trial_learner(session, size)
     marks: list[float] = []
 
     def mark() -> None:
@@ -93,15 +63,20 @@ def time_run(config: RunConfig, plan: Plan, *, trust_remote_code: bool) -> Timin
     for _ in range(2):
         marks.clear()
         mark()
-        rollout = session.source.next()
+        if offline is not None:
+            rollout = offline.source(list).rollout(offline.train[:size])
+        else:
+            prompts = session.sampling().train_prompts
+            rollout = session.sampling().source.answer(
+                [prompts[i % len(prompts)] for i in range(size)]
+            )
         mark()
-        forward = session.learner.forward(rollout)
+        forward = learner.forward(rollout)
         mark()
-        experience = session.learner.experience(rollout, session.score(rollout), forward)
+        experience = learner.experience(rollout, session.reward.score(rollout), forward)
         mark()
-        session.learner.learn(experience)
+        learner.learn(experience)
         mark()
-    session.reward.close()
     generate_s, forward_s, score_s, update_s = (b - a for a, b in pairwise(marks))
     every_response = plan.num_training + plan.num_evaluation + plan.num_early_stop
     seconds = (generate_s + forward_s + score_s) * every_response
@@ -117,62 +92,55 @@ def time_run(config: RunConfig, plan: Plan, *, trust_remote_code: bool) -> Timin
     )
 
 
-def _zeros(responses: Sequence[str], **_: Any) -> list[float]:
-    return [0.0] * len(responses)
-
-
 def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> int:
     """Say what the run would do; train nothing, write nothing, ask no judge.
 
-    Where it would not fit into the memory, its time is not measured.
+    A run that does not fit into the memory is not timed, and not loaded if its weights alone are
+    too much.
     """
-    from klippo.data.rows import load_rows
-    from klippo.ranks import choose_device
-    from klippo.train.memory_check import NoEstimateError, estimate_of, memory_budget, refusal
-
     trust_code(config, trust_remote_code)
+    device = choose_device(config.device)
     data = load_rows(config.data, config.seed)
     plan = with_ledger(plan_run(config, texts_of(config, data)))
-    device = choose_device(config.device)
-    budget = memory_budget(config, device)
-    estimate, problem = None, ""
-    try:
-        estimate = estimate_of(config, data, device)
-        if budget is not None and estimate.peak > budget:
-            problem = refusal(config, estimate, budget, device)
-    except NoEstimateError as error:
-        problem = str(error)
-    fits = estimate is None or budget is None or estimate.peak <= budget
-    timing = time_run(config, plan, trust_remote_code=trust_remote_code) if fits else None
+    estimate, timing = stored_estimate(config, device), None
+    problem = refusal(config, estimate, device)
+    if problem is None:
+        shown = config.model_copy(update={"reward": _without_judges(config.reward), "gold": None})
+        run = prepare(config_from_mapping(shown), trust_remote_code=trust_remote_code)
+        session = open_session(run)
+        with_gold = session.config.model_copy(update={"gold": config.gold})
+        estimate = measured_estimate(replace(session, run=replace(run, config=with_gold)))
+        problem = refusal(config, estimate, device)
+        timing = time_run(session, plan) if problem is None else None
+        session.reward.close()
     console = Console()
     tell(plan, timing, console)
-    if estimate is not None:
-        tell_memory(estimate, budget, console)
-    if problem:
+    tell_memory(estimate, memory_budget(config, device), console)
+    if problem is not None:
         console.print(Text(problem[0].upper() + problem[1:]), soft_wrap=True)
     return 0
 
 
-def with_ledger(plan: Plan) -> Plan:
-    """The plan with what its accounts have spent before."""
-    judges = [replace(one, spent=_spent(one)) for one in plan.judges]
-    return replace(plan, judges=judges)
-
-
-def _spent(one: JudgePlan) -> Spend:
-    from klippo.rewards.build import JUDGE_CACHE
-
-    cache, account = one.account
-    return spent_in(Path(cache).expanduser() if cache else JUDGE_CACHE, account)
+def _without_judges(reward: RewardSettings) -> RewardSettings:
+    """The same reward with something free in the place of every judge."""
+    if isinstance(reward, JudgeSettings):
+        return LengthSettings(kind="length", max_tokens=1)
+    if isinstance(reward, SumSettings):
+        parts = {
+            name: part.model_copy(update={"reward": _without_judges(part.reward)})
+            for name, part in reward.parts.items()
+        }
+        return reward.model_copy(update={"parts": parts})
+    return reward
 
 
 def tell_memory(estimate: MemoryEstimate, budget: int | None, console: Console) -> None:
     """The components of the fullest phase, and how full the others are."""
     phase = estimate.peak_phase
-    table = Table(title=f"Memory, an estimate: the fullest phase ({phase})", title_justify="left")
+    table = Table(title=f"Memory in the fullest phase ({phase})", title_justify="left")
     table.add_column("")
     table.add_column("GiB", justify="right")
-    for name, size in estimate.biggest(phase, number=len(estimate.phases[phase])):
+    for name, size in estimate.biggest(phase):
         table.add_row(name, f"{size / 2**30:.2f}")
     table.add_row("together", f"{estimate.peak / 2**30:.2f}", style="bold")
     if budget is not None:
@@ -256,27 +224,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def agree_to_cost(config: RunConfig, data: Data, *, yes: bool) -> None:
-    """Ask before a run whose judges may cost much. Raises ConfigError where the answer is no."""
-    if yes or not any(_costs(settings) for _, settings in named_judges(config)):
-        return
-    plan = with_ledger(plan_run(config, texts_of(config, data)))
-    most = plan.possible_usd
-    if most <= ASK_ABOVE_USD:
-        return
-    usual = sum(one.expected.nano_usd for one in plan.judges) / 1e9
-    told = f"the judges may cost up to {most:,.2f} USD (about {usual:,.2f} USD expected)"
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            f"{told}, more than {ASK_ABOVE_USD:g}, and there is no terminal to ask at; pass --yes, "
-            "or set a lower max_usd; --dry-run tells more"
-        )
-    answer = Console(stderr=True).input(Text(f"T{told[1:]}. Train? [y/N] "))
-    if answer.strip().lower() not in ("y", "yes"):
-        raise ConfigError("not started; a lower max_usd or fewer steps cost less")
-
-
-def _costs(settings: JudgeSettings) -> bool:
-    return settings.api.prices is not None and any(settings.api.prices)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from klippo.config.schema import RunConfig
+from klippo.data.rows import Data
+from klippo.errors import ConfigError
 from klippo.judge.client import MORE_TOKENS
 from klippo.judge.costs import Meter
-from klippo.judge.database import Spend
+from klippo.judge.database import Spend, spent_in
 from klippo.judge.judging import Judge, judge_label
 from klippo.judge.messages import Answer, Request
 from klippo.judge.parsing import SOURCES, Source
@@ -21,11 +28,11 @@ from klippo.judge.scoring import INSTRUCTIONS, make_request
 from klippo.judge.settings import JudgeSettings
 from klippo.judge.watch import PROBES
 from klippo.judge.wire import WIRES, Learned, Usage
+from klippo.rewards.build import JUDGE_CACHE
 from klippo.rewards.settings import RewardSettings, SumSettings, ensembles
 
-if TYPE_CHECKING:
-    from klippo.data.rows import Data
-
+ASK_ABOVE_USD = 5.0
+"""A run whose judges may cost more than this wants a yes."""
 CHARS_PER_TOKEN = 4
 """Of usual text."""
 BYTES_PER_TOKEN = 16
@@ -349,3 +356,38 @@ def _text(value: Any) -> str:
 def _num_bytes(value: Any) -> int:
     """Inside a body's JSON."""
     return len(json.dumps(_text(value), ensure_ascii=False).encode("utf-8", "replace")) - 2
+
+
+def with_ledger(plan: Plan) -> Plan:
+    """The plan with what its accounts have spent before."""
+    judges = [replace(one, spent=_spent(one)) for one in plan.judges]
+    return replace(plan, judges=judges)
+
+
+def _spent(one: JudgePlan) -> Spend:
+    cache, account = one.account
+    return spent_in(Path(cache).expanduser() if cache else JUDGE_CACHE, account)
+
+
+def agree_to_cost(config: RunConfig, data: Data, *, yes: bool) -> None:
+    """Ask before a run whose judges may cost much. Raises ConfigError where the answer is no."""
+    if yes or not any(_costs(settings) for _, settings in named_judges(config)):
+        return
+    plan = with_ledger(plan_run(config, texts_of(config, data)))
+    most = plan.possible_usd
+    if most <= ASK_ABOVE_USD:
+        return
+    usual = sum(one.expected.nano_usd for one in plan.judges) / 1e9
+    told = f"the judges may cost up to {most:,.2f} USD (about {usual:,.2f} USD expected)"
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"{told}, more than {ASK_ABOVE_USD:g}, and there is no terminal to ask at; pass --yes, "
+            "or set a lower max_usd; --dry-run tells more"
+        )
+    answer = Console(stderr=True).input(Text(f"T{told[1:]}. Train? [y/N] "))
+    if answer.strip().lower() not in ("y", "yes"):
+        raise ConfigError("not started; a lower max_usd or fewer steps cost less")
+
+
+def _costs(settings: JudgeSettings) -> bool:
+    return settings.api.prices is not None and any(settings.api.prices)

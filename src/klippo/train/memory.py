@@ -1,28 +1,27 @@
-"""How much memory a run will need, by component, from its config and its models' shapes.
+"""What a run needs of the memory, by component, and whether it fits.
 
-Nothing is loaded. The run's own modules are built on the meta device and its own code runs there
-once per phase: a sampled token, a scored batch, a batch of experience, a micro-batch's update.
+Weights, gradients, AdamW's moments and the key-value cache follow from shapes; what the passes
+hold beside them is measured (`klippo.train.trial`).
 """
 
 from __future__ import annotations
 
-import copy
+import json
+import math
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from klippo.config.schema import RunConfig
-from klippo.hub import shape_model
+from klippo.errors import PreflightError
+from klippo.hub import find_file
 from klippo.lengths import longest
-from klippo.policy.actor_critic import ActorCritic
-from klippo.policy.loading import LoadedPolicy, shape_policy
-from klippo.policy.merged import merged_adapters, merged_bytes
-from klippo.policy.tracing import IN_BLOCKS, Bytes, storage_bytes
-from klippo.rewards.scorers import STACKED_ELEMENTS, load_scorer
+from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.rewards.settings import (
     ClassifierSettings,
     EnsembleSettings,
@@ -30,45 +29,27 @@ from klippo.rewards.settings import (
     SumSettings,
     ensembles,
 )
+from klippo.runs.memory import CUDA_CONTEXT, GIB, device_memory, used_memory
+from klippo.tensors.head import CHUNK_ELEMENTS
 from klippo.train.engines import merges_adapters
-from klippo.train.memory_phases import (
-    evaluation_bytes,
-    forward_bytes,
-    frozen_state_bytes,
-    generation_bytes,
-    scoring_bytes,
-    total_bytes,
-    update_bytes,
-)
+
+Bytes = dict[str, int]
+"""Bytes by component."""
 
 FRAMEWORK = "Python, PyTorch and data"
-KEPT = "kept back by the allocator"
-LEFT_AFTER_4BIT = 4.127 / 8
-"""Bytes per weight in NF4 with double quantization: 4 bits and 0.127 bits of constants (Dettmers et
-al. 2023, arXiv 2305.14314)."""
-ADAM_STATES = 2
-"""Moments per weight, in the weight's dtype."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where the run would be."""
-
-    device: str = "cpu"
-    """`cpu` or `cuda`."""
-    framework: int = 0
-    """Bytes that are gone before the first model."""
-    kept_share: float = 0.0
-    """Of what a phase holds in small blocks, the share that the allocator keeps back."""
-    num_processes: int = 1
-    num_shards: int = 1
-    """Processes that share out gradients and optimizer states. Weights count in full: they are
-    whole while responses are sampled."""
+PASSES = "activations, logits and buffers"
+ADAM_MOMENTS = 2
+"""Numbers that AdamW keeps per trained weight, in the weight's dtype."""
+BYTES_4BIT = 0.5
+"""Per weight, at least."""
+GENEROUS = 64
+"""Numbers per token, layer and unit of width that the passes certainly do not exceed: about twice
+what attention and an MLP of four times the width keep for the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes by phase and component: what is held at the fullest moment of each phase."""
+    """Bytes by phase and component, at the fullest moment of each phase."""
 
     phases: Mapping[str, Bytes]
 
@@ -84,224 +65,295 @@ class MemoryEstimate:
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
 
-    def biggest(self, phase: str, number: int = 3) -> list[tuple[str, int]]:
-        """The largest components of a phase, largest first."""
-        return sorted(self.phases[phase].items(), key=lambda item: -item[1])[:number]
-
-
-def estimate_memory(
-    config: RunConfig, machine: Machine, *, prompt: int, model: Any | None = None
-) -> MemoryEstimate:
-    """What a run of one process needs at most, with prompts of at most `prompt` tokens.
-
-    `model`: the policy's model on the meta device, where it was given from Python. Raises what
-    loading the models raises for names and settings that do not fit.
-    """
-    loaded = shape_policy(config.policy, config.critic, copy.deepcopy(model))
-    weights = {FRAMEWORK: machine.framework} | policy_weights(config, loaded)
-    if config.rollout.engine == "vllm":
-        weights |= vllm_bytes(config, loaded, machine)
-    rewards = [*scorers(config.reward)]
-    for name, scorer, _ in rewards:
-        weights[f"reward {name}"] = weights.get(f"reward {name}", 0) + _weights_of(scorer)
-    if config.policy.autocast:
-        weights["bfloat16 copies of weights"] = _autocast_copies(loaded.policy)
-        compute = config.policy.model_copy(update={"dtype": "bfloat16", "autocast": False})
-        # What the passes hold is in bfloat16: their shapes are those of a bfloat16 model.
-        loaded = shape_policy(compute, config.critic, model and model.bfloat16())
-    of_policy, of_critic = loaded.policy.trainable()
-    trained = sum(p.numel() * _stored_size(p, config) for p in (*of_policy, *of_critic))
-    weights["optimizer states"] = ADAM_STATES * trained // machine.num_shards
-    sizes = _Sizes.of(config, machine.num_processes, prompt)
-    policy, reference, response = loaded.policy, loaded.reference, sizes.response
-    traced = {
-        "generate": _generation(config, machine, policy, sizes, prompt),
-        "score": _scoring(rewards, sizes.score, prompt, response, machine),
-        "forward": forward_bytes(policy, reference, sizes.forward, prompt, response),
-        "update": update_bytes(
-            policy,
-            sizes.update,
-            prompt,
-            response,
-            parts=sizes.parts,
-            with_entropy=config.ppo.entropy_coef > 0,
-        ),
-    }
-    traced["update"]["gradients"] //= machine.num_shards
-    kept = frozen_state_bytes(policy, config.ppo.batch_size, prompt, response)
-    for phase in ("forward", "score", "update"):
-        traced[phase] |= kept
-    if config.offline is not None or config.rollout.engine == "vllm":
-        del traced["generate"]
-    if sizes.evaluate > 0:
-        traced["evaluate"] = evaluation_bytes(policy, reference, sizes.evaluate, prompt, response)
-    phases = {name: weights | _with_kept(found, machine) for name, found in traced.items()}
-    if gold := [] if config.gold is None else [*scorers(config.gold)]:
-        phases["gold"] = (
-            weights
-            | {"gold": sum(_weights_of(scorer) for _, scorer, _ in gold)}
-            | _with_kept(_scoring(gold, sizes.score, prompt, response, machine), machine)
-        )
-    if stacked := sum(_weights_of(s) for name, s, _ in rewards if name.startswith("ensemble")):
-        # Members are stacked before the policy is there, and are there twice for that moment.
-        own = {name: size for name, size in weights.items() if name.startswith("reward")}
-        phases["load"] = {FRAMEWORK: machine.framework} | own | {"stacking members": stacked}
-    return MemoryEstimate(phases={n: {k: v for k, v in p.items() if v} for n, p in phases.items()})
-
-
-def policy_weights(config: RunConfig, loaded: LoadedPolicy) -> Bytes:
-    """Weights of policy, critic and reference; what they share counts once, for the policy."""
-    policy, critic = [*_tensors(loaded.policy.lm)], [*_tensors(loaded.policy.critic)]
-    saved = _saved_by_4bit(loaded.policy) if config.policy.quantize_4bit else 0
-    return {
-        "policy": storage_bytes(policy) - saved,
-        "critic": storage_bytes(critic, policy),
-        "reference": storage_bytes(_tensors(loaded.reference.lm), policy),
-    }
-
-
-def vllm_bytes(config: RunConfig, loaded: LoadedPolicy, machine: Machine) -> Bytes:
-    """vLLM's copy of the merged weights and, on the CPU, its key-value cache.
-
-    What else it takes of `gpu_memory_utilization` is what is free, and vLLM asks for it itself.
-    """
-    parameters = loaded.policy.lm.model.named_parameters()
-    numbers = sum(weight.numel() for name, weight in parameters if ".lora_" not in name)
-    size = 2 if config.policy.autocast or config.policy.dtype == "bfloat16" else 4
-    cache = round(config.rollout.vllm.kv_cache_gib * 2**30) if machine.device == "cpu" else 0
-    return {"vLLM's weights": size * numbers, "vLLM's key-value cache": cache}
-
-
-def _generation(
-    config: RunConfig, machine: Machine, policy: ActorCritic, sizes: _Sizes, prompt: int
-) -> Bytes:
-    """Sampling, with the weights into which the adapter is folded for it."""
-    model = policy.lm.model
-    merges = merges_adapters(config, sharded=machine.num_shards > 1)
-    merged = {"merged weights": merged_bytes(model)} if merges else {}
-    with merged_adapters(model) if merges else nullcontext():
-        return merged | generation_bytes(policy, sizes.generate, prompt, sizes.response)
-
-
-def scorers(
-    settings: RewardSettings, name: str = ""
-) -> Iterator[tuple[str, nn.Module, ClassifierSettings]]:
-    """Every reward model on the meta device, each member of an ensemble for itself."""
-    if isinstance(settings, ClassifierSettings):
-        yield name or "model", _scorer(settings), settings
-    elif isinstance(settings, EnsembleSettings):
-        members = settings.classifiers()
-        for one in members:
-            yield f"ensemble of {len(members)}{name and ' ' + name}", _scorer(one), one
-    elif isinstance(settings, SumSettings):
-        for part, of_part in settings.parts.items():
-            yield from scorers(of_part.reward, part)
-
-
-def _scorer(settings: ClassifierSettings) -> nn.Module:
-    return load_scorer(settings.model, settings.revision, settings.dtype, load=shape_model).module
-
-
-def _scoring(
-    rewards: list[tuple[str, nn.Module, ClassifierSettings]],
-    rows: int,
-    prompt: int,
-    response: int,
-    machine: Machine,
-) -> Bytes:
-    """The largest reward model's pass; members that run stacked hold what all of them hold."""
-    found: dict[str, Bytes] = {}
-    for name, scorer, settings in rewards:
-        length = response if settings.reads == "response" else prompt + response
-        config = _config_of(scorer)
-        context = getattr(config, "max_position_embeddings", length)
-        length = max(min(length, context, settings.max_tokens or length), 1)
-        own = scoring_bytes(scorer, min(settings.batch_size, rows), length)
-        elements = min(settings.batch_size, rows) * length * int(getattr(config, "hidden_size", 1))
-        if name.startswith("ensemble") and (
-            machine.device == "cuda" or elements <= STACKED_ELEMENTS
-        ):
-            before = found.get(name, {})
-            found[name] = {kind: before.get(kind, 0) + size for kind, size in own.items()}
-        else:
-            found[name] = max(found.get(name, {}), own, key=total_bytes)
-    return max(found.values(), key=total_bytes, default={})
-
-
-def _with_kept(passing: Bytes, machine: Machine) -> Bytes:
-    kinds = {kind: size for kind, size in passing.items() if kind != IN_BLOCKS}
-    return kinds | {KEPT: round(machine.kept_share * passing.get(IN_BLOCKS, 0))}
+    def biggest(self, phase: str, number: int | None = None) -> list[tuple[str, int]]:
+        """The components of a phase, largest first."""
+        listed = sorted(self.phases[phase].items(), key=lambda item: -item[1])
+        return [(name, size) for name, size in listed if size > 0][:number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    """Rows that are computed at once, in one process."""
+class Sizes:
+    """Rows that one process computes at once, and their longest prompt and response in tokens."""
 
+    prompt: int
     response: int
     generate: int
     score: int
     forward: int
     update: int
-    parts: int
-    """Micro-batches per optimizer step."""
-    evaluate: int
+    """Rows of two micro-batches, or of one if a minibatch has no more: gradients add up."""
+    batch: int
 
     @classmethod
-    def of(cls, config: RunConfig, num_processes: int, prompt: int) -> _Sizes:
-        ppo, response = config.ppo, longest(config.rollout.response_length)
+    def of(cls, config: RunConfig, num_processes: int, prompt: int, response: int) -> Sizes:
+        ppo = config.ppo
         batch = ppo.batch_size // num_processes
         minibatch = (ppo.minibatch_size or ppo.batch_size) // num_processes
         micro = ppo.micro_batch_size
-        if ppo.micro_batch_tokens is not None:  # rounded up: shorter rows leave less of it unused
-            micro = -(-ppo.micro_batch_tokens // (prompt + response))
-        update = min(micro or minibatch, minibatch)
+        if ppo.micro_batch_tokens is not None:
+            micro = max(ppo.micro_batch_tokens // (prompt + response), 1)
         evaluated = -(-config.evaluation.num_prompts // num_processes)
-        if config.offline is not None:
-            evaluated = max(config.evaluation.num_prompts, batch)  # diagnostics, in every process
         measured = [e.reference_size for e in ensembles(config.reward) if e.standardize == "start"]
         most = max(batch, evaluated, config.early_stop.gold_prompts, *measured)
+        scored = [settings.batch_size for _, settings in reward_models(config.reward)]
         return cls(
+            prompt=prompt,
             response=response,
             generate=min(config.rollout.generation_batch_size or most, most),
-            score=most,
+            score=min(max(scored, default=0), most),
             forward=min(micro or batch, batch),
-            update=update,
-            parts=-(-minibatch // update),
-            evaluate=min(micro or ppo.batch_size, evaluated),
+            update=min(2 * micro if micro else minibatch, minibatch),
+            batch=batch,
         )
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+# Before the models are loaded
 
 
-def _weights_of(module: nn.Module) -> int:
-    return storage_bytes(_tensors(module))
+def check_weights(config: RunConfig, device: torch.device) -> None:
+    """Raise PreflightError if weights, gradients and optimizer states alone are too much."""
+    refuse_if_too_much(config, stored_estimate(config, device), device)
 
 
-def _config_of(scorer: nn.Module) -> Any:
-    holder: Any = getattr(scorer, "trunk", None) or scorer.model
-    return holder.config.get_text_config()
+def stored_estimate(config: RunConfig, device: torch.device) -> MemoryEstimate:
+    """What the run holds at least, by the shapes in the models' safetensors files.
+
+    Models without such files count as nothing, and so do adapters and small heads.
+    """
+    settings, size = config.policy, _dtype_size(config.policy.dtype)
+    sizes = stored_sizes(settings.model, settings.revision)
+    policy = sum(sizes.values())
+    critic = 0
+    if config.critic.kind == "separate":
+        of_critic = sizes if config.critic.model is None else stored_sizes(config.critic.model)
+        critic = sum(number for name, number in of_critic.items() if "lm_head" not in name)
+        critic *= size if config.critic.model is None else 4
+    is_full = settings.tuning == "full"
+    weights = {
+        "policy": round(policy * (BYTES_4BIT if settings.quantize_4bit else size)),
+        "critic": critic,
+        "reference": policy * size if is_full else 0,
+    }
+    trained = critic + (policy * size if is_full else 0)
+    rewards = reward_weights(config.reward)
+    before = {FRAMEWORK: used_memory(device) + (CUDA_CONTEXT if device.type == "cuda" else 0)}
+    held = before | weights | rewards | {"optimizer states": ADAM_MOMENTS * trained}
+    phases = {"update": held | {"gradients": trained}}
+    if config.gold is not None:
+        phases["gold"] = held | {"gold": sum(reward_weights(config.gold).values())}
+    if stacked := sum(size for name, size in rewards.items() if "ensemble" in name):
+        # Members are stacked before the policy is loaded, and exist twice for that moment.
+        phases["load"] = before | rewards | {"stacking members": stacked}
+    return MemoryEstimate(phases=phases)
 
 
-def _matrices(policy: ActorCritic) -> dict[str, nn.Parameter]:
-    """The weights of products and embeddings."""
-    return {n: p for n, p in policy.lm.model.named_parameters() if p.dim() > 1}
+def stored_sizes(name: str, revision: str | None = None) -> dict[str, int]:
+    """How many numbers each tensor of a model's safetensors files has; empty without such files."""
+    index = find_file(name, "model.safetensors.index.json", revision)
+    names = {"model.safetensors"}
+    sizes: dict[str, int] = {}
+    try:
+        if index is not None:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        for file in names:
+            if (path := find_file(name, file, revision)) is None:
+                return {}
+            with safe_open(path, "pt") as tensors:
+                keys = tensors.keys()
+                sizes |= {key: math.prod(tensors.get_slice(key).get_shape()) for key in keys}
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return {}  # loading the model will say what is wrong with it
+    return sizes
 
 
-def _autocast_copies(policy: ActorCritic) -> int:
-    return sum(2 * p.numel() for p in _matrices(policy).values() if p.dtype == torch.float32)
+def reward_models(
+    settings: RewardSettings, name: str = "model"
+) -> Iterator[tuple[str, ClassifierSettings]]:
+    """Every reward model, each member of an ensemble for itself."""
+    if isinstance(settings, ClassifierSettings):
+        yield name, settings
+    elif isinstance(settings, EnsembleSettings):
+        for member in settings.classifiers():
+            yield f"ensemble of {len(settings.classifiers())}", member
+    elif isinstance(settings, SumSettings):
+        for key, part in settings.parts.items():
+            yield from reward_models(part.reward, key)
 
 
-def _saved_by_4bit(policy: ActorCritic) -> int:
-    """Bytes that 4-bit storage saves: of the frozen blocks, not of embeddings and LM head."""
-    apart = (policy.lm.model.get_input_embeddings(), policy.lm.model.get_output_embeddings())
-    whole = {id(module.weight) for module in apart}
-    frozen = [p for p in _matrices(policy).values() if not p.requires_grad and id(p) not in whole]
-    return round(sum(p.numel() * (p.element_size() - LEFT_AFTER_4BIT) for p in frozen))
+def reward_weights(settings: RewardSettings) -> Bytes:
+    """Bytes of reward models' weights, by their files."""
+    found: Bytes = {}
+    for name, model in reward_models(settings):
+        numbers = sum(stored_sizes(model.model, model.revision).values())
+        key = f"reward {name}"
+        found[key] = found.get(key, 0) + numbers * _dtype_size(model.dtype)
+    return found
 
 
-def _stored_size(parameter: nn.Parameter, config: RunConfig) -> int:
-    """Bytes per number as it is stored, where the shapes are those of the autocast passes."""
-    is_cast = config.policy.autocast and parameter.dtype == torch.bfloat16
-    return 4 if is_cast and config.policy.dtype == "float32" else parameter.element_size()
+# Once they are loaded
+
+
+def loaded_estimate(
+    config: RunConfig,
+    policy: ActorCritic,
+    reference: Reference,
+    sizes: Sizes,
+    *,
+    used: int,
+    num_shards: int = 1,
+    measured: Mapping[str, int] | None = None,
+) -> MemoryEstimate:
+    """The need of every phase: components by shape, and the rest of what was `measured` in it.
+
+    `used`: bytes in use before the first pass. Phases that were not measured get a generous bound.
+    """
+    model = policy.lm.model
+    weights = model_weights(policy, reference) | reward_weights(config.reward)
+    framework = max(used - sum(weights.values()), 0)
+    if policy.device.type == "cuda":
+        framework += CUDA_CONTEXT
+    trained = sum(_bytes(p) for group in policy.trainable() for p in group) // num_shards
+    held = {FRAMEWORK: framework} | weights | {"optimizer states": ADAM_MOMENTS * trained}
+    tokens = sizes.prompt + sizes.response
+    size = 2 if config.policy.autocast else model.dtype.itemsize
+    frozen: Bytes = {}
+    if policy.lm.frozen is not None:  # their outputs are kept for all rows of the batch
+        rows = max(sizes.batch - sizes.update, 0)
+        frozen = {"outputs of frozen blocks": rows * tokens * policy.lm.hidden_size * size}
+    special: dict[str, Bytes] = {
+        "generate": {"key-value cache": cache_bytes(model, sizes.generate, tokens, size)},
+        "forward": {},
+        "score": {},
+        "update": {"gradients": trained},
+    }
+    if config.offline is not None or config.rollout.engine == "vllm":
+        del special["generate"]
+    rows = max(sizes.forward, sizes.update, sizes.score)
+    bound = generous_bound(model, rows * tokens, sizes.generate)
+    phases: dict[str, Bytes] = {}
+    for phase, own in special.items():
+        counted = held | own
+        passes = bound
+        if measured is not None:
+            passes = max(measured.get(phase, 0) - sum(counted.values()), 0)
+        phases[phase] = counted | {PASSES: passes} | ({} if phase == "generate" else frozen)
+    if config.gold is not None:
+        phases["gold"] = held | {"gold": sum(reward_weights(config.gold).values())}
+    return MemoryEstimate(phases=phases)
+
+
+def model_weights(policy: ActorCritic, reference: Reference) -> Bytes:
+    """Weights of policy, critic and reference; shared ones count once, for the policy."""
+    seen: set[int] = set()
+    found = {}
+    modules = {"policy": policy.lm, "critic": policy.critic, "reference": reference.lm}
+    for name, module in modules.items():
+        tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        found[name] = sum(_bytes(tensor) for key, tensor in tensors.items() if key not in seen)
+        seen |= tensors.keys()
+    return found
+
+
+def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
+    """Keys and values of every layer, `size` bytes a number; a sliding window holds no more."""
+    from transformers import DynamicCache
+
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = DynamicCache(config=model.config).layers
+    kept = sum(min(getattr(layer, "sliding_window", None) or tokens, tokens) for layer in layers)
+    return int(2 * rows * heads * width * size * kept)
+
+
+def generous_bound(model: Any, num_tokens: int, num_sampled: int) -> int:
+    """Bytes that passes over so many tokens, or sampling so many rows, hold at most."""
+    config = model.config.get_text_config()
+    activations = GENEROUS * config.num_hidden_layers * config.hidden_size * num_tokens
+    logits = 4 * (CHUNK_ELEMENTS + config.vocab_size * num_sampled)
+    return int(4 * (activations + logits))
+
+
+def _bytes(tensor: torch.Tensor | nn.Parameter) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _dtype_size(name: str) -> int:
+    return 2 if name == "bfloat16" else 4
+
+
+# Does it fit, and what to change
+
+
+def memory_budget(config: RunConfig, device: torch.device) -> int | None:
+    """Bytes that this process may use; None if the system does not say."""
+    if config.max_memory_gib is not None:
+        return round(config.max_memory_gib * GIB)
+    available = device_memory(device)
+    if available is None or device.type == "cuda":
+        return available
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def refuse_if_too_much(config: RunConfig, estimate: MemoryEstimate, device: torch.device) -> None:
+    """Raise PreflightError if the need is more than the budget."""
+    if problem := refusal(config, estimate, device):
+        raise PreflightError(problem)
+
+
+def refusal(config: RunConfig, estimate: MemoryEstimate, device: torch.device) -> str | None:
+    """Need, budget, the fullest phase's components and what to change; None if the run fits."""
+    budget = memory_budget(config, device)
+    if budget is None or estimate.peak <= budget:
+        return None
+    phase = estimate.peak_phase
+    whose = "max_memory_gib allows" if config.max_memory_gib is not None else f"{device} has"
+    lines = [f"  {size / GIB:7.2f} GiB  {name}\n" for name, size in estimate.biggest(phase)]
+    return (
+        f"the run needs about {estimate.peak / GIB:.2f} GiB in its fullest phase ({phase}), and "
+        f"{whose} {budget / GIB:.2f} GiB:\n{''.join(lines)}Change {changes(config, phase)}. "
+        "This is an estimate: a higher max_memory_gib starts the run all the same"
+    )
+
+
+def changes(config: RunConfig, phase: str) -> str:
+    """Which settings make a phase smaller, those that change no number first."""
+    ppo, rollout = config.ppo, config.rollout
+    remedies: list[str] = []
+    if phase in ("generate", "evaluate"):
+        size = rollout.generation_batch_size or ppo.batch_size
+        if size > 1:
+            remedies.append(f"rollout.generation_batch_size (below {size})")
+    if phase == "generate" and merges_adapters(config, sharded=False):
+        remedies.append("rollout.merge_adapters=false")
+    if phase in ("score", "load"):
+        remedies += _reward_changes("reward", config.reward)
+    if phase == "gold":
+        remedies += _reward_changes("gold", config.gold)
+    if phase not in ("generate", "gold", "load"):
+        size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
+        if ppo.micro_batch_tokens is not None:
+            remedies.append(f"ppo.micro_batch_tokens (below {ppo.micro_batch_tokens})")
+        elif size > 1:
+            remedies.append(f"ppo.micro_batch_size (below {size})")
+    if phase == "update" and not config.policy.gradient_checkpointing:
+        remedies.append("policy.gradient_checkpointing=true")
+    if longest(rollout.response_length) > 1:
+        remedies.append(f"a shorter rollout.response_length ({rollout.response_length} now)")
+    if config.policy.tuning == "full":
+        remedies.append("policy.tuning=lora or last_layers")
+    if config.critic.kind == "separate":
+        remedies.append("critic.kind=trunk")
+    return "; or ".join([*remedies, "a smaller model"])
+
+
+def _reward_changes(name: str, reward: RewardSettings | None) -> Iterator[str]:
+    if isinstance(reward, ClassifierSettings | EnsembleSettings):
+        if reward.batch_size > 1:
+            yield f"{name}.batch_size (below {reward.batch_size})"
+        if reward.dtype == "float32":
+            yield f"{name}.dtype=bfloat16"
+    elif isinstance(reward, SumSettings):
+        for key, part in reward.parts.items():
+            yield from _reward_changes(f"{name}.parts.{key}.reward", part.reward)

@@ -22,10 +22,10 @@ from klippo.ranks import Ranks, choose_device
 from klippo.rewards.build import build_reward
 from klippo.rewards.combined import SumReward
 from klippo.rewards.function import FunctionReward
-from klippo.train.dry_run import agree_to_cost
+from klippo.train.dry_run_plan import agree_to_cost
 from klippo.train.engines import check_engine_settings
 from klippo.train.launch import choose_sharding
-from klippo.train.memory_check import check_memory
+from klippo.train.memory import check_weights
 from klippo.train.offline import Logged, read_logged
 from klippo.types import RewardSource, Tokenizer
 
@@ -66,7 +66,6 @@ def prepare(
     *,
     trust_remote_code: bool = False,
     confirm_cost: bool = False,
-    measures_memory: bool = True,
 ) -> Prepared:
     """Check everything that needs no policy; the cheapest check comes first.
 
@@ -90,8 +89,8 @@ def prepare(
     logged = None if config.offline is None else read_logged(config, rows, held_out)
     if confirm_cost:
         ranks.on_main(lambda: agree_to_cost(config, (rows, held_out), yes=False))
-    if measures_memory and given.model is None:
-        ranks.on_main(lambda: check_memory(config, (rows, held_out), device))
+    if given.model is None:
+        ranks.on_main(lambda: check_weights(config, device))
     reward = _reward(config, given, device, ranks)
     if isinstance(reward, FunctionReward | JudgeReward | SumReward):
         reward.check_columns(rows[0].columns)

@@ -92,6 +92,7 @@ class Online:
 
     source: OnlineSource
     seed: int
+    train_prompts: list[Prompt]
     evaluation_prompts: list[Prompt]
     evaluation_share: range
     """Which evaluation prompts this process answers."""
@@ -252,6 +253,7 @@ def _open_online(run: Prepared, loaded: LoadedPolicy, model_digest: str) -> Sess
         online=Online(
             source=source,
             seed=config.seed,
+            train_prompts=train,
             evaluation_prompts=evaluation,
             evaluation_share=share,
             spare_prompts=held_out,

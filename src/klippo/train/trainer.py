@@ -23,6 +23,7 @@ from klippo.train.prepare import Given, prepare
 from klippo.train.recorder import RunRecorder, save_model
 from klippo.train.session import Session, open_session
 from klippo.train.started import write_started
+from klippo.train.trial import check_memory
 from klippo.types import Metrics, Prompt, RewardSource, Rollout, Scores, Tokenizer
 
 IN_MEMORY = "(given from Python)"
@@ -80,6 +81,7 @@ class PPOTrainer:
     def train(self) -> Outcome:
         """The whole run: train, evaluate, write the run folder, compare before and after."""
         session = self.session
+        check_memory(session)
         recorder = RunRecorder(
             session, overwrite=self._overwrite, resume=self._resume, quiet=self._quiet
         )
