@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from klippo.config.schema import RunConfig
 from klippo.policy.merged import mergeable, merged_adapters
 from klippo.policy.settings import CriticSettings
-from klippo.ranks import Ranks
 from klippo.train.engines import build_engine, merges_adapters, ready_to_sample
 from tests.policy.test_reference import adapter_state, start
 from tests.tolerance import FLOAT64, FLOAT64_APPROX
@@ -98,7 +97,7 @@ def test_merged_sampling_draws_the_same_tokens(family, temperature, tmp_path):
     def sample(merge_adapters):
         rollout = {"merge_adapters": merge_adapters, "temperature": temperature}
         config = run_config(rollout | {"generation_batch_size": 2})
-        engine = build_engine(config, loaded, frozenset(), PROMPTS, Ranks())
+        engine = build_engine(config, loaded, frozenset(), PROMPTS)
         return engine.generate(PROMPTS, [6] * 4, [11, 12, 13, 14])
 
     for merged, plain in zip(sample(True), sample(False), strict=True):
@@ -116,7 +115,7 @@ def test_adapters_are_merged_once_for_all_batches_of_a_sampling_phase(monkeypatc
         return ready_to_sample(*arguments)
 
     monkeypatch.setattr("klippo.train.engines.ready_to_sample", around)
-    engine = build_engine(config, loaded, frozenset(), PROMPTS, Ranks())
+    engine = build_engine(config, loaded, frozenset(), PROMPTS)
     engine.generate(PROMPTS, [3] * 4, [1, 2, 3, 4])
     assert entered == [(config, loaded.policy)]
 
