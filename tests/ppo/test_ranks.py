@@ -8,15 +8,17 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from klippo import ranks as ranks_module
 from klippo.errors import ConfigError
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
+from klippo.ppo.update import minibatches
 from klippo.ranks import Ranks
 from tests.ppo.two_ranks import CASES, go_on, learn
 from tests.tolerance import FLOAT64, FLOAT64_APPROX
@@ -103,11 +105,43 @@ def test_a_batch_that_processes_cannot_share_is_refused(sizes, message):
         Learner(loaded.policy, loaded.reference, ppo=PPOSettings(**sizes), ranks=Ranks(0, 3))
 
 
-def test_gradients_travel_in_messages_of_one_type_that_are_large_but_the_last(monkeypatch):
-    monkeypatch.setattr(ranks_module, "BUCKET_BYTES", 16)
-    tensors = [torch.zeros(n) for n in (1, 2, 1, 9, 1)] + [torch.zeros(3, dtype=torch.bfloat16)]
-    found = [[x.numel() for x in bucket] for bucket in ranks_module._buckets(tensors)]
-    assert found == [[1, 2, 1], [9], [1], [3]]
+@pytest.mark.parametrize(("batch_size", "minibatch_size"), [(24, 6), (24, 24), (24, None)])
+def test_each_minibatch_has_equally_many_rows_of_every_process(batch_size, minibatch_size):
+    settings = PPOSettings(batch_size=batch_size, minibatch_size=minibatch_size, num_epochs=2)
+
+    def rows_of(world_size):
+        """Of each minibatch, numbered as in the whole batch; one list per process."""
+        num_own = batch_size // world_size
+        held = SimpleNamespace(tokens=range(num_own), mask=torch.ones(num_own, 1))
+        return [
+            [
+                (rows + rank * num_own).tolist()
+                for rows in minibatches(
+                    settings, held, torch.Generator().manual_seed(5), Ranks(rank, world_size)
+                )
+            ]
+            for rank in range(world_size)
+        ]
+
+    [alone] = rows_of(1)
+    for world_size in (2, 3):
+        shares = rows_of(world_size)
+        for minibatch, *parts in zip(alone, *shares, strict=True):
+            assert {len(part) for part in parts} == {len(minibatch) // world_size}
+            assert list(chain(*parts)) == minibatch
+    size = minibatch_size or batch_size
+    num = batch_size // size
+    for epoch in (alone[:num], alone[num:]):
+        assert sorted(chain(*epoch)) == list(range(batch_size)), "every row once"
+    assert num == 1 or alone[:num] != alone[num:]
+
+
+def test_rows_that_do_not_divide_make_minibatches_that_differ_by_one_group():
+    settings = PPOSettings(batch_size=12, minibatch_size=4, num_epochs=1)
+    held = SimpleNamespace(tokens=range(10), mask=torch.ones(10, 1))
+    found = [rows.tolist() for rows in minibatches(settings, held, torch.Generator(), Ranks())]
+    assert sorted(chain(*found)) == list(range(10))
+    assert sorted(map(len, found)) == [3, 3, 4]
 
 
 @pytest.mark.parametrize(("num", "world_size"), [(0, 2), (3, 2), (8, 3), (2, 5)])

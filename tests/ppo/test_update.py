@@ -194,8 +194,8 @@ def test_every_row_is_visited_once_in_each_epoch(monkeypatch):  # rule 27
         return rows(self, index)
 
     monkeypatch.setattr(Experience, "rows", watched)
-    run(learner(ppo={"num_epochs": 3, "minibatch_size": 2, "micro_batch_size": 1}))
-    epochs = [seen[i : i + 4] for i in range(0, 12, 4)]
+    run(learner(ppo={"num_epochs": 8, "minibatch_size": 2, "micro_batch_size": 1}))
+    epochs = [seen[i : i + 4] for i in range(0, 32, 4)]
     assert all(sorted(epoch) == [[0], [1], [2], [3]] for epoch in epochs)
     assert len({str(epoch) for epoch in epochs}) > 1, "the order changes between epochs"
 

@@ -226,7 +226,7 @@ def parts_of(
     )
     if ppo.micro_batch_tokens is None:
         return parts
-    return split_up(parts, max(ranks.gather(len(parts))))
+    return split_up(parts, ranks.largest(len(parts)))
 
 
 def _engine_weights(

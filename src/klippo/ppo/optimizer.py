@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
@@ -24,6 +26,19 @@ from klippo.ranks import Ranks
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """What training changes, by name: `weights`, and `optimizer`, AdamW's state of each."""
+
+
+class _AnyPass(nn.Module):
+    """Computes any function of these weights: DDP has to see the call of a module."""
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        # A critic's warm-up leaves weights without gradients, so DDP has to look for unused ones;
+        # it warns on stderr if it finds none.
+        self.weights = nn.ParameterList([*weights, nn.Parameter(torch.zeros(()))])
+
+    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+        return work()
 
 
 class Optimizer:
@@ -49,23 +64,37 @@ class Optimizer:
         self._models = (policy, reference.lm)
         self._max_grad_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         self._ranks = ranks
+        self._ddp = None
+        if ranks.world_size > 1 and not is_sharded(policy):
+            self._ddp = DistributedDataParallel(
+                _AnyPass(self._parameters),
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,
+            )
         self._named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
     def free_gathered(self) -> None:
         """Called after passes without gradients: drop the weights that they gathered."""
         free_gathered(*self._models)
 
-    def backward(self, work: Callable[[], Tensor]) -> None:
-        """Add this process's gradients of the loss that a pass returns."""
-        work().backward()  # type: ignore[no-untyped-call]
+    def backward(self, passes: Sequence[Callable[[], Tensor]]) -> None:
+        """Add up the gradients of the losses that these passes return in all processes.
+
+        At least one pass; with shards every process needs the same number of them.
+        """
+        for number, work in enumerate(passes, 1):
+            if self._ddp is None:
+                work().backward()  # type: ignore[no-untyped-call]
+                continue
+            with self._ddp.no_sync() if number < len(passes) else nullcontext():
+                loss = self._ddp(work) * self._ranks.world_size  # DDP takes the mean
+                loss.backward()
 
     def step(self) -> float:
-        """Move the weights by the sum of all processes' gradients, and forget these.
+        """Move the weights by the gradients, and forget these.
 
         Returns the gradient's norm before clipping; if it is not finite nothing moves.
         """
-        if not is_sharded(self._models[0]):
-            self._ranks.sum_gradients(self._parameters)
         norm = float(full_tensor(clip_grad_norm_(self._parameters, self._max_grad_norm)))
         if math.isfinite(norm):
             self.adam.step()

@@ -6,7 +6,7 @@ B sequences, T response tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience, parts_of
-from klippo.ppo.gather import gather_experience
 from klippo.ppo.loss import LOGGED, ppo_loss, value_loss
 from klippo.ppo.optimizer import Optimizer
 from klippo.ppo.settings import PPOSettings
@@ -58,12 +57,12 @@ def ppo_update(
 ) -> Metrics:
     """Run `num_epochs` passes; returns means over the optimizer steps.
 
-    `experience` holds this process's rows; minibatches are made of the rows of all processes, and
-    each process takes an equal share of every minibatch. `critic_only` trains the critic's own
-    weights and leaves the policy alone (warm-up). `generator` (CPU) shuffles the rows, and must be
-    in the same state on every process. With `exact_kl_to` the KL in the loss is the exact one.
+    `experience` holds this process's rows, an equal share of the batch. Minibatches are those of a
+    single process, and each process learns from the rows of them that it holds. `critic_only`
+    trains the critic's own weights and leaves the policy alone (warm-up). `generator` (CPU)
+    shuffles the rows, and must be in the same state on every process. With `exact_kl_to` the KL in
+    the loss is the exact one.
     """
-    experience = gather_experience(experience, ranks)
     loss: Loss = partial(warm_up_loss, settings, policy)
     if not critic_only:
         loss = partial(loss_of, settings, policy, kl_coef=kl_in_loss_coef, exact_kl_to=exact_kl_to)
@@ -71,12 +70,10 @@ def ppo_update(
     results: list[MinibatchResult] = []
     stopped_early = False
     policy.train()
-    for rows in minibatches(settings, experience, generator):
-        num_tokens = float(experience.mask[rows].sum())
-        share = ranks.share(len(rows))
-        parts = parts_of(settings, experience.tokens, rows[share.start : share.stop], ranks=ranks)
-        batches = map(experience.rows, parts)
-        means = add_gradients(loss, optimizer, batches, num_tokens, ranks)
+    for rows in minibatches(settings, experience, generator, ranks):
+        num_tokens = float(ranks.all_sum(experience.mask[rows].sum()))
+        parts = parts_of(settings, experience.tokens, rows, ranks=ranks)
+        means = add_gradients(loss, optimizer, experience, parts, num_tokens, ranks)
         results.append(step(optimizer, means, settings.ratio_threshold))
         stopped_early = means.get("update_kl", 0.0) > limit
         if stopped_early:
@@ -86,13 +83,24 @@ def ppo_update(
 
 
 def minibatches(
-    settings: PPOSettings, experience: Experience, generator: torch.Generator
+    settings: PPOSettings, experience: Experience, generator: torch.Generator, ranks: Ranks
 ) -> Iterator[Tensor]:
-    """Rows of each minibatch: every row once per epoch, in an order that changes."""
-    size = settings.minibatch_size or settings.batch_size
+    """This process's rows of each minibatch: every row once per epoch, in an order that changes.
+
+    The batch, all processes' rows one after the other, is cut into groups of as many consecutive
+    rows as an epoch has minibatches, and each minibatch takes one row of every group. So processes
+    hold equally many rows of each minibatch, and which rows these are does not depend on their
+    number.
+    """
+    num_own = len(experience.tokens)
+    first, size = ranks.rank * num_own, settings.minibatch_size or settings.batch_size
+    num = math.ceil(num_own * ranks.world_size / size)
+    starts = num * torch.arange(size)[:, None]
     for _ in range(settings.num_epochs):
-        order = torch.randperm(len(experience.tokens), generator=generator)
-        yield from torch.split(order.to(experience.mask.device), size)
+        rows = starts + torch.rand(size, num, generator=generator).argsort(1) - first
+        for minibatch in rows.T:
+            own = minibatch[(minibatch >= 0) & (minibatch < num_own)]
+            yield own.to(experience.mask.device)
 
 
 def loss_of(
@@ -148,7 +156,8 @@ def warm_up_loss(
 def add_gradients(
     loss: Loss,
     optimizer: Optimizer,
-    batches: Iterator[Experience],
+    experience: Experience,
+    parts: Sequence[Tensor],
     num_tokens: float,
     ranks: Ranks,
 ) -> dict[str, float]:
@@ -159,13 +168,12 @@ def add_gradients(
     """
     sums: list[Tensor] = []
 
-    def mean_loss(batch: Experience) -> Tensor:
-        total, logged = loss(batch)
+    def mean_loss(rows: Tensor) -> Tensor:
+        total, logged = loss(experience.rows(rows))
         sums.append(logged)
         return total / max(num_tokens, 1)
 
-    for batch in batches:
-        optimizer.backward(partial(mean_loss, batch))
+    optimizer.backward([partial(mean_loss, rows) for rows in parts])
     totals = ranks.all_sum(torch.stack(sums).sum(0)).tolist()
     if num_tokens == 0:
         return {}
