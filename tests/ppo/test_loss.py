@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klippo.ppo.loss import policy_loss, probability_ratio, value_loss
+from tests.tolerance import FLOAT64_APPROX
 
 
 def loss_and_gradient(ratio, advantage, **options):
     """Policy loss and its derivative with respect to the log-prob."""
-    logprob = torch.tensor([math.log(ratio)], requires_grad=True)
+    logprob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     rho = probability_ratio(logprob, torch.zeros(1))
     loss, _ = policy_loss(rho, torch.tensor([advantage]), clip_range=0.2, **options)
     loss.sum().backward()
@@ -34,7 +35,7 @@ def loss_and_gradient(ratio, advantage, **options):
 def test_the_gradient_is_zero_exactly_when_clipped_and_pessimistic(
     ratio, advantage, loss, gradient
 ):
-    assert loss_and_gradient(ratio, advantage) == pytest.approx((loss, gradient), rel=1e-5)
+    assert loss_and_gradient(ratio, advantage) == pytest.approx((loss, gradient), **FLOAT64_APPROX)
     _, clipped = policy_loss(torch.tensor([ratio]), torch.tensor([advantage]), clip_range=0.2)
     assert bool(clipped) is (gradient == 0)
 
@@ -51,18 +52,22 @@ def test_a_token_counts_as_clipped_where_its_gradient_vanishes(ratio, advantage)
 
 def test_dual_clip_bounds_the_loss_of_bad_tokens_alone():
     # A < 0 and rho = 5: -A * rho = 10, bounded by dual_clip * |A| = 6 with no gradient.
-    assert loss_and_gradient(5.0, -2.0) == pytest.approx((10.0, 10.0), rel=1e-5)
-    assert loss_and_gradient(5.0, -2.0, dual_clip=3.0) == pytest.approx((6.0, 0.0), rel=1e-5)
-    assert loss_and_gradient(2.0, -2.0, dual_clip=3.0) == pytest.approx((4.0, 4.0), rel=1e-5)
+    assert loss_and_gradient(5.0, -2.0) == pytest.approx((10.0, 10.0), **FLOAT64_APPROX)
+    assert loss_and_gradient(5.0, -2.0, dual_clip=3.0) == pytest.approx(
+        (6.0, 0.0), **FLOAT64_APPROX
+    )
+    assert loss_and_gradient(2.0, -2.0, dual_clip=3.0) == pytest.approx(
+        (4.0, 4.0), **FLOAT64_APPROX
+    )
     assert loss_and_gradient(5.0, 2.0, dual_clip=3.0) == loss_and_gradient(5.0, 2.0)
     assert loss_and_gradient(0.1, 2.0, dual_clip=3.0) == loss_and_gradient(0.1, 2.0)
 
 
 def test_the_log_ratio_is_clamped_to_twenty_on_both_sides():
-    logprobs = torch.tensor([-1.0, -1.0, -500.0, -25.0], requires_grad=True)
+    logprobs = torch.tensor([-1.0, -1.0, -500.0, -25.0], dtype=torch.float64, requires_grad=True)
     ratio = probability_ratio(logprobs, torch.tensor([-3.0, -30.0, -1.0, -4.0]))
     expected = [math.exp(2), math.exp(20), math.exp(-20), math.exp(-20)]
-    assert ratio.tolist() == pytest.approx(expected, rel=1e-5)
+    assert ratio.tolist() == pytest.approx(expected, **FLOAT64_APPROX)
     ratio.log().sum().backward()
     assert logprobs.grad.tolist()[1:] == [0, 0, 0]
 
@@ -80,8 +85,8 @@ def test_the_log_ratio_is_clamped_to_twenty_on_both_sides():
 def test_the_value_loss_takes_the_worse_of_clipped_and_unclipped(
     value, old, target, clip_range, loss, gradient
 ):
-    values = torch.tensor([value], requires_grad=True)
+    values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     got = value_loss(values, torch.tensor([old]), torch.tensor([target]), clip_range=clip_range)
     got.sum().backward()
-    assert got.item() == pytest.approx(loss, rel=1e-5)
-    assert float(values.grad) == pytest.approx(gradient, abs=1e-5)
+    assert got.item() == pytest.approx(loss, **FLOAT64_APPROX)
+    assert float(values.grad) == pytest.approx(gradient, **FLOAT64_APPROX)

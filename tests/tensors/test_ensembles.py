@@ -8,17 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klippo.tensors.ensembles import combine, lowest_shares, variance
+from tests.tolerance import FLOAT64, gamma
 
 # Three members (rows), two responses (columns).
-MEMBERS = torch.tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]])
+MEMBERS = torch.tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]], dtype=torch.float64)
 
 
 def test_the_mean_is_computed_by_hand():
-    torch.testing.assert_close(combine(MEMBERS, "mean"), torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(
+        combine(MEMBERS, "mean"), torch.tensor([3.0, 1.0], dtype=torch.float64)
+    )
 
 
 def test_wco_is_the_lowest_member():
-    torch.testing.assert_close(combine(MEMBERS, "WCO"), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(
+        combine(MEMBERS, "WCO"), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_wco_is_the_lowest_member():
 )
 def test_uwo_subtracts_lambda_times_the_variance_with_either_divisor(ddof, expected):
     scores = combine(MEMBERS, "UWO", uwo_weight=0.5, ddof=ddof)
-    torch.testing.assert_close(scores, torch.tensor(expected))
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_lambda_zero_is_the_mean_exactly():
@@ -40,24 +45,28 @@ def test_lambda_zero_is_the_mean_exactly():
 
 def test_mean_minus_k_standard_deviations():
     scores = combine(MEMBERS, "mean_minus_sd", sd_weight=2.0, ddof=1)
-    expected = torch.tensor([3 - 2 * math.sqrt(7), 1 - 2 * math.sqrt(3)])
+    expected = torch.tensor([3 - 2 * math.sqrt(7), 1 - 2 * math.sqrt(3)], dtype=torch.float64)
     torch.testing.assert_close(scores, expected)
 
 
 def test_the_median_of_an_odd_and_an_even_number_of_members():
-    torch.testing.assert_close(combine(MEMBERS, "median"), torch.tensor([2.0, 0.0]))
-    four = torch.tensor([[1.0], [2.0], [4.0], [100.0]])
-    torch.testing.assert_close(combine(four, "median"), torch.tensor([3.0]))
+    torch.testing.assert_close(
+        combine(MEMBERS, "median"), torch.tensor([2.0, 0.0], dtype=torch.float64)
+    )
+    four = torch.tensor([[1.0], [2.0], [4.0], [100.0]], dtype=torch.float64)
+    torch.testing.assert_close(combine(four, "median"), torch.tensor([3.0], dtype=torch.float64))
 
 
 def test_soft_min_of_two_members_by_hand():
-    two = torch.tensor([[0.0], [math.log(3.0)]])
+    two = torch.tensor([[0.0], [math.log(3.0)]], dtype=torch.float64)
     # -log((exp(0) + exp(-log 3)) / 2) = -log((1 + 1/3) / 2) = log(3/2)
-    torch.testing.assert_close(combine(two, "soft_min"), torch.tensor([math.log(1.5)]))
+    torch.testing.assert_close(
+        combine(two, "soft_min"), torch.tensor([math.log(1.5)], dtype=torch.float64)
+    )
 
 
 def test_variance_agrees_with_torch():
-    members = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    members = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).double()
     for ddof in (0, 1):
         torch.testing.assert_close(variance(members, ddof), members.var(0, correction=ddof))
 
@@ -82,7 +91,7 @@ def test_every_objective_lies_between_the_lowest_member_and_the_mean(table, temp
     members = torch.tensor(table, dtype=torch.float64)
     low, mean = combine(members, "WCO"), combine(members, "mean")
     soft = combine(members, "soft_min", temperature=temperature)
-    slack = 1e-9
+    slack = FLOAT64["atol"]
     assert bool((low - slack <= soft).all())
     assert bool((soft <= mean + slack).all())
     assert bool((combine(members, "UWO", uwo_weight=0.3) <= mean + slack).all())
@@ -92,10 +101,12 @@ def test_every_objective_lies_between_the_lowest_member_and_the_mean(table, temp
 @given(tables, numbers)
 def test_moving_all_members_moves_every_objective_by_as_much(table, shift):
     members = torch.tensor(table, dtype=torch.float64)
+    # Numbers up to 20; a standard deviation is the root of a variance that may be all rounding.
+    slack = 20 * math.sqrt(gamma(20, torch.float64))
     for objective in ("mean", "WCO", "UWO", "soft_min", "median", "mean_minus_sd"):
         options = {"uwo_weight": 0.7, "sd_weight": 0.7}
         before, after = (combine(m, objective, **options) for m in (members, members + shift))
-        torch.testing.assert_close(after, before + shift, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(after, before + shift, atol=slack, rtol=0)
 
 
 def test_soft_min_becomes_the_minimum_when_cold_and_the_mean_when_hot():
@@ -107,5 +118,5 @@ def test_soft_min_becomes_the_minimum_when_cold_and_the_mean_when_hot():
 
 
 def test_the_lowest_members_share_a_tie():
-    expected = torch.tensor([[1.0, 0.5], [0.0, 0.5], [0.0, 0.0]])
+    expected = torch.tensor([[1.0, 0.5], [0.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(lowest_shares(MEMBERS), expected)

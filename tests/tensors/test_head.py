@@ -3,6 +3,8 @@
 N tokens, D hidden width, V vocabulary.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from klippo.tensors.head import (
     token_logprobs,
     token_loss,
 )
+from tests.tolerance import FLOAT64, FLOAT64_APPROX, float32
 from tests.toys import LargestTensor
 
 SHAPES = {
@@ -29,10 +32,11 @@ SHAPES = {
 
 
 def draw(num_tokens, vocabulary, width=5, seed=0, *, bias=True):
+    """Hidden states, weight and bias in float64, and token ids."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_tokens, width, generator=generator)
-    weight = torch.randn(vocabulary, width, generator=generator)
-    offset = torch.randn(vocabulary, generator=generator) if bias else None
+    hidden = torch.randn(num_tokens, width, generator=generator).double()
+    weight = torch.randn(vocabulary, width, generator=generator).double()
+    offset = torch.randn(vocabulary, generator=generator).double() if bias else None
     token_ids = torch.randint(vocabulary, (num_tokens,), generator=generator)
     return hidden, weight, offset, token_ids
 
@@ -50,7 +54,7 @@ def dense(hidden, weight, bias, *, scale, softcap):
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_those_of_the_dense_head(monkeypatch, shape, chunk):
-    # rules 4, 10 and 22; the oracle is plain autograd in float64
+    # rules 4, 10 and 22; the oracle is plain autograd
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
@@ -61,16 +65,46 @@ def test_values_and_gradients_are_those_of_the_dense_head(monkeypatch, shape, ch
     logprobs, entropy = token_logprobs(head, ours[0], token_ids)
     (pull[0] * logprobs + pull[1] * entropy).sum().backward()
 
-    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    theirs = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
     logp = dense(theirs[0], theirs[1], theirs[2] if bias is not None else None, **options)
     true_logprobs = logp.gather(1, token_ids[:, None]).squeeze(1)
     true_entropy = -(logp.exp() * logp).sum(1)
     (pull[0] * true_logprobs + pull[1] * true_entropy).sum().backward()
 
-    torch.testing.assert_close(logprobs.double(), true_logprobs, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(entropy.double(), true_entropy, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(logprobs, true_logprobs, **FLOAT64)
+    torch.testing.assert_close(entropy, true_entropy, **FLOAT64)
     for mine, true in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.grad, true.grad, **FLOAT64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_results_are_those_of_float64_to_rounding(shape):
+    tokens, vocabulary, width = 7, 11, 5
+    options = dict(SHAPES[shape])
+    *inputs, token_ids = draw(tokens, vocabulary, width, bias=options.pop("bias"))
+
+    def results(dtype):
+        hidden, weight, bias = (
+            None if x is None else x.to(dtype, copy=True).requires_grad_() for x in inputs
+        )
+        head = LMHead(weight=weight, bias=bias, **options)
+        logprobs, entropy = token_logprobs(head, hidden, token_ids)
+        assert logprobs.dtype == entropy.dtype == dtype
+        (logprobs + entropy).sum().backward()
+        return [logprobs, entropy], [x.grad for x in (hidden, weight, bias) if x is not None]
+
+    values, slopes = results(torch.float32)
+    true_values, true_slopes = results(torch.float64)
+    # Sums over the width and the vocabulary, and a dozen operations on each of their terms.
+    rounds = width + vocabulary + 12
+    hidden, weight = (float(x.abs().max()) for x in inputs[:2])
+    largest = width * hidden * weight + 1  # any logit
+    for ours, true in zip(values, true_values, strict=True):
+        torch.testing.assert_close(ours.double(), true, **float32(rounds, largest))
+    # A logit's gradient is at most p (2 + |log p| + H); weights sum it over tokens.
+    largest *= 3 * tokens * max(hidden, weight)
+    for ours, true in zip(slopes, true_slopes, strict=True):
+        torch.testing.assert_close(ours.double(), true, **float32(rounds + tokens, largest))
 
 
 @pytest.mark.parametrize("trains", ["hidden", "weight", "bias"])
@@ -90,12 +124,12 @@ def test_whichever_input_trains_alone_gets_its_gradient(trains):  # rule 10, fro
         )[0],
     )
     true = gradient(
-        {name: x.double() for name, x in inputs.items()},
+        inputs,
         lambda hidden, weight, bias: dense(hidden, weight, bias, scale=1.0, softcap=None).gather(
             1, token_ids[:, None]
         ),
     )
-    torch.testing.assert_close(mine.double(), true, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, true, **FLOAT64)
 
 
 @settings(max_examples=40, deadline=None)
@@ -171,9 +205,9 @@ def test_entropy_that_nobody_wants_is_zero_and_changes_nothing():  # rule 22
 
 
 def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size():  # rules 22 and 29
-    head = LMHead(weight=torch.zeros(8, 3), bias=None, scale=1.0)
-    logprobs, entropy = token_logprobs(head, torch.randn(2, 3), torch.tensor([0, 7]))
-    torch.testing.assert_close(entropy, torch.full((2,), 3.0).mul(torch.log(torch.tensor(2.0))))
+    head = LMHead(weight=torch.zeros(8, 3).double(), bias=None, scale=1.0)
+    logprobs, entropy = token_logprobs(head, torch.randn(2, 3).double(), torch.tensor([0, 7]))
+    torch.testing.assert_close(entropy, torch.full((2,), 3 * math.log(2)).double())
     torch.testing.assert_close(logprobs, -entropy)
 
 
@@ -185,7 +219,7 @@ def test_half_precision_heads_normalise_in_float32():  # rule 4
     logits = (hidden @ weight.T).detach().double()
     expected = logits.log_softmax(1).gather(1, token_ids[:, None]).squeeze(1)
     assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs.double(), expected, **float32(300 + 8))
     logprobs.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
@@ -199,11 +233,11 @@ def test_exact_kl_is_the_sum_over_the_whole_vocabulary(monkeypatch, chunk):  # r
         LMHead(weight=weight, bias=bias, scale=0.8, softcap=4.0), hidden,
         LMHead(weight=ref_weight, bias=None, scale=0.8), ref_hidden,
     )  # fmt: skip
-    logp = dense(hidden.double(), weight.double(), bias.double(), scale=0.8, softcap=4.0)
-    ref = dense(ref_hidden.double(), ref_weight.double(), None, scale=0.8, softcap=None)
+    logp = dense(hidden, weight, bias, scale=0.8, softcap=4.0)
+    ref = dense(ref_hidden, ref_weight, None, scale=0.8, softcap=None)
     for n in range(6):
         total = sum(float(logp[n, v].exp() * (logp[n, v] - ref[n, v])) for v in range(10))
-        assert float(kl[n]) == pytest.approx(total, abs=1e-5)
+        assert float(kl[n]) == pytest.approx(total, **FLOAT64_APPROX)
 
 
 def test_exact_kl_of_a_head_with_itself_is_zero():  # rule 13
@@ -225,7 +259,7 @@ def test_the_watch_sees_what_a_dense_head_would_hold():
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_kl_and_its_gradients_are_those_of_the_dense_head(monkeypatch, shape, chunk):
-    # rule 39; the oracle is plain autograd in float64
+    # rule 39; the oracle is plain autograd
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     has_bias = options.pop("bias")
@@ -239,14 +273,14 @@ def test_exact_kl_and_its_gradients_are_those_of_the_dense_head(monkeypatch, sha
     kl = exact_kl(head, ours[0], ref_head, ref_hidden)
     (pull * kl).sum().backward()
 
-    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    theirs = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
     logp = dense(theirs[0], theirs[1], theirs[2] if has_bias else None, **options)
-    reference = [x if x is None else x.double() for x in (ref_hidden, ref_weight, ref_bias)]
-    true_kl = (logp.exp() * (logp - dense(*reference, **options))).sum(-1)
+    reference = dense(ref_hidden, ref_weight, ref_bias, **options)
+    true_kl = (logp.exp() * (logp - reference)).sum(-1)
     (pull * true_kl).sum().backward()
-    torch.testing.assert_close(kl.detach().double(), true_kl.detach(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(kl, true_kl, **FLOAT64)
     for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own.grad.double(), other.grad, atol=5e-5, rtol=1e-3)
+        torch.testing.assert_close(own.grad, other.grad, **FLOAT64)
 
 
 def cubic(logprobs, entropy, values=0.0):
@@ -258,17 +292,17 @@ def cubic(logprobs, entropy, values=0.0):
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_loss_of_tokens_has_the_gradients_of_the_dense_head(monkeypatch, shape, chunk):
-    # rules 4, 10 and 22; the oracle is plain autograd in float64
+    # rules 4, 10 and 22; the oracle is plain autograd
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
-    values = torch.linspace(-1, 2, 7)
+    values = torch.linspace(-1, 2, 7).double()
     ours = [x.clone().requires_grad_() for x in (hidden, weight, values, bias) if x is not None]
     head = LMHead(weight=ours[1], bias=ours[3] if bias is not None else None, **options)
     loss, logged = token_loss(head, ours[0], token_ids, cubic, {"values": ours[2]})
     (loss / 7).backward()
 
-    theirs = [x.double().requires_grad_() for x in (hidden, weight, values, bias) if x is not None]
+    theirs = [x.clone().requires_grad_() for x in (hidden, weight, values, bias) if x is not None]
     logp = dense(theirs[0], theirs[1], theirs[3] if bias is not None else None, **options)
     true_logprobs = logp.gather(1, token_ids[:, None]).squeeze(1)
     losses, true_logged = cubic(true_logprobs, -(logp.exp() * logp).sum(1), theirs[2])
@@ -276,10 +310,10 @@ def test_a_loss_of_tokens_has_the_gradients_of_the_dense_head(monkeypatch, shape
     (true_loss / 7).backward()
 
     assert not logged.requires_grad
-    torch.testing.assert_close(logged, true_logged.sum(0), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(loss.double(), true_loss, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logged, true_logged.sum(0), **FLOAT64)
+    torch.testing.assert_close(loss, true_loss, **FLOAT64)
     for mine, true in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad.double(), true.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.grad, true.grad, **FLOAT64)
 
 
 @pytest.mark.parametrize(("num_tokens", "vocabulary"), [(64, 50), (512, 400)])

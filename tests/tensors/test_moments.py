@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from klippo.tensors.estimators import RunningMoments
+from tests.tolerance import FLOAT64_APPROX
 from tests.toys import over_two_ranks
 
 STREAM = [[3.0, -1.0, 4.0], [], [1.5], [-5.0, 9.0, 2.0, 6.0]]
@@ -23,7 +24,7 @@ def test_running_moments_equal_those_of_the_whole_stream():
     assert moments.mean == pytest.approx(statistics.mean(everything))
     assert moments.sd == pytest.approx(statistics.stdev(everything))
     standard = moments.standardize(torch.tensor(everything, dtype=torch.float64))
-    assert float(standard.mean()) == pytest.approx(0, abs=1e-9)
+    assert float(standard.mean()) == pytest.approx(0, **FLOAT64_APPROX)
     assert float(standard.std()) == pytest.approx(1)
 
 
