@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from klippo.evaluation.pairs import wilson
+from klippo.evaluation.statistics import wilson
 from klippo.judge.parsing import LABELS
 
 NUM_RESAMPLES = 2000

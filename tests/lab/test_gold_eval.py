@@ -204,7 +204,7 @@ def test_of_a_run_that_goes_on_the_whole_files_are_scored(cli, recorded, countin
     code, out, err = cli("gold-eval", recorded, f"{counting}:good")
     assert code == 0, err
     assert "still going on" in out
-    assert "line 20 is not whole" in out.replace("\n", "")
+    assert "line 20 is not complete" in out.replace("\n", "")
     assert calls(counting) == [20]
     assert file.read_bytes() == cut
     assert json.loads((recorded / "run_status.json").read_text()) == {"state": "running"}

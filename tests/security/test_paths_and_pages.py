@@ -10,7 +10,7 @@ from klippo.config.load import load_config
 from klippo.errors import ConfigError
 from klippo.hub import resolve
 from klippo.judge.rubric import load_rubric
-from klippo.lab.best_of_n_plan import _key
+from klippo.lab.arms import reward_key
 from klippo.rewards.settings import ClassifierSettings
 
 ATTACK = '<script>document.title="taken"</script><img src=x onerror=alert(1)>'
@@ -30,7 +30,7 @@ def test_packaged_names_do_not_climb(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*CLIMBING, "a\x00b", "\u202e", "x" * 200, "..", "."])
 def test_a_models_name_makes_one_file_name(name: str) -> None:
-    key = _key(ClassifierSettings(kind="classifier", model=name))
+    key = reward_key(ClassifierSettings(kind="classifier", model=name))
     assert Path(key).name == key
     assert key not in (".", "..")
     assert len(key) < 100

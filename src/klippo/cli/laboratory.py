@@ -130,28 +130,26 @@ def best_of_n(
 
     Goes on where an earlier command with the same --output ended; nothing is done twice.
     """
-    from klippo.lab.best_of_n import BestOfN, best_of_n
+    from klippo.lab.best_of_n import BestOfN
 
-    return best_of_n(
-        BestOfN(
-            policy=policy,
-            samples=samples,
-            proxies=proxy or (),
-            ensembles=ensemble or (),
-            gold=gold,
-            ns=_numbers(n),
-            output=output,
-            prompts=prompts,
-            num_prompts=num_prompts,
-            num_samples=num_samples,
-            response_length=response_length,
-            temperature=temperature,
-            batch_size=batch_size,
-            seed=seed,
-            standardize=standardize,
-            overwrite=overwrite,
-        )
-    )
+    return BestOfN(
+        policy=policy,
+        samples=samples,
+        proxies=proxy or (),
+        ensembles=ensemble or (),
+        gold=gold,
+        ns=_numbers(n),
+        output=output,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        num_samples=num_samples,
+        response_length=response_length,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+        standardize=standardize,
+        overwrite=overwrite,
+    ).run()
 
 
 def _numbers(text: str | None) -> list[int]:

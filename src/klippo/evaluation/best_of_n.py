@@ -1,6 +1,6 @@
-"""Best-of-n from N scored samples per prompt, without sampling bias.
+"""Best-of-n from N scored samples per prompt, over all subsets of n, with intervals over prompts.
 
-P prompts, N samples of each, sorted by proxy where it says so.
+P prompts, N samples of each, M samples in all.
 """
 
 from __future__ import annotations
@@ -8,19 +8,29 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from klippo.evaluation.history import Floats
+from klippo.evaluation.scaling import Curve, Fit, Interval, fit
+from klippo.evaluation.statistics import estimate
 
 
 def kl_of_best_of(n: int) -> float:
     """log n - (n - 1) / n, nats: an upper bound of the KL that picking the best of n costs.
 
-    Equal to it only where no two samples tie (Beirami et al. 2024, arXiv 2401.01879).
+    Equal to it only if no two samples tie (Beirami et al. 2024, arXiv 2401.01879).
     """
     return math.log(n) - (n - 1) / n
+
+
+def default_ns(num: int) -> list[int]:
+    """1, 2, 4, … and the largest n that `num` samples allow."""
+    powers = [2**k for k in range(num.bit_length())]
+    return powers if powers[-1] == num else [*powers, num]
 
 
 def best_of_n(proxy: Floats, gold: Floats, n: int) -> float:
@@ -32,53 +42,101 @@ def best_of_n(proxy: Floats, gold: Floats, n: int) -> float:
 
     proxy, gold (N,); 1 <= n <= N.
     """
-    order, starts = _sorted_ties(proxy)
-    return float(_pick_weights(len(proxy), n) @ _mean_within_ties(gold[order], starts))
+    return float(best_of_n_curve(proxy, gold, [n])[0])
 
 
 def best_of_n_curve(proxy: Floats, gold: Floats, ns: Sequence[int]) -> Floats:
     """`best_of_n` for every n: (len(ns),). The samples are sorted once."""
-    order, starts = _sorted_ties(proxy)
-    levelled = _mean_within_ties(gold[order], starts)
-    return np.array([float(_pick_weights(len(proxy), n) @ levelled) for n in ns])
+    _, tie, sizes = np.unique(proxy, return_inverse=True, return_counts=True)
+    means = np.bincount(tie, weights=gold) / sizes
+    by_rank = np.repeat(means, sizes)  # (N,) gold of the samples by proxy, ties at their mean
+    return np.array([float(_pick_chances(len(proxy), n) @ by_rank) for n in ns])
 
 
 @functools.lru_cache(maxsize=64)  # the same for every prompt
-def _pick_weights(num: int, n: int) -> Floats:
+def _pick_chances(num: int, n: int) -> Floats:
     """Chance that the i-th lowest of `num` samples is the best of n: (num,), sums to 1."""
     from scipy.special import gammaln
 
     if not 1 <= n <= num:
         raise ValueError(f"n={n}: best of n needs 1 <= n <= {num}, the number of samples")
     rank = np.arange(n, num + 1, dtype=np.float64)  # from 1, ascending
-
-    def log_choose(top: Floats, bottom: float) -> Floats:
-        chosen: Floats = gammaln(top + 1) - gammaln(bottom + 1) - gammaln(top - bottom + 1)
-        return chosen
-
-    weights = np.zeros(num)
-    whole = log_choose(np.array([float(num)]), n)
-    weights[n - 1 :] = np.exp(log_choose(rank - 1, n - 1) - whole)
-    chances: Floats = weights / weights.sum()
-    return chances
+    # log C(rank - 1, n - 1), but for what all ranks share
+    log_chances = gammaln(rank) - gammaln(rank - n + 1)
+    chances = np.zeros(num)
+    chances[n - 1 :] = np.exp(log_chances - log_chances[-1])
+    normalized: Floats = chances / chances.sum()
+    return normalized
 
 
-def _sorted_ties(proxy: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The order that sorts, and where each run of equal values starts in it."""
-    order = np.argsort(proxy, kind="stable")
-    values = proxy[order]
-    new = np.concatenate([[True], values[1:] != values[:-1]])
-    return order, np.flatnonzero(new)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """Expected scores of the picked sample for every prompt and n; NaN if too few are scored."""
+
+    proxy: Floats  # (P, len(ns))
+    gold: Floats | None  # (P, len(ns))
+    num_unscored: int
 
 
-def _mean_within_ties(values: Floats, starts: NDArray[np.intp]) -> Floats:
-    lengths = np.diff(np.append(starts, len(values)))
-    means = np.add.reduceat(values, starts) / lengths
-    levelled: Floats = np.repeat(means, lengths)
-    return levelled
+def curves(
+    proxy: Floats, gold: Floats | None, groups: Sequence[NDArray[np.intp]], ns: Sequence[int]
+) -> Curves:
+    """Best-of-n for every prompt; `groups` holds the sample numbers of each. proxy, gold (M,)."""
+    missing = np.isnan(proxy) if gold is None else np.isnan(proxy) | np.isnan(gold)
+    by_proxy = np.full((len(groups), len(ns)), math.nan)
+    by_gold = np.full_like(by_proxy, math.nan)
+    for p, numbers in enumerate(groups):
+        kept = numbers[~missing[numbers]]
+        allowed = [i for i, n in enumerate(ns) if n <= len(kept)]
+        possible = [ns[i] for i in allowed]
+        by_proxy[p, allowed] = best_of_n_curve(proxy[kept], proxy[kept], possible)
+        if gold is not None:
+            by_gold[p, allowed] = best_of_n_curve(proxy[kept], gold[kept], possible)
+    return Curves(
+        proxy=by_proxy, gold=None if gold is None else by_gold, num_unscored=int(missing.sum())
+    )
 
 
-def default_ns(num: int) -> list[int]:
-    """1, 2, 4, … and the largest n that `num` samples allow."""
-    powers = [2**k for k in range(num.bit_length()) if 2**k <= num]
-    return powers if powers[-1] == num else [*powers, num]
+def points(by_prompt: Floats) -> list[dict[str, float | None]]:
+    """Mean and 95% interval over prompts for every n; null for what is not known."""
+    result: list[dict[str, float | None]] = []
+    for values in by_prompt.T:
+        known = values[~np.isnan(values)]
+        if len(known) == 0:
+            result.append(dict.fromkeys(("mean", "low", "high")))
+            continue
+        mean = estimate(known.tolist())
+        result.append({"mean": mean.mean, "low": finite(mean.low), "high": finite(mean.high)})
+    return result
+
+
+def fit_gold(gold: Floats, ns: Sequence[int], seed: int = 0) -> Fit | None:
+    """The law of best-of-n fitted to gold (P, len(ns)); ns begin with 1.
+
+    None if too few n or prompts have values.
+    """
+    assert ns[0] == 1
+    known = gold[~np.isnan(gold).any(1)]
+    if len(known) < 2:
+        return None
+    kl = np.repeat([[kl_of_best_of(n)] for n in ns], len(known), axis=1)
+    return fit("bon", [Curve(gold=known.T, kl=kl)], seed=seed)
+
+
+def fit_figures(law: Fit) -> dict[str, Any]:
+    """A fit as JSON holds it; an infinite end of an interval is null."""
+
+    def interval(of: Interval) -> dict[str, float | None]:
+        return {"value": finite(of.value), "low": finite(of.low), "high": finite(of.high)}
+
+    return {
+        "law": "gain = d (alpha - beta d), d = sqrt(KL bound)",
+        "alpha": interval(law.alpha),
+        "beta": interval(law.beta),
+        "peak": interval(law.peak),
+        "num_points": law.num_points,
+    }
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

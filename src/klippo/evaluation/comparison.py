@@ -5,16 +5,16 @@ P prompts that both models answered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from klippo.evaluation.statistics import Estimate, PairedComparison, compare_paired, estimate, share
-from klippo.evaluation.style import STYLE, WordShift, word_shift
+from klippo.evaluation.style import STYLE, WordShift
 from klippo.policy.actor_critic import CausalLM, Reference
 from klippo.policy.weights import WeightChange
-from klippo.types import Rollout
+from klippo.types import Rollout, TokenBatch
 
 Values = Mapping[str, float | None]
 
@@ -27,10 +27,10 @@ class Answer:
     prompt: str
     """As people read it."""
     group: str
-    """Which part of the data the prompt belongs to; empty where it is not split."""
+    """Which part of the data the prompt belongs to; empty if it is not split."""
     text: str
     values: Values
-    """Name of a measure -> its value; None where it has none."""
+    """Name of a measure -> its value; None if absent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Match:
     """Two answers to one prompt compared directly."""
 
     margin: float | None
-    """-1 to 1, above 0 where the answer after is better; None where there is no verdict."""
+    """-1 to 1, above 0 if the answer after is better; None without a verdict."""
     num_questions: int = 0
     """Questions that were asked in both orders."""
     num_turned: int = 0
@@ -113,32 +113,30 @@ def compare_answers(
         compared = compare_paired(*sides)
         if compared is not None:
             measures[name] = compared
-    fought = {name: duel(found) for name, found in matches.items()}
-    return Group(
-        num_prompts=len(before),
-        measures=measures,
-        duels={name: one for name, one in fought.items() if one is not None},
-    )
+    duels = {name: found for name, some in matches.items() if (found := duel(some)) is not None}
+    return Group(num_prompts=len(before), measures=measures, duels=duels)
 
 
 def by_group(
     before: Sequence[Answer], after: Sequence[Answer], matches: Mapping[str, Sequence[Match]]
 ) -> dict[str, Group]:
-    """The same for the prompts of each group alone; empty where the data is not split."""
-    groups = sorted({answer.group for answer in before} - {""})
-    found = {}
-    for group in groups:
-        rows = [i for i, answer in enumerate(before) if answer.group == group]
-        found[group] = compare_answers(
-            [before[i] for i in rows],
-            [after[i] for i in rows],
-            {name: [one[i] for i in rows] for name, one in matches.items()},
+    """The same for the prompts of each group alone; empty if the data is not split."""
+    rows: dict[str, list[int]] = {}
+    for i, answer in enumerate(before):
+        if answer.group:
+            rows.setdefault(answer.group, []).append(i)
+    return {
+        group: compare_answers(
+            [before[i] for i in own],
+            [after[i] for i in own],
+            {name: [some[i] for i in own] for name, some in matches.items()},
         )
-    return found
+        for group, own in sorted(rows.items())
+    }
 
 
 def duel(matches: Sequence[Match]) -> Duel | None:
-    """What became of all matches; None where none has a verdict."""
+    """The score of all matches; None if none has a verdict."""
     margins = [match.margin for match in matches if match.margin is not None]
     if not margins:
         return None
@@ -156,11 +154,6 @@ def duel(matches: Sequence[Match]) -> Duel | None:
     )
 
 
-def words_of(before: Sequence[Answer], after: Sequence[Answer]) -> WordShift:
-    """The shift of the word frequencies."""
-    return word_shift([one.text for one in before], [one.text for one in after])
-
-
 @torch.no_grad()
 def output_change(
     before: CausalLM, after: CausalLM, said_before: Rollout, said_after: Rollout, batch_size: int
@@ -168,19 +161,15 @@ def output_change(
     """Compare the probabilities of two models that share one vocabulary."""
     old, new = Reference(before), Reference(after)
     kls: list[float] = []
-    for index in _batches(said_after, batch_size):
-        tokens = said_after.tokens.rows(index)
+    for tokens in _batches(said_after, batch_size):
         kls += old.kl_from(after, tokens, said_after.temperature).sum(1).tolist()
     changes: list[float] = []
-    for index in _batches(said_before, batch_size):
-        tokens = said_before.tokens.rows(index)
-        pair = (side.logprobs(tokens, said_before.temperature) for side in (old, new))
-        first, second = pair
+    for tokens in _batches(said_before, batch_size):
+        first, second = (side.logprobs(tokens, said_before.temperature) for side in (old, new))
         changes += ((second - first).abs().sum(1) / tokens.response_mask.sum(1)).tolist()
     return OutputChange(kl=estimate(kls), logprob=estimate(changes))
 
 
-def _batches(rollout: Rollout, size: int) -> list[torch.Tensor]:
-    device = rollout.tokens.response_ids.device
-    rows = torch.arange(len(rollout), device=device)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _batches(rollout: Rollout, size: int) -> Iterator[TokenBatch]:
+    rows = torch.arange(len(rollout), device=rollout.tokens.response_ids.device)
+    return (rollout.tokens.rows(index) for index in torch.split(rows, size))

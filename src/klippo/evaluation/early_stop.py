@@ -1,7 +1,4 @@
-"""Stop a run while its policy is still good: at a KL budget, or when gold starts to fall.
-
-S evaluations so far, P prompts.
-"""
+"""Stop a run while its policy is still good: at a KL budget, or when gold starts to fall."""
 
 from __future__ import annotations
 
@@ -27,15 +24,14 @@ class Decision:
     is_best: bool
     """The policy is the best so far, and worth keeping."""
     stop: str | None = None
-    """Why the run should end here; None lets it go on."""
+    """Why the run should end; None lets it continue."""
 
 
 class EarlyStop:
     """Looks at every evaluation of a run, in order."""
 
     def __init__(self, settings: EarlyStopSettings, seed: int = 0) -> None:
-        self._settings = settings
-        self._seed = seed
+        self._settings, self._seed = settings, seed
         self._gold_rows: dict[int, Sequence[SampleRow]] = {}
         self._num_alarms = 0
         self.best_step: int | None = None
@@ -49,26 +45,27 @@ class EarlyStop:
         The best policy is that with the highest mean gold, without gold the latest within the
         budget.
         """
-        kl = float(np.mean([row["kl_exact_nats"] for row in rows]))
-        limit = self._settings.max_kl
-        within = limit is None or kl <= limit
-        is_best = within
-        alarm = None
+        kl, limit = float(np.mean([row["kl_exact_nats"] for row in rows])), self._settings.max_kl
+        is_best = within = limit is None or kl <= limit
+        stop = (
+            None
+            if within
+            else f"KL {kl:.2f} nats at step {step} exceeds early_stop.max_kl={limit:g}"
+        )
         if gold_rows:
+            gold = float(np.mean([row["gold"] for row in gold_rows if row["gold"] is not None]))
+            is_best = within and gold > self._best_gold
+            self._best_gold = gold if is_best else self._best_gold
             self._gold_rows[step] = gold_rows
-            mean = float(np.mean([row["gold"] for row in gold_rows if row["gold"] is not None]))
-            is_best = within and mean > self._best_gold
-            alarm = self._gold_alarm()
-            if is_best:
-                self._best_gold = mean
+            run = history(self._gold_rows)
+            verdict = judge(run, self._seed)
+            self._num_alarms = self._num_alarms + 1 if verdict.outcome == "over-optimised" else 0
+            if self._num_alarms >= ALARMS_IN_A_ROW and stop is None:
+                prompts = f"early stopping's {len(run.prompt_ids)} prompts"
+                stop = f"over-optimised by {prompts}: {verdict.reason}"
         if is_best:
             self.best_step = step
-        if not within:
-            return Decision(
-                is_best=False,
-                stop=f"KL {kl:.2f} nats at step {step} exceeds early_stop.max_kl={limit:g}",
-            )
-        return Decision(is_best=is_best, stop=alarm)
+        return Decision(is_best=is_best, stop=stop)
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen so far, as JSON holds it."""
@@ -80,16 +77,8 @@ class EarlyStop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from where `state` was taken."""
         self._gold_rows = {int(step): rows for step, rows in state["gold_rows"]}
         self._num_alarms = int(state["num_alarms"])
         self.best_step = state["best_step"]
         self._best_gold = float(state["best_gold"])
-
-    def _gold_alarm(self) -> str | None:
-        run = history(self._gold_rows)
-        verdict = judge(run, self._seed)
-        self._num_alarms = self._num_alarms + 1 if verdict.outcome == "over-optimised" else 0
-        if self._num_alarms < ALARMS_IN_A_ROW:
-            return None
-        return f"over-optimised by early stopping's {len(run.prompt_ids)} prompts: {verdict.reason}"

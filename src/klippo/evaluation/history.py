@@ -24,7 +24,7 @@ class History:
     prompt_ids: list[int]
     proxy: Floats  # (S, P)
     kl: Floats  # (S, P) exact, nats per response
-    gold: Floats | None = None  # (S, P), None where no step has gold scores
+    gold: Floats | None = None  # (S, P), None if no step has gold scores
 
     @property
     def sqrt_kl(self) -> Floats:
@@ -36,7 +36,7 @@ class History:
 def history(evaluations: Mapping[int, Sequence[SampleRow]]) -> History:
     """The prompts that every step evaluated, in order.
 
-    Raises ValueError where there are no evaluations, or no prompt that all of them share.
+    Raises ValueError without evaluations, and without a prompt that all of them share.
     """
     if not evaluations:
         raise ValueError("there are no evaluations")
@@ -46,10 +46,8 @@ def history(evaluations: Mapping[int, Sequence[SampleRow]]) -> History:
     if not shared:
         raise ValueError("no prompt was evaluated at every step")
 
-    def values(key: str) -> Floats:
-        return np.array(
-            [[_number(table[prompt].get(key)) for prompt in shared] for table in tables]
-        )
+    def values(key: str) -> Floats:  # None becomes NaN
+        return np.array([[table[id].get(key) for id in shared] for table in tables], np.float64)
 
     gold = values("gold")
     return History(
@@ -59,7 +57,3 @@ def history(evaluations: Mapping[int, Sequence[SampleRow]]) -> History:
         kl=values("kl_exact_nats"),
         gold=None if bool(np.isnan(gold).all()) else gold,
     )
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

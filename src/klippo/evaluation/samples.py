@@ -39,37 +39,44 @@ def evaluate(
 
     `parts`: the rollout's row numbers, each once, in groups that pass together.
     """
-    rows: dict[int, SampleRow] = {}
-    ids = rollout.response_token_ids()
+    kl_k1, kl_exact = torch.zeros(2, len(rollout), dtype=torch.float64).unbind()
     for index in parts:
         tokens = policy.lm.with_frozen_states(rollout.tokens.rows(index))
-        mask = tokens.response_mask
-        hidden = policy.lm.hidden(tokens)
+        mask, hidden = tokens.response_mask, policy.lm.hidden(tokens)
         logprobs, _, ref_logprobs, kl = reference.compare(
             policy.lm, tokens, rollout.temperature, hidden
         )
-        kl_k1 = masked_sum(logprobs - ref_logprobs, mask, 1).tolist()
-        kl_exact = masked_sum(kl, mask, 1).tolist()
-        for i, k1_nats, exact_nats in zip(index.tolist(), kl_k1, kl_exact, strict=True):
-            row: SampleRow = {
-                "step": step,
-                "episodes": episodes,
-                "prompt_id": rollout.prompts[i].id,
-                "prompt": rollout.prompts[i].text,
-                "response": rollout.responses[i],
-                "response_ids": ids[i],
-                "length": len(ids[i]),
-                "finished": bool(rollout.finished[i]),
-                "proxy": _number(scores.reward[i]),
-                "kl_k1_nats": k1_nats,
-                "kl_exact_nats": exact_nats,
-            }
-            if scores.members is not None:
-                row["members"] = [_number(member) for member in scores.members[:, i]]
-            if scores.parts:
-                row["parts"] = {name: _number(part[i]) for name, part in scores.parts.items()}
-            rows[i] = row | rest_of_prompt(rollout.prompts[i])
-    return [rows[i] for i in range(len(rollout))]
+        kl_k1[index.cpu()] = masked_sum(logprobs - ref_logprobs, mask, 1).double().cpu()
+        kl_exact[index.cpu()] = masked_sum(kl, mask, 1).double().cpu()
+    rewards, ids = known(scores.reward), rollout.response_token_ids()
+    members = [] if scores.members is None else [known(member) for member in scores.members]
+    named = {name: known(part) for name, part in scores.parts.items()}
+    rows = []
+    for i, prompt in enumerate(rollout.prompts):
+        row: SampleRow = {
+            "step": step,
+            "episodes": episodes,
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "response": rollout.responses[i],
+            "response_ids": ids[i],
+            "length": len(ids[i]),
+            "finished": bool(rollout.finished[i]),
+            "proxy": rewards[i],
+            "kl_k1_nats": float(kl_k1[i]),
+            "kl_exact_nats": float(kl_exact[i]),
+        }
+        if members:
+            row["members"] = [member[i] for member in members]
+        if named:
+            row["parts"] = {name: part[i] for name, part in named.items()}
+        rows.append(row | rest_of_prompt(prompt))
+    return rows
+
+
+def known(scores: Tensor) -> list[float | None]:
+    """Scores as JSON holds them: null for NaN, which is a score that is missing."""
+    return [None if value != value else value for value in scores.tolist()]
 
 
 def rest_of_prompt(prompt: Prompt, max_column: int | None = MAX_COLUMN) -> dict[str, Any]:
@@ -77,18 +84,16 @@ def rest_of_prompt(prompt: Prompt, max_column: int | None = MAX_COLUMN) -> dict[
 
     Columns that JSON cannot hold, or longer than `max_column` characters, are left out.
     """
-    rest: dict[str, Any] = {}
-    if prompt.content is not None:
-        rest["prompt_content"] = prompt.content
-    rest["columns"] = {}
+    columns = {}
     for name, value in prompt.meta.items():
         try:
             length = len(json.dumps(value, ensure_ascii=False))
         except (TypeError, ValueError):
             continue
         if max_column is None or length <= max_column:
-            rest["columns"][name] = value
-    return rest
+            columns[name] = value
+    content = {} if prompt.content is None else {"prompt_content": prompt.content}
+    return content | {"columns": columns}
 
 
 def prompt_of(row: Mapping[str, Any], prompt_column: str = "prompt") -> Prompt:
@@ -127,21 +132,13 @@ def rollout_of(rows: Sequence[SampleRow], prompts: Sequence[Prompt]) -> Rollout:
 
 def summarize(rows: Sequence[SampleRow]) -> dict[str, float]:
     """Means over rows that were scored; keys name their units."""
-    keys = {
-        "eval/proxy_mean": "proxy",
-        "eval/gold_mean": "gold",
-        "eval/kl_exact_nats": "kl_exact_nats",
-        "eval/kl_k1_nats": "kl_k1_nats",
-        "eval/length_tokens": "length",
-        "eval/finished_share": "finished",
+    names = {
+        "proxy": "proxy_mean",
+        "gold": "gold_mean",
+        "kl_exact_nats": "kl_exact_nats",
+        "kl_k1_nats": "kl_k1_nats",
+        "length": "length_tokens",
+        "finished": "finished_share",
     }
-    summary = {}
-    for name, key in keys.items():
-        values = [float(row[key]) for row in rows if row.get(key) is not None]
-        if values:
-            summary[name] = sum(values) / len(values)
-    return summary
-
-
-def _number(value: torch.Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
+    values = {key: [float(row[key]) for row in rows if row.get(key) is not None] for key in names}
+    return {f"eval/{names[key]}": sum(of) / len(of) for key, of in values.items() if of}

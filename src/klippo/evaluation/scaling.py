@@ -51,7 +51,7 @@ class Fit:
     alpha: Interval
     beta: Interval
     peak: Interval
-    """Distance d* of the highest gold; infinite where the curve does not turn (beta <= 0)."""
+    """Distance d* of the highest gold; infinite if the curve does not turn (beta <= 0)."""
     draws: Floats  # (B, 2) alpha and beta of every draw, for bands
     num_points: int
 
@@ -68,9 +68,14 @@ class Fit:
 
 def predict(law: Law, alpha: float, beta: float, d: Floats) -> Floats:
     """R(d) for distances d >= 0; R(0) = 0."""
-    safe = np.maximum(np.asarray(d, dtype=np.float64), 1e-12)
-    turn = safe if law == "bon" else np.log(safe)
-    return np.asarray(d) * (alpha - beta * turn)
+    return np.asarray(d) * (alpha - beta * _turn(law, np.asarray(d, dtype=np.float64)))
+
+
+def _turn(law: Law, d: Floats) -> Floats:
+    """What beta multiplies: d for best-of-n, log d for RL."""
+    safe = np.maximum(d, 1e-12)
+    turn: Floats = safe if law == "bon" else np.log(safe)
+    return turn
 
 
 def peak_of(law: Law, alpha: float, beta: float) -> float:
@@ -87,31 +92,28 @@ def fit(
 ) -> Fit | None:
     """Fit one law to the runs of one kind (its seeds), prompts shared between them.
 
-    Each draw picks seeds and prompts with replacement and starts from their rows again. None where
+    Each draw picks seeds and prompts with replacement and starts from their rows again. None if
     fewer than three points lie beyond SMALLEST_D.
     """
     rng = np.random.default_rng(seed)
-    num_prompts = curves[0].gold.shape[1]
-    d, gain, seed_of = _points(curves, np.ones((1, num_prompts)) / num_prompts)
-    keep = d[0] > SMALLEST_D
-    if keep.sum() < 3:
+    num_prompts, num_seeds = curves[0].gold.shape[1], len(curves)
+    d, gain, _ = _points(curves, np.ones((1, num_prompts)) / num_prompts)
+    far = (d > SMALLEST_D).astype(np.float64)
+    if far.sum() < 3:
         return None
-    once = np.ones((1, len(curves)))
-    alpha, beta = _least_squares(law, d[:, keep], gain[:, keep], once[:, seed_of[keep]])
+    alpha, beta = (float(value[0]) for value in _least_squares(law, d, gain, far))
     weights = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), num_draws)
     d, gain, seed_of = _points(curves, weights / num_prompts)
-    num_seeds = len(curves)
     picked = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_draws)
     counts = picked[:, seed_of].astype(np.float64) * (d > SMALLEST_D)
     draws = np.stack(_least_squares(law, d, gain, counts), axis=1)
-    peaks = np.array([peak_of(law, a, b) for a, b in draws])
     return Fit(
         law=law,
-        alpha=_interval(float(alpha[0]), draws[:, 0]),
-        beta=_interval(float(beta[0]), draws[:, 1]),
-        peak=_interval(peak_of(law, float(alpha[0]), float(beta[0])), peaks),
+        alpha=_interval(alpha, draws[:, 0]),
+        beta=_interval(beta, draws[:, 1]),
+        peak=_interval(peak_of(law, alpha, beta), np.array([peak_of(law, *ab) for ab in draws])),
         draws=draws,
-        num_points=int(keep.sum()),
+        num_points=int(far.sum()),
     )
 
 
@@ -125,13 +127,9 @@ def _points(curves: Sequence[Curve], weights: Floats) -> tuple[Floats, Floats, N
 
 def _least_squares(law: Law, d: Floats, gain: Floats, weight: Floats) -> tuple[Floats, Floats]:
     """alpha, beta (B,) that minimise sum weight * (gain - R(d))^2; NaN where undetermined."""
-    safe = np.maximum(d, 1e-12)
-    first = safe
-    second = -safe * (safe if law == "bon" else np.log(safe))
-    s11, s12, s22 = (
-        (weight * a * b).sum(1) for a, b in ((first, first), (first, second), (second, second))
-    )
-    y1, y2 = (weight * first * gain).sum(1), (weight * second * gain).sum(1)
+    first, second = np.maximum(d, 1e-12), -np.maximum(d, 1e-12) * _turn(law, d)
+    products = ((first, first), (first, second), (second, second), (first, gain), (second, gain))
+    s11, s12, s22, y1, y2 = ((weight * a * b).sum(1) for a, b in products)
     determinant = s11 * s22 - s12**2
     with np.errstate(divide="ignore", invalid="ignore"):
         alpha = (s22 * y1 - s12 * y2) / determinant

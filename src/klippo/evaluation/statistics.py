@@ -1,7 +1,4 @@
-"""Means with confidence intervals, and paired comparisons of before and after.
-
-n samples; intervals are two-sided 95% ones from Student's t.
-"""
+"""Means and shares with 95% confidence intervals, and paired comparisons of before and after."""
 
 from __future__ import annotations
 
@@ -42,46 +39,55 @@ class PairedComparison:
 
     @property
     def difference_in_sd(self) -> float:
-        """The mean difference in units of `before_sd`; 0 where nothing varied."""
+        """The mean difference in units of `before_sd`; 0 if nothing varied."""
         return self.difference.mean / self.before_sd if self.before_sd > 0 else 0.0
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of n values with its interval; the interval is infinite for n = 1.
-
-    Raises ValueError for no values.
-    """
+    """Mean with Student's t interval, which is infinite for one value; ValueError for none."""
     from scipy import stats
 
     if len(values) == 0:
         raise ValueError("no values to average")
     sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if len(sample) == 1:
-        return Estimate(mean=mean, low=-math.inf, high=math.inf, num=1, standard_error=math.inf)
-    error = float(sample.std(ddof=1)) / math.sqrt(len(sample))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(sample) - 1)) * error
-    return Estimate(
-        mean=mean, low=mean - half, high=mean + half, num=len(sample), standard_error=error
-    )
+    num, mean, error, half = len(sample), float(sample.mean()), math.inf, math.inf
+    if num > 1:
+        error = float(sample.std(ddof=1)) / math.sqrt(num)
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, num - 1)) * error
+    return Estimate(mean=mean, low=mean - half, high=mean + half, num=num, standard_error=error)
 
 
-def share(successes: float, num: int) -> Estimate:
-    """A share of `num` trials (draws may count as halves) with Wilson's score interval (1927).
-
-    Unlike a mean's interval it has a width also where all trials ended the same way. Raises
-    ValueError for no trials.
-    """
+def normal_quantile() -> float:
+    """z of the two-sided interval, 1.96."""
     from scipy import stats
 
+    return float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+
+
+def wilson(share: float, num: float) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share among `num` independent cases.
+
+    Unlike a mean's interval it has a width even if all cases ended the same way.
+    """
+    z = normal_quantile()
+    scale = 1 + z * z / num
+    middle = (share + z * z / (2 * num)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    return middle - half, middle + half
+
+
+def share(successes: float, num: int, num_independent: float | None = None) -> Estimate:
+    """A share of `num` trials (draws may count as halves) with Wilson's interval.
+
+    `num_independent` is the number that counts for the interval, if trials depend on each other.
+    Raises ValueError for no trials.
+    """
     if num == 0:
         raise ValueError("no trials to take a share of")
-    z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
-    mean = successes / num
-    error = math.sqrt(mean * (1 - mean) / num)
-    middle = (mean + z**2 / (2 * num)) / (1 + z**2 / num)
-    half = z * math.sqrt(error**2 + z**2 / (4 * num**2)) / (1 + z**2 / num)
-    return Estimate(mean=mean, low=middle - half, high=middle + half, num=num, standard_error=error)
+    mean, cases = successes / num, num if num_independent is None else num_independent
+    low, high = wilson(mean, cases)
+    error = math.sqrt(mean * (1 - mean) / cases)
+    return Estimate(mean=mean, low=low, high=high, num=num, standard_error=error)
 
 
 def compare_paired(
@@ -89,7 +95,7 @@ def compare_paired(
 ) -> PairedComparison | None:
     """Compare values of the same prompts; pairs with a missing value are left out.
 
-    None where no pair is left.
+    None if no pair is left.
     """
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
     if not pairs:

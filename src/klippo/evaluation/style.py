@@ -84,14 +84,13 @@ def word_shift(before: Sequence[str], after: Sequence[str], seed: int = 0) -> Wo
     from scipy import sparse
 
     first, second = ([Counter(words(text)) for text in side] for side in (before, after))
-    places = {word: i for i, word in enumerate(sorted(set().union(*first, *second)))}
+    column = {word: i for i, word in enumerate(sorted(set().union(*first, *second)))}
 
-    def counts(side: Sequence[Counter[str]]) -> Any:  # (n, V)
-        entries = [(row, places[w], n) for row, one in enumerate(side) for w, n in one.items()]
-        rows, columns, numbers = zip(*entries, strict=True) if entries else ((), (), ())
-        shape: Any = (len(side), max(len(places), 1))
-        cells: Any = (numbers, (rows, columns))
-        return sparse.csr_array(cells, shape=shape, dtype=np.float64)
+    def counts(side: Sequence[Counter[str]]) -> Any:  # (n, V), sparse
+        entries = [(row, column[w], n) for row, one in enumerate(side) for w, n in one.items()]
+        rows, columns, numbers = np.array(entries, dtype=np.intp).reshape(-1, 3).T
+        shape = (len(side), max(len(column), 1))
+        return sparse.csr_array((numbers.astype(np.float64), (rows, columns)), shape=shape)
 
     old, new = counts(first), counts(second)
     swapped = np.random.default_rng(seed).integers(0, 2, (NUM_SHUFFLES, len(first)))

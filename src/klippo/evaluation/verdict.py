@@ -37,13 +37,13 @@ class Verdict:
     the peak."""
     proxy_since_peak: Estimate | None = None
     peak_step: int | None = None
-    """Where all prompts together have their highest gold: to look at, not to test on."""
+    """The step at which all prompts together have their highest gold: to show, not to test on."""
 
 
 def judge(run: History, seed: int = 0) -> Verdict:
-    """Rule: over-optimised is gold at the end below its peak by more than two standard errors,
-    while the proxy rose by more than two since that peak. The peak is picked on one half of the
-    prompts and tested on the other, both ways round, so that picking it costs no false alarms.
+    """Over-optimised is gold at the end below its peak by more than two standard errors, while the
+    proxy rose by more than two since that peak. The peak is picked on one half of the prompts and
+    tested on the other, and the reverse, so that picking it costs no false alarms.
     """
     if run.gold is None:
         return _not_enough("there are no gold scores; klippo gold-eval adds them")
@@ -57,17 +57,16 @@ def judge(run: History, seed: int = 0) -> Verdict:
             f"{num_prompts} prompts have gold and proxy scores at every step; {MIN_PROMPTS} are "
             "the least that says anything"
         )
-    picked = _peaks_picked_by_the_other_half(gold, seed)
-    everyone = np.arange(num_prompts)
+    peak = _peaks_picked_by_the_other_half(gold, seed), np.arange(num_prompts)
     figures = {
         "gold_change": estimate((gold[-1] - gold[0]).tolist()),
         "proxy_change": estimate((proxy[-1] - proxy[0]).tolist()),
-        "gold_since_peak": estimate((gold[-1] - gold[picked, everyone]).tolist()),
-        "proxy_since_peak": estimate((proxy[-1] - proxy[picked, everyone]).tolist()),
+        "gold_since_peak": estimate((gold[-1] - gold[peak]).tolist()),
+        "proxy_since_peak": estimate((proxy[-1] - proxy[peak]).tolist()),
     }
     peak_step = run.steps[int(gold.mean(1).argmax())]
     outcome, reason = _decide(figures, float(gold[0].std(ddof=1)), peak_step, run.steps[-1])
-    return Verdict(outcome=outcome, reason=reason, peak_step=peak_step, **figures)
+    return Verdict(outcome=outcome, reason=_sentence(reason), peak_step=peak_step, **figures)
 
 
 def _peaks_picked_by_the_other_half(gold: Floats, seed: int) -> np.ndarray:
@@ -86,36 +85,33 @@ def _decide(
 ) -> tuple[Outcome, str]:
     since, proxy_since = figures["gold_since_peak"], figures["proxy_since_peak"]
     change, proxy = figures["gold_change"], figures["proxy_change"]
-    if _below_zero(since) and _above_zero(proxy_since):
+    if _direction(since) < 0 < _direction(proxy_since):
         return "over-optimised", (
-            f"Gold fell by {-since.mean:.2f} (95%: {-since.high:.2f} to {-since.low:.2f}) from its "
+            f"gold fell by {-since.mean:.2f} (95%: {-since.high:.2f} to {-since.low:.2f}) from its "
             f"peak near step {peak_step} to step {last_step}, while the proxy went on rising by "
-            f"{proxy_since.mean:.2f}."
+            f"{proxy_since.mean:.2f}"
         )
-    told = f"gold changed by {_signed(change)} from start to end, the proxy by {_signed(proxy)}"
-    if _above_zero(change):
-        return "improved", f"{told[0].upper()}{told[1:]}."
-    if _below_zero(change):
-        return "worse", f"{told[0].upper()}{told[1:]}."
-    limit = SMALL_EFFECT * start_sd
-    if max(abs(change.low), abs(change.high)) <= limit:
-        return "unchanged", f"{told[0].upper()}{told[1:]}: less than {SMALL_EFFECT} sd either way."
-    return "not enough data", (
-        f"{told[0].upper()}{told[1:]}: the interval holds zero, and is too wide to say unchanged."
-    )
+    reason = f"gold changed by {_signed(change)} from start to end, the proxy by {_signed(proxy)}"
+    if _direction(change):
+        return "improved" if _direction(change) > 0 else "worse", reason
+    if max(abs(change.low), abs(change.high)) <= SMALL_EFFECT * start_sd:
+        return "unchanged", f"{reason}: less than {SMALL_EFFECT} sd either way"
+    wide = "the interval holds zero, and is too wide to say unchanged"
+    return "not enough data", f"{reason}: {wide}"
 
 
-def _above_zero(x: Estimate) -> bool:
-    return x.mean > NUM_STANDARD_ERRORS * x.standard_error
-
-
-def _below_zero(x: Estimate) -> bool:
-    return x.mean < -NUM_STANDARD_ERRORS * x.standard_error
+def _direction(x: Estimate) -> int:
+    """1 or -1 for a mean beyond NUM_STANDARD_ERRORS, else 0."""
+    return int(np.sign(x.mean)) if abs(x.mean) > NUM_STANDARD_ERRORS * x.standard_error else 0
 
 
 def _signed(x: Estimate) -> str:
     return f"{x.mean:+.2f} (95%: {x.low:+.2f} to {x.high:+.2f})"
 
 
+def _sentence(reason: str) -> str:
+    return f"{reason[0].upper()}{reason[1:]}."
+
+
 def _not_enough(reason: str) -> Verdict:
-    return Verdict(outcome="not enough data", reason=reason[0].upper() + reason[1:] + ".")
+    return Verdict(outcome="not enough data", reason=_sentence(reason))

@@ -1,4 +1,4 @@
-"""The stage behind `klippo compare`: the same prompts through one model and others."""
+"""`klippo compare`: the same prompts through one model and others."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from klippo.evaluation.comparison import (
     compare_answers,
     output_change,
     style_values,
-    words_of,
 )
+from klippo.evaluation.style import word_shift
 from klippo.judge.reward import prompt_text
 from klippo.lab.held_out import HeldOut, held_out, own_prompts
 from klippo.lab.measures import (
     Measure,
-    check_rewards,
     groups_of,
     lower_is_better,
     matches,
@@ -73,15 +72,17 @@ class _Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _Questions:
     """What is the same for every model."""
 
-    kept: HeldOut
     groups: Mapping[int, str]
+    """By prompt id."""
     measures: Sequence[Measure]
-    max_tokens: int | None
+    prompt_column: str
+    seeds: Mapping[int, int]
+    """The random numbers of each prompt, by its id."""
+    max_tokens: int
     batch_size: int
-    seed: int
 
 
 def compare(
@@ -99,45 +100,40 @@ def compare(
     seed: int = 0,
 ) -> int:
     """Print whether the answers changed and, given rewards, whether they got better."""
-    console = Console()
-    device = choose_device("auto")
+    console, device = Console(), choose_device("auto")
     places = _named_places(afters)
     base = start_of(places.values()) if before == START else locate_model(before)
     runs = [place.config for place in (*places.values(), base)]
-    lead = next((run for run in runs if run is not None), None)
-    kept, lead = _rows(prompts, lead)
+    kept, lead = _rows(prompts, next((run for run in runs if run is not None), None))
     settings = rewards_by_name(rewards, runs)
-    columns = list(kept.rows[0].columns)
     groups = groups_of(kept.rows, by, kept.source)
-    check_rewards(settings, columns)
-    prompt_column = kept.data.prompt_columns[0]
-    asked = _Asked(
-        kept=kept,
-        groups=groups,
-        measures=open_measures(settings, columns, device=device, prompt_column=prompt_column),
-        max_tokens=longest(lead.rollout.response_length)
-        if max_tokens is None and lead is not None
-        else max_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    column = kept.data.prompt_columns[0]
+    measures = open_measures(settings, kept.rows[0].columns, device=device, prompt_column=column)
     with console.status("The answers before"):
         opened = open_place(base, device, dtype=dtype, like=lead)
-        limit = opened.max_tokens if asked.max_tokens is None else asked.max_tokens
-        asked = dataclasses.replace(asked, max_tokens=limit)
-        chosen = pick(_once(kept.prompts(opened, limit, seed)), num_prompts, seed)
-        seeds = dict(
-            zip((p.id for p in chosen), response_seeds(seed, range(len(chosen))), strict=True)
+        if max_tokens is None:
+            max_tokens = (
+                opened.max_tokens if lead is None else longest(lead.rollout.response_length)
+            )
+        chosen = pick(_once(kept.prompts(opened, max_tokens, seed)), num_prompts, seed)
+        numbers = response_seeds(seed, range(len(chosen)))
+        questions = _Questions(
+            groups=groups,
+            measures=measures,
+            prompt_column=column,
+            seeds=dict(zip((prompt.id for prompt in chosen), numbers, strict=True)),
+            max_tokens=max_tokens,
+            batch_size=batch_size,
         )
-        first = _answer(opened, chosen, seeds, asked)
+        first = _answer(opened, chosen, questions)
     comparisons: list[Comparison] = []
     answers = {"before": first.answers}
     for name, place in places.items():
         with console.status(f"The answers of {name}"):
             opened = open_place(place, device, dtype=dtype, like=lead)
-            own = kept.prompts(opened, limit, seed, among=seeds)
-            side = _answer(opened, own, seeds, asked)
-            comparisons.append(_compare(name, first, side, asked))
+            asked = kept.prompts(opened, max_tokens, seed, among=questions.seeds)
+            side = _answer(opened, asked, questions)
+            comparisons.append(_compare(name, first, side, questions))
             answers[name] = side.answers
             del opened, side  # before the next model is loaded
     for table in comparison_tables(comparisons, lower=lower_is_better(settings)):
@@ -147,17 +143,17 @@ def compare(
         figures = {
             "before": base.name,
             "num_prompts": len(chosen),
-            "max_tokens": limit,
+            "max_tokens": max_tokens,
             "seed": seed,
             "comparisons": _plain(comparisons),
-            "answers": [_row(prompt, answers) for prompt in chosen],
+            "answers": [_row(prompt.id, answers) for prompt in chosen],
         }
         write_text(output, json.dumps(figures, indent=1) + "\n")
     return 0
 
 
 def _named_places(afters: Sequence[str]) -> dict[str, Place]:
-    """The models by short names: their own, or the ends of their paths where these differ."""
+    """The models by short names: those given, or the ends of their paths if these differ."""
     split = [split_name(text) for text in afters]
     ends = [Path(rest).name for _, rest in split]
     names = [
@@ -191,25 +187,26 @@ def _rows(prompts: str | None, lead: RunConfig | None) -> tuple[HeldOut, RunConf
 
 def _once(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Each prompt once: logged data has a row per response."""
-    return list({tuple(prompt.token_ids): prompt for prompt in reversed(prompts)}.values())[::-1]
+    first: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(tuple(prompt.token_ids), prompt)
+    return list(first.values())
 
 
-def _answer(
-    opened: OpenModel, prompts: list[Prompt], seeds: Mapping[int, int], asked: _Asked
-) -> _Side:
+def _answer(opened: OpenModel, prompts: list[Prompt], questions: _Questions) -> _Side:
     """Fresh answers with their values; the random numbers of a prompt are those of every model."""
-    assert asked.max_tokens is not None
-    completions = opened.engine(Sampling(), asked.batch_size).generate(
-        prompts, [asked.max_tokens] * len(prompts), [seeds[prompt.id] for prompt in prompts]
+    completions = opened.engine(Sampling(), questions.batch_size).generate(
+        prompts,
+        [questions.max_tokens] * len(prompts),
+        [questions.seeds[prompt.id] for prompt in prompts],
     )
     rollout = collate(prompts, completions, opened.tokenizer, temperature=1.0, device=opened.device)
-    scores = score_alone(asked.measures, rollout)
-    column = asked.kept.data.prompt_columns[0]
+    scores = score_alone(questions.measures, rollout)
     answers = {
         prompt.id: Answer(
             prompt_id=prompt.id,
-            prompt=prompt_text(prompt, column),
-            group=asked.groups[prompt.id],
+            prompt=prompt_text(prompt, questions.prompt_column),
+            group=questions.groups[prompt.id],
             text=rollout.responses[i],
             values={name: values[i] for name, values in scores.items()} | style_values(rollout, i),
         )
@@ -218,7 +215,7 @@ def _answer(
     return _Side(opened=opened, rollout=rollout, answers=answers)
 
 
-def _compare(name: str, first: _Side, second: _Side, asked: _Asked) -> Comparison:
+def _compare(name: str, first: _Side, second: _Side, questions: _Questions) -> Comparison:
     """Every figure of one AFTER, on the prompts that both models could read."""
     prompts = second.rollout.prompts
     before = [first.answers[prompt.id] for prompt in prompts]
@@ -226,26 +223,24 @@ def _compare(name: str, first: _Side, second: _Side, asked: _Asked) -> Compariso
     texts = [one.text for one in before], [one.text for one in after]
     duels = {
         measure.name: matches(measure, prompts, *texts)
-        for measure in asked.measures
+        for measure in questions.measures
         if measure.compares_directly
     }
+    weights: WeightChange | str
+    try:
+        weights = weight_change(first.opened.model, second.opened.model)
+    except ValueError as error:
+        weights = str(error)
     return Comparison(
         name=name,
         model=second.opened.name,
         whole=compare_answers(before, after, duels),
         groups=by_group(before, after, duels),
         num_identical=sum(b == a for b, a in zip(*texts, strict=True)),
-        words=words_of(before, after),
-        weights=_weight_change(first.opened, second.opened),
-        outputs=_output_change(first, second, asked.batch_size),
+        words=word_shift(*texts),
+        weights=weights,
+        outputs=_output_change(first, second, questions.batch_size),
     )
-
-
-def _weight_change(before: OpenModel, after: OpenModel) -> WeightChange | str:
-    try:
-        return weight_change(before.model, after.model)
-    except ValueError as error:
-        return str(error)
 
 
 def _output_change(first: _Side, second: _Side, batch_size: int) -> OutputChange | str:
@@ -257,16 +252,16 @@ def _output_change(first: _Side, second: _Side, batch_size: int) -> OutputChange
     return output_change(*models, first.rollout, second.rollout, batch_size)
 
 
-def _row(prompt: Prompt, answers: Mapping[str, Mapping[int, Answer]]) -> dict[str, Any]:
+def _row(prompt_id: int, answers: Mapping[str, Mapping[int, Answer]]) -> dict[str, Any]:
     """A prompt with what every model said to it."""
-    there = {name: side[prompt.id] for name, side in answers.items() if prompt.id in side}
+    given = {name: side[prompt_id] for name, side in answers.items() if prompt_id in side}
     return {
-        "prompt_id": prompt.id,
-        "prompt": there["before"].prompt,
-        "group": there["before"].group,
+        "prompt_id": prompt_id,
+        "prompt": given["before"].prompt,
+        "group": given["before"].group,
         "answers": {
             name: {"response": answer.text} | _plain(answer.values)
-            for name, answer in there.items()
+            for name, answer in given.items()
         },
     }
 

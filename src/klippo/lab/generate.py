@@ -1,10 +1,10 @@
-"""The stage behind `klippo generate`: answers from any model, to any prompts."""
+"""`klippo generate`: answers from any model, to any prompts."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -34,45 +34,28 @@ def generate(
     seed: int = 0,
 ) -> int:
     """Print answers to prompts from arguments, a file, standard input, or a prompt line."""
-    console = Console()
+    console = Console(soft_wrap=True)
     texts = list(prompts or []) + (_lines(file) if file is not None else [])
-    interactive = not texts and sys.stdin.isatty()
-    if not texts and not interactive:
+    is_interactive = not texts and sys.stdin.isatty()
+    if not texts and not is_interactive:
         texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not texts:
             raise ConfigError("standard input has no prompt; give --prompt TEXT or --file FILE")
-    device = choose_device("auto")
-    opened = open_model(source, device)
+    opened = open_model(source, choose_device("auto"))
     limit = opened.max_tokens if max_tokens is None else max_tokens
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    engine = opened.engine(Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     numbers = itertools.count()
-    batches: Iterable[list[str]] = _typed(console) if interactive else [texts]
-    for batch in batches:
+    for batch in _typed(console) if is_interactive else iter([texts]):
         ready = as_prompts(opened, batch, limit)
         for _ in range(num_samples):
             seeds = response_seeds(seed, itertools.islice(numbers, len(ready)))
-            for prompt, answer in zip(
-                ready, answers(opened, ready, sampling, limit, seeds), strict=True
-            ):
-                console.print(
-                    Text(clean(prompt.text), style="bold") + Text(" → ") + Text(clean(answer)),
-                    soft_wrap=True,
-                )
+            completions = engine.generate(ready, [limit] * len(ready), seeds)
+            answers = opened.tokenizer.batch_decode(
+                [completion.token_ids for completion in completions], skip_special_tokens=True
+            )
+            for prompt, answer in zip(ready, answers, strict=True):
+                console.print(Text(clean(prompt.text), style="bold") + Text(f" → {clean(answer)}"))
     return 0
-
-
-def answers(
-    opened: OpenModel,
-    prompts: list[Prompt],
-    sampling: Sampling,
-    max_tokens: int,
-    seeds: Sequence[int],
-) -> list[str]:
-    """One decoded answer per prompt."""
-    completions = opened.engine(sampling).generate(prompts, [max_tokens] * len(prompts), seeds)
-    rows = [completion.token_ids for completion in completions]
-    decoded: list[str] = opened.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return decoded
 
 
 def as_prompts(opened: OpenModel, texts: Sequence[str], max_tokens: int) -> list[Prompt]:

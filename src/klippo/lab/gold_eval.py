@@ -1,10 +1,13 @@
-"""The stage behind `klippo gold-eval`, and behind the gold scores at the end of a run."""
+"""`klippo gold-eval`, and the gold scores at the end of a run.
+
+A row that has gold names in `gold_model` the reward that gave it.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,8 @@ from rich.text import Text
 from klippo.config.load import load_config
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
-from klippo.evaluation.gold import check_rows, rows_to_score, with_gold
-from klippo.evaluation.history import History, history
-from klippo.evaluation.samples import SampleRow
+from klippo.evaluation.history import Floats, History, history
+from klippo.evaluation.samples import SampleRow, known, prompt_of, rollout_of
 from klippo.evaluation.statistics import Estimate, estimate
 from klippo.evaluation.verdict import judge
 from klippo.lab.reward_names import check_reward, reward_label, reward_named
@@ -40,6 +42,18 @@ from klippo.types import Prompt
 
 CHUNK = 256
 """Rows between two writes of a file: what a killed command scores again."""
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "prompt_id": int,
+    "prompt": str,
+    "response": str,
+    "response_ids": list,
+    "length": int,
+    "finished": bool,
+    "proxy": (int, float, type(None)),
+    "kl_exact_nats": (int, float),
+}
+_UNNAMED = "a reward that the rows do not name (an older Klippo)"
 
 
 def gold_eval(
@@ -51,36 +65,41 @@ def gold_eval(
     overwrite: bool = False,
 ) -> int:
     """Add gold scores to the evaluations of a run, and say what they show."""
-    console = Console()
+    console = Console(soft_wrap=True)
     files = evaluation_files(path)
     settings = reward_named(gold, is_alpacafarm=is_alpacafarm, batch_size=batch_size)
     check_reward(settings)
     folder = next(iter(files.values())).parent
     run = folder.parent if folder.name else folder.resolve().parent
     status = _status(run)
-    evaluations = _read(files, console, still_running=status.get("state") == "running")
+    is_running = status.get("state") == "running"
+    if is_running:
+        console.print(
+            "The run is still going on: the evaluations that are complete get gold scores; run "
+            "this again for those to come."
+        )
+    files = dict(_complete(files, console, is_running=is_running))
+    if not files:
+        raise ConfigError("no evaluation is complete yet; wait for the run's first")
     data = _data(run)
-    if data is not None and data.template is not None:
-        _check_content(files, evaluations)
     evaluations = add_gold(
-        {step: files[step] for step in evaluations},
+        files,
         settings,
         console,
         device=choose_device("auto"),
         prompt_column="prompt" if data is None else data.prompt_columns[0],
+        has_template=data is not None and data.template is not None,
         overwrite=overwrite,
     )
     try:
-        tell(history(evaluations), console)
+        _tell(history(evaluations), console)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}, so there is no curve to tell") from error
-    if status and status.get("state") != "running":
+        raise ConfigError(f"{path}: {error}, so there is no curve to show") from error
+    if status and not is_running:
         from klippo.report.write import refresh_report, write_figures
 
-        figures = write_figures(run, evaluations)
-        details = {key: value for key, value in status.items() if key != "state"}
-        details |= {"before_after": figures, "gold": gold_found(settings)}
-        RunFolder(run).write_status(str(status["state"]), **details)
+        status |= {"before_after": write_figures(run, evaluations), "gold": gold_found(settings)}
+        RunFolder(run).write_status(**status)
         refresh_report(run, console)
     return 0
 
@@ -93,19 +112,21 @@ def add_gold(
     device: torch.device,
     prompts: Sequence[Prompt] | None = None,
     prompt_column: str = "prompt",
+    has_template: bool = False,
     overwrite: bool = False,
 ) -> dict[int, list[SampleRow]]:
     """The rows of every file, with gold scores also in the files; returned by step.
 
-    Each file is replaced as a whole after every CHUNK of scores, and rows that have them are left
-    alone. The reward is loaded only where there is something to score. Without `prompts` (those of
-    the data), the rows say what the reward reads of them.
+    Each file is replaced at once after every CHUNK of scores, and rows that have them are left
+    alone. The reward is loaded only if there is something to score. Without `prompts` (those of
+    the data), the rows say what the reward reads of them; with `has_template` they must hold the
+    prompts without it. Raises ConfigError for rows that do not fit, or have other gold scores.
     """
     label = reward_label(settings)
     evaluations = {step: read_rows(file) for step, file in files.items()}
-    check_rows({files[step]: rows for step, rows in evaluations.items()})
+    check_rows({files[step]: rows for step, rows in evaluations.items()}, has_template)
     missing = {
-        step: rows_to_score(files[step], rows, label, overwrite=overwrite)
+        step: _rows_to_score(files[step], rows, label, overwrite=overwrite)
         for step, rows in evaluations.items()
     }
     if not any(missing.values()):
@@ -113,44 +134,72 @@ def add_gold(
         return evaluations
     by_id = None if prompts is None else {prompt.id: prompt for prompt in prompts}
     source = build_reward(settings, device=device, prompt_column=prompt_column)
-    for step, numbers in missing.items():
-        rows = evaluations[step]
-        for start in range(0, len(numbers), CHUNK):
-            chunk = numbers[start : start + CHUNK]
-            scored = with_gold(
-                [rows[number] for number in chunk],
-                label,
-                lambda rollout: resolve_scores(source, rollout),
-                by_id,
-                prompt_column,
-            )
-            for number, row in zip(chunk, scored, strict=True):
-                rows[number] = row
-            write_rows(files[step], rows)
-        told = f"{files[step].name}: {len(numbers)} of {len(rows)} rows scored with gold"
-        console.print(Text(told), soft_wrap=True)
+    for step, lacking in missing.items():
+        for start in range(0, len(lacking), CHUNK):
+            chunk = lacking[start : start + CHUNK]
+            asked = [
+                prompt_of(row, prompt_column) if by_id is None else by_id[row["prompt_id"]]
+                for row in chunk
+            ]
+            gold = known(resolve_scores(source, rollout_of(chunk, asked)).reward)
+            for row, score in zip(chunk, gold, strict=True):
+                row.update(gold=score, gold_model=label)
+            write_rows(files[step], evaluations[step])
+        num = len(evaluations[step])
+        text = f"{files[step].name}: {len(lacking)} of {num} rows scored with gold"
+        console.print(Text(text), soft_wrap=True)
     return evaluations
 
 
-def tell(run: History, console: Console) -> None:
-    """Proxy, gold and KL at every step, and the verdict."""
-    num = len(run.prompt_ids)
-    table = Table(title=f"The same {num} prompts at every step", title_justify="left")
-    for name in ("step", "proxy", "gold (95% interval)", "KL (nats/response)"):
-        table.add_column(name, justify="right")
-    for i, step in enumerate(run.steps):
-        gold = None if run.gold is None else _mean(run.gold[i])
-        proxy = _mean(run.proxy[i])
-        table.add_row(
-            str(step),
-            "" if proxy is None else f"{proxy.mean:+.3f}",
-            "" if gold is None else f"{gold.mean:+.3f} ({gold.low:+.3f} to {gold.high:+.3f})",
-            f"{run.kl[i].mean():.2f}",
-        )
-    console.print(table)
-    verdict = judge(run)
-    outcome = f"{verdict.outcome[0].upper()}{verdict.outcome[1:]}"
-    console.print(Text(f"{outcome}. {verdict.reason}"), soft_wrap=True)
+def check_rows(files: Mapping[Path, Sequence[SampleRow]], has_template: bool) -> None:
+    """Raise ConfigError unless all rows hold the same keys, those of Klippo's evaluations."""
+    first: tuple[Path, set[str]] | None = None
+    for file, rows in files.items():
+        if not rows:
+            raise ConfigError(f"{file}: has no rows; remove the file")
+        if has_template and any("prompt_content" not in row for row in rows):
+            raise ConfigError(
+                f"{file}: the data has a template, and the rows do not hold the prompts without it "
+                "(an older Klippo wrote them), so gold would read it twice; evaluate again"
+            )
+        for line, row in enumerate(rows, start=1):
+            wrong = [
+                key for key, kind in _NEEDED.items() if not isinstance(row.get(key, ...), kind)
+            ]
+            if wrong:
+                raise ConfigError(
+                    f"{file}, line {line}: {', '.join(wrong)} missing or of the wrong type, so "
+                    "this is no row of an evaluation by this version of Klippo; evaluate again, or "
+                    "remove the line"
+                )
+            keys = set(row) - {"gold", "gold_model"}
+            first = first or (file, keys)
+            if keys != first[1]:
+                more, less = sorted(keys - first[1]), sorted(first[1] - keys)
+                differences = [f"has {', '.join(more)}"] if more else []
+                differences += [f"has no {', '.join(less)}"] if less else []
+                raise ConfigError(
+                    f"{file}, line {line}: {' and '.join(differences)}, unlike {first[0]}, line "
+                    "1: the rows were written by different runs or versions of Klippo; put those "
+                    "of one run into a folder of their own"
+                )
+
+
+def _rows_to_score(
+    file: Path, rows: Sequence[SampleRow], label: str, *, overwrite: bool
+) -> list[SampleRow]:
+    """The rows without a gold score by the reward of this label.
+
+    Raises ConfigError if another reward gave gold scores, and `overwrite` is off.
+    """
+    missing = [row for row in rows if "gold" not in row or row.get("gold_model") != label]
+    for line, row in enumerate(rows, start=1):
+        if "gold" in row and row.get("gold_model") != label and not overwrite:
+            raise ConfigError(
+                f"{file}, line {line}: has a gold score by {row.get('gold_model', _UNNAMED)}, and "
+                f"scores by {label} cannot stand beside it; add --overwrite to replace it"
+            )
+    return missing
 
 
 def gold_found(settings: RewardSettings) -> dict[str, Any]:
@@ -164,59 +213,58 @@ def gold_missing(run: Path, reason: str) -> dict[str, Any]:
     return {"state": "missing", "reason": reason, "command": shlex.join(command)}
 
 
-def _read(
-    files: Mapping[int, Path], console: Console, *, still_running: bool
-) -> dict[int, list[SampleRow]]:
-    """The files that are whole. Of a run that goes on, the others are named and left out."""
-    if still_running:
-        console.print(
-            "The run is still going on: the evaluations that are whole get gold scores; run this "
-            "again for those to come.",
-            soft_wrap=True,
+def _tell(run: History, console: Console) -> None:
+    """Print proxy, gold and KL at every step, and the verdict."""
+    num = len(run.prompt_ids)
+    table = Table(title=f"The same {num} prompts at every step", title_justify="left")
+    for name in ("step", "proxy", "gold (95% interval)", "KL (nats/response)"):
+        table.add_column(name, justify="right")
+    for i, step in enumerate(run.steps):
+        gold = None if run.gold is None else _mean(run.gold[i])
+        proxy = _mean(run.proxy[i])
+        table.add_row(
+            str(step),
+            "" if proxy is None else f"{proxy.mean:+.3f}",
+            "" if gold is None else f"{gold.mean:+.3f} ({gold.low:+.3f} to {gold.high:+.3f})",
+            f"{run.kl[i].mean():.2f}",
         )
-    whole = {}
+    console.print(table, soft_wrap=False)
+    verdict = judge(run)
+    console.print(Text(f"{verdict.outcome.capitalize()}. {verdict.reason}"))
+
+
+def _mean(values: Floats) -> Estimate | None:
+    scored = [value for value in values.tolist() if value == value]  # not NaN
+    return estimate(scored) if scored else None
+
+
+def _complete(
+    files: Mapping[int, Path], console: Console, *, is_running: bool
+) -> Iterator[tuple[int, Path]]:
+    """The files that can be read. A running run's last line may be cut: those are named."""
     for step, file in files.items():
         try:
-            whole[step] = read_rows(file)
+            read_rows(file)
         except BrokenLineError as error:
-            if not (still_running and error.is_last):
+            if not (is_running and error.is_last):
                 raise
-            console.print(Text(f"Left out: {file}, line {error.line} is not whole."))
-    if not whole:
-        raise ConfigError("no evaluation is whole yet; wait for the run's first")
-    return whole
+            console.print(Text(f"Left out: {file}, line {error.line} is not complete."))
+        else:
+            yield step, file
 
 
 def _status(run: Path) -> dict[str, Any]:
-    """The content of run_status.json; empty where there is none to read."""
+    """The content of run_status.json; empty if it cannot be read."""
     try:
-        found = json.loads((run / STATUS_FILE).read_text(encoding="utf-8"))
+        status = json.loads((run / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and "state" in found else {}
+    return status if isinstance(status, dict) and "state" in status else {}
 
 
 def _data(run: Path) -> DataSettings | None:
-    """How the run read its prompts; None where its config cannot tell (another version's)."""
+    """How the run read its prompts; None if its config cannot tell (another version's)."""
     try:
         return load_config(run / CONFIG_FILE).config.data
     except ConfigError:
         return None
-
-
-def _check_content(
-    files: Mapping[int, Path], evaluations: Mapping[int, Sequence[SampleRow]]
-) -> None:
-    """Raise ConfigError where a reward would read the data's template as part of the prompt."""
-    for step, rows in evaluations.items():
-        if any("prompt_content" not in row for row in rows):
-            raise ConfigError(
-                f"{files[step]}: the data has a template, and the rows do not hold the prompts "
-                "without it (an older Klippo wrote them), so gold would read it twice; evaluate "
-                "again"
-            )
-
-
-def _mean(values: Any) -> Estimate | None:
-    known = [value for value in values.tolist() if value == value]
-    return estimate(known) if known else None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
 from klippo.data.rows import load_rows, train_source, validation_source
-from klippo.data.sampler import pick
 from klippo.data.settings import DataSettings
 from klippo.lengths import room_for_prompts
 from klippo.runs.models import OpenModel
@@ -17,7 +16,7 @@ from klippo.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Rows that the run did not train on, or all rows where it held none out."""
+    """Rows that the run did not train on, or all rows if it held none out."""
 
     rows: Sequence[Row]
     data: DataSettings
@@ -50,19 +49,6 @@ def held_out(data: DataSettings, data_seed: int) -> HeldOut:
 
 
 def own_prompts(data: DataSettings, source: str) -> DataSettings:
-    """The same reading of prompts, of another file or data set as a whole."""
-    whole = {"train": source, "subset": None, "split": "train"}
-    return data.model_copy(update=whole | {"validation": None, "validation_size": 0})
-
-
-def held_out_prompts(
-    opened: OpenModel,
-    data: DataSettings,
-    data_seed: int,
-    num_prompts: int,
-    max_tokens: int,
-    seed: int,
-) -> list[Prompt]:
-    """At most `num_prompts` held-out prompts, chosen by `seed`."""
-    prompts = held_out(data, data_seed).prompts(opened, max_tokens, seed)
-    return pick(prompts, num_prompts, seed)
+    """All prompts of another file or data set, read in the same way."""
+    every = {"train": source, "subset": None, "split": "train"}
+    return data.model_copy(update=every | {"validation": None, "validation_size": 0})

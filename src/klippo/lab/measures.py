@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 
@@ -15,6 +14,7 @@ from klippo.config.schema import RunConfig
 from klippo.data.files import Row
 from klippo.errors import ConfigError
 from klippo.evaluation.comparison import Match
+from klippo.evaluation.samples import known
 from klippo.evaluation.style import STYLE
 from klippo.judge.fencing import is_blank
 from klippo.judge.reward import JudgeReward
@@ -44,15 +44,25 @@ class Measure:
 
     @property
     def compares_directly(self) -> bool:
-        return _is_pairwise(self.settings)
+        return _reference(self.settings) is not None
+
+    @property
+    def parts(self) -> Iterable[str]:
+        """Names of the criteria of a judge, or of the parts of a sum."""
+        if isinstance(self.settings, SumSettings):
+            return self.settings.parts
+        return (self.settings.criteria or ()) if isinstance(self.settings, JudgeSettings) else ()
 
 
-def _is_pairwise(settings: RewardSettings) -> TypeGuard[JudgeSettings]:
-    return isinstance(settings, JudgeSettings) and settings.mode == "pairwise"
+def _reference(settings: RewardSettings) -> str | None:
+    """The column of a pairwise judge's references; None for other rewards."""
+    if isinstance(settings, JudgeSettings) and settings.mode == "pairwise":
+        return settings.reference_column or ""
+    return None
 
 
 def split_name(text: str) -> tuple[str | None, str]:
-    """`helpful=judge.yaml` as (name, rest); (None, text) where it has no name."""
+    """`helpful=judge.yaml` as (name, rest); (None, text) without a name."""
     name, equals, rest = text.partition("=")
     if not equals or Path(text).exists() or not _NAME.fullmatch(name):
         return None, text
@@ -66,63 +76,52 @@ def rewards_by_name(
 
     The rewards of an offline run are columns of its data, and say nothing of new answers.
 
-    Raises ConfigError for a reward that is not there, and for two of one name.
+    Raises ConfigError for an unknown reward, and for two of one name.
     """
-    found: dict[str, RewardSettings] = {}
+    rewards: dict[str, RewardSettings] = {}
     for text in given:
         name, rest = split_name(text)
-        name = name or _own_name(rest)
-        if name in found or name in BUILT_IN:
-            what = "two measures have this name" if name in found else "is a measure of its own"
+        if name is None:  # gold of demo:gold, org/gold, gold.yaml, rewards.yaml:gold
+            name = re.sub(r"\.ya?ml$", "", re.split("[/:]", rest.rstrip("/"))[-1])
+        if name in rewards or name in BUILT_IN:
+            what = "two measures have this name" if name in rewards else "is a measure of its own"
             raise ConfigError(
                 f"--reward {text}: {name}: {what}; give another, as in --reward NAME={rest}"
             )
-        found[name] = reward_named(rest)
-    if given:
-        return found
+        rewards[name] = reward_named(rest)
     run = next((run for run in runs if run is not None), None)
-    if run is None or isinstance(run.reward, ColumnSettings):
-        return {}
+    if given or run is None or isinstance(run.reward, ColumnSettings):
+        return rewards
     return {"reward": run.reward} if run.gold is None else {"gold": run.gold}
 
 
-def _own_name(text: str) -> str:
-    """`gold` of demo:gold, org/gold, gold.yaml, rewards.yaml:gold and rewards.py:gold."""
-    last = text.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    return re.sub(r"\.ya?ml$", "", last)
-
-
-def check_rewards(rewards: dict[str, RewardSettings], columns: Collection[str]) -> None:
-    """Raise ConfigError or PreflightError for what shows before any model is loaded."""
-    for settings in rewards.values():
-        known = set(columns)
-        if _is_pairwise(settings):
-            known.add(settings.reference_column or "")
-        check_reward(settings, known)
-
-
 def open_measures(
-    rewards: dict[str, RewardSettings],
+    rewards: Mapping[str, RewardSettings],
     columns: Collection[str],
     *,
     device: torch.device,
     prompt_column: str,
 ) -> list[Measure]:
-    """The rewards, loaded. A pairwise judge scores alone where the data has its references."""
-    measures = []
-    for name, settings in rewards.items():
-        measures.append(
-            Measure(
-                name=name,
-                settings=settings,
-                source=build_reward(settings, device=device, prompt_column=prompt_column),
-                scores_alone=not _is_pairwise(settings) or settings.reference_column in columns,
-            )
+    """The rewards, checked and then loaded; `columns` are the data's.
+
+    A pairwise judge scores alone if the data has its references. Raises ConfigError or
+    PreflightError.
+    """
+    for settings in rewards.values():
+        reference = _reference(settings)
+        check_reward(settings, columns if reference is None else {*columns, reference})
+    return [
+        Measure(
+            name=name,
+            settings=settings,
+            source=build_reward(settings, device=device, prompt_column=prompt_column),
+            scores_alone=_reference(settings) in (None, *columns),
         )
-    return measures
+        for name, settings in rewards.items()
+    ]
 
 
-def lower_is_better(rewards: dict[str, RewardSettings]) -> list[str]:
+def lower_is_better(rewards: Mapping[str, RewardSettings]) -> list[str]:
     """Names of the rewards with a judge whose rubric has its good end at 0."""
     return [
         name
@@ -133,26 +132,15 @@ def lower_is_better(rewards: dict[str, RewardSettings]) -> list[str]:
 
 def score_alone(measures: Sequence[Measure], rollout: Rollout) -> dict[str, list[float | None]]:
     """Name -> a score per answer; criteria and parts of a sum as NAME/PART."""
-    found: dict[str, list[float | None]] = {}
+    values: dict[str, list[float | None]] = {}
     for measure in measures:
         if measure.scores_alone:
             scores = resolve_scores(measure.source, rollout)
-            found[measure.name] = _numbers(scores.reward)
-            for part in _parts(measure.settings):
+            values[measure.name] = known(scores.reward)
+            for part in measure.parts:
                 if part in scores.parts:
-                    found[f"{measure.name}/{part}"] = _numbers(scores.parts[part])
-    return found
-
-
-def _parts(settings: RewardSettings) -> list[str]:
-    """Names of the criteria of a judge, or of the parts of a sum."""
-    if isinstance(settings, SumSettings):
-        return list(settings.parts)
-    return list(settings.criteria or ()) if isinstance(settings, JudgeSettings) else []
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    return [None if value != value else value for value in values.tolist()]
+                    values[f"{measure.name}/{part}"] = known(scores.parts[part])
+    return values
 
 
 def matches(
@@ -193,9 +181,9 @@ def _match(judgement: Judgement) -> Match:
 
 
 def groups_of(rows: Sequence[Row], column: str | None, source: str) -> dict[int, str]:
-    """Row number -> `COLUMN = value`.
+    """Row number -> `COLUMN = value`, empty without a column.
 
-    Raises ConfigError for a column that is not there, or has too many values to split the data.
+    Raises ConfigError for an unknown column, or one with too many values to split the data.
     """
     if column is None:
         return {row.number: "" for row in rows}
@@ -205,7 +193,12 @@ def groups_of(rows: Sequence[Row], column: str | None, source: str) -> dict[int,
             f"--by {column}: {source} has no such column; there are {', '.join(rows[0].columns)}"
             + (f": did you mean {near}?" if near else "")
         )
-    values = {row.number: _shown(row.columns[column]) for row in rows}
+    shown = {True: "true", False: "false", None: "(none)"}
+    given = {row.number: row.columns[column] for row in rows}
+    values = {
+        number: shown[value] if isinstance(value, bool | None) else str(value)
+        for number, value in given.items()
+    }
     num = len(set(values.values()))
     if num > MAX_GROUPS:
         raise ConfigError(
@@ -213,9 +206,3 @@ def groups_of(rows: Sequence[Row], column: str | None, source: str) -> dict[int,
             f"with at most {MAX_GROUPS}"
         )
     return {number: f"{column} = {value}" for number, value in values.items()}
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "(none)" if value is None else str(value)

@@ -1,9 +1,9 @@
-"""The stage behind `klippo merge`: a base and its LoRA adapter as one plain model."""
+"""`klippo merge`: a base and its LoRA adapter as one plain model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,6 +16,9 @@ from klippo.policy.loading import load_causal_lm
 from klippo.policy.settings import PolicySettings
 from klippo.runs.folder import RunFolder
 from klippo.runs.models import Dtype, locate_model, tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def merge(source: str, output: Path, *, dtype: Dtype = "float32") -> int:
@@ -39,16 +42,14 @@ def merge(source: str, output: Path, *, dtype: Dtype = "float32") -> int:
     return 0
 
 
-def merge_layers(model: Any) -> None:
-    """Put plain layers in the places of those with a LoRA adapter."""
+def merge_layers(model: PreTrainedModel) -> None:
+    """Replace layers that have a LoRA adapter by plain ones."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, LoraLayer):
-            continue
-        layer.merge(safe_merge=True, adapter_names=[POLICY])
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+        if isinstance(layer, LoraLayer):
+            layer.merge(safe_merge=True, adapter_names=[POLICY])
+            model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config  # or it would be saved as an adapter
         model._hf_peft_config_loaded = False

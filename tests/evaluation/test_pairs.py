@@ -12,8 +12,8 @@ from klippo.evaluation.pairs import (
     gain,
     reliability,
     report_pairs,
-    wilson,
 )
+from klippo.evaluation.statistics import wilson
 
 
 def apart(num):
