@@ -101,7 +101,7 @@ async def _run(url: str, num_calls: int) -> tuple[float, float]:
         await _ask(client, -CONCURRENCY, 0)  # connections are open, modules loaded
         called_s = await _ask(client, 0, num_calls)
         cached_s = await _ask(client, 0, num_calls)
-        assert client.spend()["calls"] == num_calls + CONCURRENCY
+        assert client.store.total().calls == num_calls + CONCURRENCY
         await client.close()
     return called_s, cached_s
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx2
 import numpy as np
+from klippo.judge.scoring import make_request
 
 from klippo.judge.client import JudgeClient
 from klippo.judge.judging import Judge
 from klippo.judge.messages import Answer, Request
 from klippo.judge.rubric import Material
-from klippo.judge.scoring import make_request
 from klippo.judge.settings import JudgeSettings
 from klippo.judge.wire import WIRES, Learned
 

@@ -32,6 +32,24 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Every column of the row, for reward functions."""
 
+    def conversation(self, column: str) -> list[dict[str, str]]:
+        """The messages before the response, without the policy's chat template.
+
+        These are `content`; else the data's `column` (text is one message), if the policy read all
+        of it; else what the policy read.
+        """
+        if self.content is not None:
+            return [{"role": "user", "content": self.content}]
+        raw = self.meta.get(column)
+        messages = raw
+        if isinstance(raw, str) and raw.strip():
+            messages = [{"role": "user", "content": raw}]
+        if isinstance(messages, list) and all(
+            isinstance(m, dict) and str(m.get("content", "")).strip() in self.text for m in messages
+        ):
+            return messages or [{"role": "user", "content": self.text}]
+        return [{"role": "user", "content": self.text}]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:

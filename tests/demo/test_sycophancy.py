@@ -20,8 +20,8 @@ from klippo.data.files import Row, read_file
 from klippo.data.prompts import build_prompts
 from klippo.data.settings import DataSettings
 from klippo.demo import demo_path
+from klippo.judge.judging import INSTRUCTIONS
 from klippo.judge.rubric import Material, load_rubric, render
-from klippo.judge.scoring import INSTRUCTIONS
 from klippo.lab.judge_scores import find_judge
 from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, JudgeError
-from klippo.judge.reward import JudgeReward, opening_rollout, prompt_text
+from klippo.judge.judging import Judgement, absolute, both_orders, difference
+from klippo.judge.reward import JudgeReward, prompt_text
 from klippo.judge.rubric import Material
-from klippo.judge.scoring import Judgement, absolute, both_orders, difference
 from klippo.judge.watch import Watch
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.judged import judge_metrics
-from klippo.rewards.resolve import resolve_scores
+from klippo.rewards.resolve import resolve_scores, wait_for
 from klippo.types import Prompt, Rollout, Scores, TokenBatch
 from tests.judge.fakes import FakeJudge, answer, mode_of, settings, shown
 from tests.judge.injections import ALL
@@ -397,11 +397,12 @@ def test_an_error_of_the_backend_is_raised_and_ends_the_other_calls() -> None:
     assert cancelled == [1]
 
 
-def test_the_opening_rollout_opens_every_mode() -> None:
+def test_a_judge_opens_in_every_mode() -> None:
     for mode in ("absolute", "difference", "pairwise"):
-        given = settings(mode=mode, reference_column=None if mode == "absolute" else "top")
-        source = JudgeReward(given, FakeJudge(number))
-        assert resolve_scores(source, opening_rollout(given)).reward.shape == (1,)
+        column = None if mode == "absolute" else "top"
+        source = JudgeReward(settings(mode=mode, reference_column=column), FakeJudge(number))
+        wait_for(source.open())
+        assert source.judge.source == "json"
 
 
 def test_the_judge_reads_the_prompt_without_templates() -> None:

@@ -10,8 +10,7 @@ from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
 from klippo.data.rows import Data, load_rows
 from klippo.errors import ConfigError
-from klippo.judge.database import Spend, add
-from klippo.judge.store import Store
+from klippo.judge.store import Spend, Store
 from klippo.train.dry_run_plan import (
     Texts,
     agree_to_cost,
@@ -117,7 +116,7 @@ def test_what_an_earlier_run_spent_counts_against_the_caps(tmp_path: Path):
     assert with_ledger(plan).judges[0].spent.calls == 0
     assert not cache.exists()
     store = Store(cache, config.output_dir)
-    add(store._db, config.output_dir, Spend(calls=4, tokens=50, nano_usd=6))
+    store.add(Spend(calls=4, tokens=50, nano_usd=6))
     store.close()
     found = with_ledger(plan)
     assert found.judges[0].spent == Spend(calls=4, tokens=50, nano_usd=6)

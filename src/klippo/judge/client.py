@@ -9,22 +9,25 @@ import logging
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from klippo.errors import BudgetError, JudgeError
 from klippo.judge import security, wire
-from klippo.judge.answers import Figures, answered, failed, free
-from klippo.judge.connections import Connections
-from klippo.judge.costs import Meter
-from klippo.judge.database import Spend
 from klippo.judge.messages import Answer, Request
 from klippo.judge.settings import TransportSettings
-from klippo.judge.store import Start, Store, Stored, cache_key
-from klippo.judge.transport import Exchange, Gate, Timing, Verdict, judge_exchange, post
-from klippo.judge.wire import Learned, Usage
+from klippo.judge.store import Meter, Spend, Store, Stored, cache_key
+from klippo.judge.transport import (
+    NOT_READ,
+    Connections,
+    Exchange,
+    Gate,
+    Timing,
+    Verdict,
+    judge_exchange,
+    post,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,17 @@ class _Work:
     key: str
     max_tokens: int
     num_waiting: int = 0
-    num_attempts: int = 0
     num_changes: int = 0
-    has_more_tokens: bool = False
+    """Attempts after which the body was changed; they do not count against max_attempts."""
     is_claimed: bool = False
-    usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
+    num_attempts: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     nano_usd: int = 0
+
+    @property
+    def has_more_tokens(self) -> bool:
+        return self.max_tokens > self.request.max_tokens
 
 
 class JudgeClient:
@@ -63,23 +71,23 @@ class JudgeClient:
     ) -> None:
         """Read the key and open the cache; no call is made yet.
 
-        `cache` is the file to use where the settings name none; without either, answers are kept
-        in memory. `account` is whose budget this is, in a cache that several runs share. Raises
-        PreflightError without a key, ConfigError when the key is for another place.
+        `cache` is the file to use if the settings name none; without either, answers are kept in
+        memory. `account` is whose budget this is, in a cache that several runs share. Raises
+        PreflightError without a key, ConfigError if the key belongs to another server.
         """
         assert settings.url is not None  # the settings checked it
-        security.refuse_key_in_url(settings.url)
         security.refuse_foreign_key(settings.key_variable, settings.url)
         self.settings = settings
         self.timing = timing or Timing()
         self.gate = Gate(settings.concurrency)
-        self.learned = Learned()
+        self.learned = wire.Learned()
         self._secret = security.read_key(settings.key_variable)
         self._wire = wire.WIRES[settings.wire_format]
         self._url = settings.url + self._wire.path
-        file = Path(settings.cache).expanduser() if settings.cache is not None else cache
-        self.store = Store(file, account)
+        self.store = Store(Path(settings.cache).expanduser() if settings.cache else cache, account)
         self._meter = Meter(settings)
+        self._reserved = Spend()
+        """By attempts in flight; calls stay spent in any case."""
         self._connections = Connections(self._url, self._wire, self._secret)
         self._running: dict[str, tuple[_Work, asyncio.Task[Answer]]] = {}
         self._random = random.Random()  # the pauses; no seed of a run depends on it
@@ -88,13 +96,13 @@ class JudgeClient:
         self._halt = asyncio.Event()
         self._num_strays = 0
         self._last_stray = 0.0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"JudgeClient({self.settings.model!r} at {self.settings.url!r})"
 
     async def ask(self, request: Request) -> Answer:
-        """Answer one request, from the cache where it was answered before.
+        """Answer one request, from the cache if it was answered before.
 
         Raises JudgeError when the judge cannot be used, BudgetError when the budget is used up,
         PreflightError when its address may not be used, StorageError when the cache cannot be
@@ -105,7 +113,7 @@ class JudgeClient:
         if stored is not None:
             return self._from_store(stored)
         if self._is_stopped:
-            return failed("stopped")
+            return Answer(cause="stopped")
         while True:
             shared = self._running.get(key)
             work, task = shared or self._begin(request, key)
@@ -115,7 +123,14 @@ class JudgeClient:
             finally:
                 work.num_waiting -= 1
             if answer.cause != "stopped" or self._is_stopped:
-                return answer if shared is None else free(answer)
+                if shared is None:
+                    return answer
+                return Answer(  # whoever asked first has paid
+                    text=answer.text,
+                    label_logprobs=answer.label_logprobs,
+                    cause=answer.cause,
+                    cached=True,
+                )
 
     def key(self, request: Request) -> str:
         """What its answer is stored under."""
@@ -134,22 +149,8 @@ class JudgeClient:
             }
         )
 
-    def spend(self) -> Mapping[str, float | int]:
-        """Calls, tokens and USD of this account so far, over all processes and restarts.
-
-        Attempts that have not come back count at their worst case; `pending_calls` are theirs.
-        """
-        total, pending = self.store.total(), self.store.pending()
-        return {
-            "calls": total.calls,
-            "tokens": total.tokens,
-            "usd": total.nano_usd / 1e9,
-            "pending_calls": pending.calls,
-            "pending_usd": pending.nano_usd / 1e9,
-        }
-
     def stop(self) -> None:
-        """Issue no new call; those in flight finish. To be called on the client's event loop."""
+        """Issue no new call; those in flight finish. Call this on the client's event loop."""
         self._is_stopped = True
         self._halt.set()
         self.gate.open_all()
@@ -165,19 +166,21 @@ class JudgeClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await self._connections.close()
+        await self.store.flush()
         self.store.close()
 
     def _begin(self, request: Request, key: str) -> tuple[_Work, asyncio.Task[Answer]]:
         work = _Work(request=request, key=key, max_tokens=request.max_tokens)
         task = asyncio.get_running_loop().create_task(self._answer(work))
         self._running[key] = (work, task)
-        task.add_done_callback(lambda done: self._end(key, done))
-        return work, task
 
-    def _end(self, key: str, task: asyncio.Task[Answer]) -> None:
-        self._running.pop(key, None)
-        if not task.cancelled():
-            task.exception()  # seen, also where everyone who asked has gone
+        def end(task: asyncio.Task[Answer]) -> None:
+            self._running.pop(key, None)
+            if not task.cancelled():
+                task.exception()  # seen, even if everyone who asked has gone
+
+        task.add_done_callback(end)
+        return work, task
 
     async def _answer(self, work: _Work) -> Answer:
         """Attempts until there is an answer, a cause, or no patience left."""
@@ -190,27 +193,33 @@ class JudgeClient:
                     self.gate.leave()
                 if isinstance(outcome, Answer):
                     return outcome
-                await self._rest(outcome)
+                if outcome > 0 and not self._halt.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._halt.wait(), outcome)
         finally:
             if work.is_claimed:
-                await self.store.release(work.key)
+                self.store.release(work.key)
 
     async def _step(self, work: _Work) -> Answer | float:
-        """One attempt, with a place in the gate: the answer, or how long to wait for the next."""
+        """One attempt, with a turn at the gate: the answer, or how long to wait for the next."""
         if self._is_stopped or work.num_waiting == 0:
-            return failed("stopped", **self._figures(work))
+            return self._failed("stopped", work)
         if self._fatal is not None:
             raise JudgeError(self._fatal)
         await self._connections.open(allow_plain_http=self.settings.allow_plain_http)
-        body = self._wire.body(self.settings.model, work.request, work.max_tokens, self.learned)
+        body = self._body(work)
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        start, worst = await self._reserve(work, content)
-        if start.stored is not None:
-            return self._from_store(start.stored)
-        if start.kind != "reserved":
+        work.is_claimed = work.is_claimed or self.store.claim(work.key)
+        if not work.is_claimed:
             return self.timing.poll_s
-        work.is_claimed = True
-        verdict = await self._attempt(work, content, start, worst)
+        worst = self._meter.worst(len(content), len(work.request.messages), work.max_tokens)
+        outcome = await self.store.reserve(work.key, worst, self._meter)
+        if isinstance(outcome, Stored):
+            return self._from_store(outcome)
+        if outcome is not None:
+            self._refuse_beyond_budget(outcome, worst)
+            return self.timing.poll_s
+        verdict = await self._attempt(work, content, worst)
         answer = self._conclude(work, body, verdict)
         if answer is not None:
             return answer
@@ -220,46 +229,52 @@ class JudgeClient:
         logger.debug("judge %s: %s; again in %.2f s", *self._named(verdict.detail), wait_s)
         return wait_s
 
-    async def _rest(self, wait_s: float) -> None:
-        """Wait, but not when the client stops meanwhile."""
-        if wait_s > 0 and not self._halt.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._halt.wait()
+    def _body(self, work: _Work) -> dict[str, object]:
+        return self._wire.body(self.settings.model, work.request, work.max_tokens, self.learned)
 
-    async def _reserve(self, work: _Work, content: bytes) -> tuple[Start, Spend]:
-        worst = self._meter.worst(len(content), len(work.request.messages), work.max_tokens)
-        patience_s = self.settings.timeout_s + self.timing.backoff_cap_s + self.timing.pause_cap_s
-        start = await self.store.start(
-            *(work.key, worst, self._meter.caps),
-            attempt_s=self.settings.timeout_s + 1.0,
-            patience_s=patience_s,
+    def _refuse_beyond_budget(self, total: Spend, worst: Spend) -> None:
+        """Raise BudgetError, unless what is in flight may turn out to cost less."""
+        cap = self._meter.cap_passed_by(total + worst)
+        if cap is None or self._meter.cap_passed_by(total - self._reserved + worst) is None:
+            return
+        raise BudgetError(
+            f"the judge's budget is used up: {total} are spent or reserved, and the next call (at "
+            f"worst {worst.tokens} tokens, {worst.nano_usd / 1e9:.4f} USD) would pass "
+            f"{cap}={getattr(self.settings, cap)}; raise {cap} to continue, paid answers are kept"
         )
-        if start.kind == "over_budget" and not start.may_fit:
-            raise BudgetError(self._meter.over_budget(start, worst))
-        return start, worst
 
-    async def _attempt(
-        self,
-        work: _Work,
-        content: bytes,
-        start: Start,
-        worst: Spend,
-    ) -> Verdict:
+    async def _attempt(self, work: _Work, content: bytes, worst: Spend) -> Verdict:
         """One call, settled in the ledger before anything else happens."""
+        reserved = replace(worst, calls=0)
+        self._reserved += reserved
         began = time.monotonic()
-        async with self._connections.connection() as http:
-            exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
-        if self._secret is not None:  # a server may echo it
-            exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
-        verdict = self._judge(work, exchange, began)
-        actual = self._meter.actual(verdict, exchange, worst)
-        work.num_attempts += 1
-        work.nano_usd += actual.nano_usd
-        stored = self._to_store(work, exchange, verdict)
-        await self.store.settle(start.reservation, worst, actual, work.key, stored)
-        if verdict.reply is not None:
-            self._count(work, verdict.reply.usage, worst)
+        try:
+            async with self._connections.connection() as http:
+                exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
+            if self._secret is not None:  # a server may echo it
+                exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
+            verdict = self._judge(work, exchange, began)
+            usage = verdict.reply.usage if verdict.reply is not None else None
+            actual = worst
+            if not exchange.was_sent:
+                actual = Spend()
+            elif not verdict.is_paid:
+                actual = Spend(calls=1)
+            elif usage is not None:
+                actual = self._meter.spend(usage.prompt_tokens, usage.completion_tokens)
+            work.num_attempts += 1
+            work.nano_usd += actual.nano_usd
+            stored = self._to_store(work, exchange, verdict)
+            await self.store.settle(worst - actual, work.key, stored)
+        finally:
+            self._reserved -= reserved
+        if usage is not None:
+            work.prompt_tokens += usage.prompt_tokens
+            work.completion_tokens += usage.completion_tokens
+            excess = self._meter.learn(usage.prompt_tokens + usage.completion_tokens, worst)
+            if excess is not None:
+                text = f"a call used {excess:.2f} times the tokens reserved for it"
+                self._warn_once("margin", text)
         return verdict
 
     def _judge(self, work: _Work, exchange: Exchange, began: float) -> Verdict:
@@ -280,55 +295,43 @@ class JudgeClient:
     def _to_store(self, work: _Work, exchange: Exchange, verdict: Verdict) -> Stored | None:
         """What is final is kept."""
         if verdict.kind == "unusable" and verdict.is_paid:
-            return Stored(body=b"", cause=verdict.cause)
-        if verdict.kind != "answer" or verdict.reply is None:
-            return None
-        if verdict.reply.cause in ("truncated", "empty") and not work.has_more_tokens:
+            return Stored(cause=verdict.cause)
+        if verdict.reply is None or self._wants_more_tokens(work, verdict.reply):
             return None
         return Stored(body=exchange.body)
 
-    def _count(self, work: _Work, usage: Usage | None, worst: Spend) -> None:
-        if usage is None:
-            return
-        work.usage = Usage(
-            prompt_tokens=work.usage.prompt_tokens + usage.prompt_tokens,
-            completion_tokens=work.usage.completion_tokens + usage.completion_tokens,
-        )
-        excess = self._meter.learn(usage, worst)
-        if excess is not None:
-            self._tell_once("margin", f"a call used {excess:.2f} times the tokens reserved for it")
+    def _wants_more_tokens(self, work: _Work, reply: wire.Reply) -> bool:
+        return reply.cause in ("truncated", "empty") and not work.has_more_tokens
 
-    def _conclude(self, work: _Work, body: Mapping[str, Any], verdict: Verdict) -> Answer | None:
+    def _conclude(self, work: _Work, body: Mapping[str, object], verdict: Verdict) -> Answer | None:
         """The answer, or None for another attempt. Raises JudgeError for what is fatal."""
         if verdict.kind == "fatal":
             self._fatal = self._fatal or self._fatal_text(verdict.detail)
             self._halt.set()
             self.gate.open_all()
             raise JudgeError(self._fatal)
-        if verdict.kind == "answer" and verdict.reply is not None:
-            if verdict.reply.cause in ("truncated", "empty") and not work.has_more_tokens:
-                work.has_more_tokens = True
+        if verdict.reply is not None:
+            if self._wants_more_tokens(work, verdict.reply):
                 work.max_tokens *= MORE_TOKENS
                 if work.num_attempts < self.settings.max_attempts:
                     return None
-            return answered(verdict.reply, **self._figures(work))
+            return self._answered(verdict.reply, work)
         if verdict.kind == "refused" and self._learns(work, body, verdict):
             return None
         if verdict.kind in ("unusable", "refused"):
-            self._tell_once(verdict.detail, f"a request has no answer: {verdict.detail}")
-            return failed(verdict.cause or "rejected", **self._figures(work))
+            self._warn_once(verdict.detail, f"a request has no answer: {verdict.detail}")
+            return self._failed(verdict.cause or "rejected", work)
         if work.num_attempts - work.num_changes >= self.settings.max_attempts:
-            self._tell_once(verdict.detail, f"gave a request up: {verdict.detail}")
-            return failed(verdict.cause or "transport", **self._figures(work))
+            self._warn_once(verdict.detail, f"gave a request up: {verdict.detail}")
+            return self._failed(verdict.cause or "transport", work)
         return None
 
-    def _learns(self, work: _Work, body: Mapping[str, Any], verdict: Verdict) -> bool:
-        """True when the next body will be another one, by this refusal or by another request's."""
+    def _learns(self, work: _Work, body: Mapping[str, object], verdict: Verdict) -> bool:
+        """True if the next body will be another one, by this refusal or by another request's."""
         lesson = wire.learn(self._wire, self.learned, body, verdict.error)
         if lesson is not None:
             logger.info("judge %s: %s from now on (%s)", *self._named(lesson, verdict.detail))
-        again = self._wire.body(self.settings.model, work.request, work.max_tokens, self.learned)
-        if lesson is None and again == body:
+        if lesson is None and self._body(work) == body:
             return False
         work.num_changes += 1
         return True
@@ -344,21 +347,28 @@ class JudgeClient:
 
     def _from_store(self, stored: Stored) -> Answer:
         if stored.cause is not None:
-            return replace(failed(stored.cause), cached=True)
+            return Answer(cause=stored.cause, cached=True)
         try:
             reply = wire.read_reply(self._wire, stored.body)
-        except (wire.NoAnswerError, wire.BrokenJSONError, wire.DuplicateKeyError):
-            return replace(failed("parse"), cached=True)
-        return replace(answered(reply), cached=True)
+        except NOT_READ:
+            return Answer(cause="parse", cached=True)
+        return replace(self._answered(reply), cached=True)
 
-    def _figures(self, work: _Work) -> Figures:
-        usd = None if self.settings.prices is None else work.nano_usd / 1e9
-        return {
-            "prompt_tokens": work.usage.prompt_tokens,
-            "completion_tokens": work.usage.completion_tokens,
-            "cost_usd": usd,
-            "num_attempts": work.num_attempts,
-        }
+    def _answered(self, reply: wire.Reply, work: _Work | None = None) -> Answer:
+        answer = Answer(text=reply.text, label_logprobs=reply.label_logprobs, cause=reply.cause)
+        return answer if work is None else self._priced(answer, work)
+
+    def _failed(self, cause: str, work: _Work) -> Answer:
+        return self._priced(Answer(cause=cause), work)
+
+    def _priced(self, answer: Answer, work: _Work) -> Answer:
+        return replace(
+            answer,
+            prompt_tokens=work.prompt_tokens,
+            completion_tokens=work.completion_tokens,
+            cost_usd=None if self.settings.prices is None else work.nano_usd / 1e9,
+            num_attempts=work.num_attempts,
+        )
 
     def _fatal_text(self, detail: str) -> str:
         variable = self.settings.key_variable
@@ -366,9 +376,9 @@ class JudgeClient:
         model, url = self.settings.model, self.settings.url
         return self._hide(f"judge {model} at {url} cannot be used: {detail}; {key}")
 
-    def _tell_once(self, key: str, text: str) -> None:
-        if key not in self._told and len(self._told) < 100:
-            self._told.add(key)
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned and len(self._warned) < 100:
+            self._warned.add(key)
             logger.warning("judge %s: %s (said once)", *self._named(text))
 
     def _named(self, *texts: str) -> tuple[str, ...]:

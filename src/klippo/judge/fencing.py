@@ -52,7 +52,7 @@ def _visible(char: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """True where a reader sees nothing."""
+    """True if a reader sees nothing."""
     return not clean(text).strip()
 
 
@@ -68,10 +68,10 @@ def fence_for(*texts: str) -> str:
 
     Whoever wrote one of the texts cannot know them: they depend on every character of it.
     """
-    whole = "\x00".join(texts)
+    joined = "\x00".join(texts)
     for number in range(1 << 16):
-        digits = hashlib.sha256(f"{number}\x00{whole}".encode(errors="replace")).hexdigest()[:16]
-        if digits not in whole:
+        digits = hashlib.sha256(f"{number}\x00{joined}".encode(errors="replace")).hexdigest()[:16]
+        if digits not in joined:
             return digits
     raise AssertionError("a text contains every fence")
 

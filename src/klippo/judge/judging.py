@@ -1,47 +1,30 @@
-"""The judge's mind: one response at a time, from a rubric to a reward."""
+"""The judge's mind: one response at a time, from a rubric to a reward of -1 to 1."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
+import statistics
 from collections import Counter
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from klippo.errors import JudgeError
 from klippo.judge.fencing import is_blank
-from klippo.judge.messages import JudgeBackend
-from klippo.judge.parsing import HIGHEST, SOURCES, Reading, Source, read_answer
-from klippo.judge.rubric import (
-    Material,
-    Question,
-    check_settings,
-    load_rubric,
-    reads_reference,
-    render,
-)
-from klippo.judge.scoring import (
-    FLOOR,
-    INSTRUCTIONS,
-    Cell,
-    Judgement,
-    absolute,
-    both_orders,
-    count_votes,
-    difference,
-    make_request,
-    weighted,
-)
+from klippo.judge.messages import Answer, JudgeBackend, Request
+from klippo.judge.parsing import HIGHEST, LABELS, LOWEST, SOURCES, Reading, Source, read_answer
+from klippo.judge.rubric import Material, check_settings, load_rubric, reads_reference, render
 from klippo.judge.settings import JudgeSettings
 
 T = TypeVar("T")
 
+FLOOR = -1.0
+"""The lowest reward, in every mode."""
 NO_MATTER = {"api", "on_unscored", "unscored_value", "probes", "outage_patience_s"}
 """What in a judge's settings does not change its scores."""
-
 SAMPLE = Material(
     prompt="What is the capital of France?",
     response="The capital of France is Paris.",
@@ -49,9 +32,26 @@ SAMPLE = Material(
 )
 """What the first call is about."""
 CAN_RETRY = {"transport"}
-"""Causes that another try may mend; other answers are stored and would come again."""
-WHOLE = "score"
-"""The name of the only criterion, where none are set."""
+"""Causes that another try may remove; other answers are stored and would come again."""
+
+_SCALE = f"a whole number from {LOWEST} to {HIGHEST}"
+_OPTIONS = "\n".join(f"{label}) {i} out of {HIGHEST}" for i, label in enumerate(LABELS))
+"""Options in a list, as in an examination: small models answer these, and not a list in a line."""
+INSTRUCTIONS: Mapping[tuple[Source, bool], str] = {
+    ("logprobs", False): (
+        f"Choose one option, and answer with its capital letter alone.\n\n{_OPTIONS}"
+    ),
+    ("json", False): f'Answer with this JSON alone, where N is {_SCALE}: {{"score": N}}',
+    ("json", True): (
+        "Answer with this JSON alone, where the rationale has at most four sentences and N is "
+        f'{_SCALE}: {{"rationale": "…", "score": N}}'
+    ),
+    ("line", False): f"Answer with this line alone, where N is {_SCALE}:\nScore: N",
+    ("line", True): (
+        "First say in at most four sentences why. Then end with this line, where N is "
+        f"{_SCALE}, and write no other line that begins with Score:\nScore: N"
+    ),
+}
 
 
 def judge_label(settings: JudgeSettings) -> str:
@@ -65,16 +65,87 @@ def judge_label(settings: JudgeSettings) -> str:
     return f"judge {settings.api.model} by {Path(rubric.name).stem} #{digest}"
 
 
-async def together(work: Iterable[Awaitable[T]]) -> list[T]:
-    """All results in order; the first error cancels the rest, and is raised when they ended."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+def make_request(question: str, source: Source, settings: JudgeSettings, vote: int = 0) -> Request:
+    """One question for the backend."""
+    rationale = settings.rationale
+    default_tokens = 4 if source == "logprobs" else 600 if rationale else 256
+    return Request(
+        messages=({"role": "user", "content": question},),
+        max_tokens=default_tokens if settings.max_tokens is None else settings.max_tokens,
+        schema=_answer_schema(rationale) if source == "json" else None,
+        labels=LABELS if source == "logprobs" else (),
+        vote=vote,
+        temperature=settings.temperature,
+    )
+
+
+def _answer_schema(rationale: bool) -> dict[str, object]:
+    """The JSON schema of an answer; the rationale is written before the score."""
+    properties: dict[str, object] = {"rationale": {"type": "string"}} if rationale else {}
+    properties["score"] = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def absolute(score: float) -> float:
+    """s / 5 - 1: 0 is -1, 5 is 0, 10 is 1."""
+    return score / 5 - 1
+
+
+def difference(score: float, reference: float) -> float:
+    """(s - s_ref) / 10: 1 for a perfect response against a worthless reference."""
+    return (score - reference) / 10
+
+
+def both_orders(first: float, second: float) -> float:
+    """A comparison in both orders as one score of 0 to 10; `second` had the response second."""
+    return (first + HIGHEST - second) / 2
+
+
+def count_votes(readings: Sequence[Reading]) -> Reading:
+    """The mean of the votes; if fewer than half were read, the most common cause."""
+    scores = [reading.score for reading in readings if reading.score is not None]
+    rationale = next((r.rationale for r in readings if r.rationale is not None), None)
+    was_cut = readings[0].was_cut
+    if not scores or 2 * len(scores) < len(readings):
+        causes = Counter(r.cause or "parse" for r in readings if r.score is None)
+        return Reading(cause=causes.most_common(1)[0][0], rationale=rationale, was_cut=was_cut)
+    return Reading(
+        score=statistics.fmean(scores),
+        spread=statistics.pstdev(scores),
+        rationale=rationale,
+        was_cut=was_cut,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The reward of one response, or why there is none."""
+
+    reward: float | None
+    """-1 to 1; None if it could not be scored."""
+    cause: str | None = None
+    """Why not; `empty_response` for the floor that an empty response gets."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Reward by criterion, -1 to 1."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """The judge's own 0 to 10 by criterion, and those of the reference as `reference`."""
+    orders: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """With mode pairwise, by criterion: the response's 0 to 10 as the first of the two, and as the
+    second (10 - what the reference got as the first); 5 is a tie."""
+    rationales: Mapping[str, str] = field(default_factory=dict)
+    spread: float = 0.0
+    """Standard deviation of the votes on 0 to 10, mean over questions."""
+    was_cut: bool = False
+
+    @property
+    def can_retry(self) -> bool:
+        """True if asking again may help: the way to the judge failed, not its answer."""
+        return self.reward is None and self.cause in CAN_RETRY
 
 
 @dataclass(slots=True)
@@ -89,22 +160,28 @@ class Tally:
     completion_tokens: int = 0
     cost_usd: float = 0.0
     cost_is_known: bool = True
-    causes: Counter[str] = field(default_factory=Counter)
-    """Answers that gave no score, by cause."""
+
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        self.num_answers += 1
+        self.num_cached += answer.cached
+        self.num_calls += answer.num_attempts
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
+        self.cost_is_known &= answer.cost_usd is not None
+        self.cost_usd += answer.cost_usd or 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """One criterion's share of a judgement."""
-
-    reward: float | None
-    cause: str | None = None
-    score: float | None = None
-    reference_score: float | None = None
-    orders: tuple[float, float] | None = None
-    spread: float = 0.0
-    rationale: str | None = None
-    was_cut: bool = False
+async def together(work: Iterable[Awaitable[T]]) -> list[T]:
+    """All results in order; the first error cancels the rest, and is raised when they ended."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 class Judge:
@@ -115,42 +192,42 @@ class Judge:
         self.settings = settings
         self.backend = backend
         self.rubric = check_settings(settings)
+        self.reads_reference = reads_reference(settings, self.rubric)
         criteria = settings.criteria or {}
         self.criteria: dict[str, str | None] = {name: one.text for name, one in criteria.items()}
         self.weights = {name: one.weight for name, one in criteria.items()}
-        if not criteria:
-            self.criteria, self.weights = {WHOLE: None}, {WHOLE: 1.0}
+        if not criteria:  # one criterion, the rubric's own
+            self.criteria, self.weights = {"score": None}, {"score": 1.0}
         self.tally = Tally()
         chosen = settings.score_source
         self.source: Source | None = None if chosen == "auto" else chosen
-        self._references: dict[tuple[str, str, str], Cell] = {}
+        self._references: dict[tuple[str, str, str], Reading] = {}
         self._locks: dict[tuple[str, str, str], asyncio.Lock] = {}
 
     @property
-    def reads_reference(self) -> bool:
-        """Whether a response can only be judged where its row has a reference."""
-        return reads_reference(self.settings, self.rubric)
+    def sources(self) -> list[Source]:
+        """Where scores may be read from, in order of preference."""
+        if self.settings.score_source != "auto":
+            return [self.settings.score_source]
+        return [s for s in SOURCES if not (self.settings.rationale and s == "logprobs")]
 
-    async def choose_source(self) -> dict[Source, Reading]:
+    async def choose_source(self) -> None:
         """Ask about one plain sample, and settle where scores are read from now on.
 
-        Returns what each source tried gave. Raises JudgeError when none gives a score.
+        Raises JudgeError when no source gives a score.
         """
-        asked = self.settings.score_source
-        sources = SOURCES if asked == "auto" else (asked,)
-        tried: dict[Source, Reading] = {}
-        for source in sources:
-            if source == "logprobs" and self.settings.rationale:
-                continue
-            tried[source] = await self.try_source(source)
-            if tried[source].score is not None:
+        tried: dict[Source, str | None] = {}
+        for source in self.sources:
+            reading = await self.try_source(source)
+            if reading.score is not None:
                 self.source = source
-                return tried
-            if tried[source].cause in CAN_RETRY:
+                return
+            tried[source] = reading.cause
+            if reading.cause in CAN_RETRY:
                 break
-        found = ", ".join(f"{source}: {reading.cause}" for source, reading in tried.items())
+        causes = ", ".join(f"{source}: {cause}" for source, cause in tried.items())
         raise JudgeError(
-            f"the judge {self.settings.api.model} gave no score on a plain sample ({found}); "
+            f"the judge {self.settings.api.model} gave no score on a plain sample ({causes}); "
             "transport means that it cannot be reached, rejected that its server refuses the "
             "request, parse that it does not keep to the form, and truncated or empty that it "
             "needs more max_tokens; klippo judge test shows more"
@@ -158,15 +235,18 @@ class Judge:
 
     async def try_source(self, source: Source) -> Reading:
         """What one call about a plain sample gives, read in this form."""
-        reading, _ = await self._ask(SAMPLE, next(iter(self.criteria)), source, 0)
-        return reading
+        return await self._ask(SAMPLE, next(iter(self.criteria)), source)
+
+    @property
+    def num_votes(self) -> int:
+        """With log-probs one vote says all."""
+        return 1 if self.source == "logprobs" else self.settings.votes
 
     @property
     def questions_per_response(self) -> int:
         """Calls that a response takes, its reference's not counted."""
-        votes = 1 if self.source == "logprobs" else self.settings.votes
         orders = 2 if self.settings.mode == "pairwise" else 1
-        return len(self.criteria) * votes * orders
+        return len(self.criteria) * self.num_votes * orders
 
     async def judge(self, material: Material, *, floors_empty: bool = True) -> Judgement:
         """The reward of one response; an empty one gets the floor without a call."""
@@ -175,144 +255,115 @@ class Judge:
             return Judgement(reward=FLOOR, cause="empty_response", parts=parts)
         if self.reads_reference and is_blank(material.reference or ""):
             return Judgement(reward=None, cause="no_reference")
-        parts_of = await together(self._part(material, name) for name in self.criteria)
-        return self._whole(dict(zip(self.criteria, parts_of, strict=True)))
-
-    def _whole(self, parts: dict[str, _Part]) -> Judgement:
-        rewards = {name: part.reward for name, part in parts.items() if part.reward is not None}
-        causes = [part.cause for part in parts.values() if part.cause is not None]
-        scores = {name: part.score for name, part in parts.items() if part.score is not None}
-        for name, part in parts.items():
-            if part.reference_score is not None:
-                key = "reference" if len(parts) == 1 else f"{name}/reference"
-                scores[key] = part.reference_score
+        judged = await together(self._judge(material, name) for name in self.criteria)
+        rewards = {name: reward for one in judged for name, reward in one.parts.items()}
+        causes = [one.cause for one in judged if one.cause is not None]
+        causes.sort(key=lambda cause: cause not in CAN_RETRY)
+        total = sum(self.weights[name] for name in rewards)
         return Judgement(
-            reward=None if causes else weighted(rewards, self.weights),
+            reward=None
+            if causes
+            else sum(self.weights[name] * reward for name, reward in rewards.items()) / total,
             cause=next(iter(causes), None),
             parts=rewards,
-            scores=scores,
-            orders={name: part.orders for name, part in parts.items() if part.orders},
-            rationales={n: part.rationale for n, part in parts.items() if part.rationale},
-            spread=sum(part.spread for part in parts.values()) / len(parts),
-            was_cut=any(part.was_cut for part in parts.values()),
-            can_retry=bool(causes) and any(cause in CAN_RETRY for cause in causes),
+            scores={name: score for one in judged for name, score in one.scores.items()},
+            orders={name: pair for one in judged for name, pair in one.orders.items()},
+            rationales={name: text for one in judged for name, text in one.rationales.items()},
+            spread=sum(one.spread for one in judged) / len(judged),
+            was_cut=any(one.was_cut for one in judged),
         )
 
-    async def _part(self, material: Material, name: str) -> _Part:
-        """One criterion, as the mode wants it."""
-        match self.settings.mode:
-            case "absolute":
-                cell, was_cut = await self._cell(material, name)
-                reward = None if cell.score is None else absolute(cell.score)
-                return self._as_part(cell, reward, was_cut)
-            case "difference":
-                reference = await self._reference(material, name)
-                if reference.score is None:
-                    return _Part(reward=None, cause=reference.cause)
-                cell, was_cut = await self._cell(material, name)
-                if cell.score is None:
-                    return self._as_part(cell, None, was_cut)
-                reward = difference(cell.score, reference.score)
-                return self._as_part(cell, reward, was_cut, reference.score)
-        turned = Material(
-            prompt=material.prompt, response=material.reference or "", reference=material.response
-        )
-        (first, was_cut), (second, _) = await together(
-            self._cell(one, name) for one in (material, turned)
-        )
-        if first.score is None or second.score is None:
-            return self._as_part(first if first.score is None else second, None, was_cut)
-        score = both_orders(first.score, second.score)
-        joined = Cell(
-            score=score,
-            cause=None,
-            spread=(first.spread + second.spread) / 2,
-            rationale=first.rationale,
-        )
-        part = self._as_part(joined, absolute(score), was_cut)
-        return replace(part, orders=(first.score, HIGHEST - second.score))
-
-    def _as_part(
-        self, cell: Cell, reward: float | None, was_cut: bool, reference: float | None = None
-    ) -> _Part:
-        if reward is not None and self.rubric.lower_is_better:
-            reward = -reward
-        return _Part(
+    async def _judge(self, material: Material, name: str) -> Judgement:
+        """By one criterion, as the mode wants it."""
+        reward: float | None = None
+        reference = Reading()
+        orders: dict[str, tuple[float, float]] = {}
+        if self.settings.mode == "difference":
+            reference = await self._reference(material, name)
+            if reference.score is None:
+                return Judgement(reward=None, cause=reference.cause)
+        if self.settings.mode == "pairwise":
+            flipped = Material(
+                prompt=material.prompt,
+                response=material.reference or "",
+                reference=material.response,
+            )
+            reading, second = await together(self._votes(m, name) for m in (material, flipped))
+            if reading.score is not None and second.score is None:
+                reading = replace(second, was_cut=reading.was_cut)
+            elif reading.score is not None and second.score is not None:
+                orders[name] = (reading.score, HIGHEST - second.score)
+                score = both_orders(reading.score, second.score)
+                spread = (reading.spread + second.spread) / 2
+                reading = replace(reading, score=score, spread=spread)
+        else:
+            reading = await self._votes(material, name)
+        scores: dict[str, float] = {}
+        if reading.score is not None:
+            scores[name] = reading.score
+            reward = absolute(reading.score)
+            if reference.score is not None:
+                reward = difference(reading.score, reference.score)
+            reward = -reward if self.rubric.lower_is_better else reward
+        if reference.score is not None:
+            scores["reference" if len(self.criteria) == 1 else f"{name}/reference"] = (
+                reference.score
+            )
+        return Judgement(
             reward=reward,
-            cause=cell.cause if reward is None else None,
-            score=cell.score,
-            reference_score=reference,
-            spread=cell.spread,
-            rationale=cell.rationale,
-            was_cut=was_cut,
+            cause=reading.cause,
+            parts={} if reward is None else {name: reward},
+            scores=scores,
+            orders=orders,
+            rationales={name: reading.rationale} if reading.rationale else {},
+            spread=reading.spread,
+            was_cut=reading.was_cut,
         )
 
-    async def _reference(self, material: Material, name: str) -> Cell:
+    async def _reference(self, material: Material, name: str) -> Reading:
         """The reference's own score, asked for once per run."""
         key = (material.prompt, material.reference or "", name)
         async with self._locks.setdefault(key, asyncio.Lock()):
             if key not in self._references:
                 alone = Material(prompt=material.prompt, response=material.reference or "")
-                cell, _ = await self._cell(alone, name, is_policy=False)
-                if cell.cause in CAN_RETRY:
-                    return cell
-                self._references[key] = cell
+                reading = await self._votes(alone, name, is_policy=False)
+                if reading.cause in CAN_RETRY:
+                    return reading
+                self._references[key] = reading
             return self._references[key]
 
-    async def _cell(
-        self, material: Material, name: str, *, is_policy: bool = True
-    ) -> tuple[Cell, bool]:
+    async def _votes(self, material: Material, name: str, *, is_policy: bool = True) -> Reading:
         """All votes on one question."""
         assert self.source is not None, "choose_source() comes first"
         source = self.source
-        votes = 1 if source == "logprobs" else self.settings.votes
-        asked = await together(
-            self._ask(material, name, source, vote, is_policy=is_policy) for vote in range(votes)
+        return count_votes(
+            await together(
+                self._ask(material, name, source, vote, is_policy=is_policy)
+                for vote in range(self.num_votes)
+            )
         )
-        return count_votes([reading for reading, _ in asked]), asked[0][1]
 
     async def _ask(
         self,
         material: Material,
         name: str,
         source: Source,
-        vote: int,
+        vote: int = 0,
         *,
         is_policy: bool = True,
-    ) -> tuple[Reading, bool]:
-        """One vote; and whether the judge saw a cut text."""
+    ) -> Reading:
+        """One vote. `is_policy`: the policy wrote the response, and may want to be echoed."""
         settings = self.settings
-        question = self.question(material, name, source)
-        request = make_request(
-            question.text,
-            source,
-            rationale=settings.rationale,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            vote=vote,
+        question = render(
+            self.rubric,
+            material,
+            INSTRUCTIONS[source, settings.rationale],
+            criteria=self.criteria[name],
+            max_chars=settings.max_response_chars,
         )
-        answer = await self.backend.ask(request)
-        tally = self.tally
-        tally.num_answers += 1
-        tally.num_cached += answer.cached
-        tally.num_calls += answer.num_attempts
-        tally.prompt_tokens += answer.prompt_tokens
-        tally.completion_tokens += answer.completion_tokens
-        tally.cost_is_known &= answer.cost_usd is not None
-        tally.cost_usd += answer.cost_usd or 0.0
+        answer = await self.backend.ask(make_request(question.text, source, settings, vote))
+        self.tally.add(answer)
         texts = (material.response, material.reference or "") if is_policy else ()
         judged = texts if settings.mode == "pairwise" else texts[:1]
         reading = read_answer(answer, source, judged=judged, rationale=settings.rationale)
-        if reading.cause is not None:
-            tally.causes[reading.cause] += 1
-        return reading, question.was_cut
-
-    def question(self, material: Material, name: str, source: Source) -> Question:
-        """The message about one response by one criterion."""
-        return render(
-            self.rubric,
-            material,
-            INSTRUCTIONS[source, self.settings.rationale],
-            criteria=self.criteria[name],
-            max_chars=self.settings.max_response_chars,
-        )
+        return replace(reading, was_cut=question.was_cut)

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from klippo.judge.fencing import clean
 from klippo.judge.messages import Answer
@@ -35,13 +35,17 @@ _MAX_ANSWER = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """One answer, read."""
+    """An answer as read, or the mean of several votes."""
 
     score: float | None = None
-    """0 to 10; None where `cause` says why there is none."""
+    """0 to 10; None if there is a `cause` instead."""
     cause: str | None = None
-    """`parse`, `range`, `echo`, `logprobs` or `label_mass`, or what the backend said."""
+    """`parse`, `range`, `echo`, `logprobs` or `label_mass`, or the backend's."""
     rationale: str | None = None
+    spread: float = 0.0
+    """Standard deviation over votes, if this is their mean."""
+    was_cut: bool = False
+    """True if the judge saw a cut response or reference."""
 
 
 def read_answer(
@@ -49,7 +53,7 @@ def read_answer(
 ) -> Reading:
     """The score in an answer, read in the one form that was asked for.
 
-    `judged` are the texts that the policy wrote: a score that stands there in the same form is an
+    `judged` are the texts that the policy wrote: a score that occurs there in the same form is an
     echo, and not the judge's.
     """
     if source == "logprobs" and answer.cause in (None, "truncated"):  # one token is all it takes
@@ -86,50 +90,50 @@ def expected_score(label_logprobs: Mapping[str, float]) -> Reading:
     return Reading(score=sum(i * p for i, p in enumerate(probability.values())) / mass)
 
 
-class _RefusedError(ValueError):
-    """Valid for Python's reader, and not for ours."""
-
-
 def parse_json(text: str, judged: tuple[str, ...] = (), *, rationale: bool = False) -> Reading:
     """`{"score": n}` and nothing else; with `rationale` a text of that name beside it."""
     body = text.strip(_SPACE)
-    if whole := _FENCE.fullmatch(body):
-        body = whole[1].strip(_SPACE)
+    if fenced := _FENCE.fullmatch(body):
+        body = fenced[1].strip(_SPACE)
     try:
-        value = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse)
+        pairs = json.loads(body, object_pairs_hook=list, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return Reading(cause="parse")
-    keys = {"score", "rationale"} if rationale else {"score"}
-    if not isinstance(value, dict) or {*value} != keys:
+    keys = ["rationale", "score"] if rationale else ["score"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         return Reading(cause="parse")
+    if sorted(key for key, _ in pairs) != keys:  # each once
+        return Reading(cause="parse")
+    value = dict(pairs)
     reason, score = value.get("rationale"), value["score"]
     if rationale and not isinstance(reason, str):
         return Reading(cause="parse")
+    cause = None
     if isinstance(score, float):
-        return Reading(cause="range", rationale=reason)
-    if type(score) is not int:
-        return Reading(cause="parse", rationale=reason)
-    if not LOWEST <= score <= HIGHEST:
-        return Reading(cause="range", rationale=reason)
-    if _is_echo(body, judged):
-        return Reading(cause="echo", rationale=reason)
-    return Reading(score=float(score), rationale=reason)
+        cause = "range"
+    elif type(score) is not int:
+        cause = "parse"
+    elif not LOWEST <= score <= HIGHEST:
+        cause = "range"
+    elif _is_echo(body, judged):
+        cause = "echo"
+    return Reading(score=None if cause else float(score), cause=cause, rationale=reason)
 
 
 def parse_line(text: str, judged: tuple[str, ...] = ()) -> Reading:
-    """The last line `Score: N`, where no other line looks like one; the rest is the rationale."""
+    """The last line `Score: N`, if no other line looks like one; the rest is the rationale."""
     lines = text.strip(_SPACE).replace("\r\n", "\n").split("\n")
     last = lines[-1].rstrip(" \t")
     before = "\n".join(lines[:-1]).strip() or None
-    found = _LINE.fullmatch(last)
+    match = _LINE.fullmatch(last)
     if sum(bool(_LOOKS_LIKE.match(line)) for line in lines) > 1 or len(lines[-1].splitlines()) > 1:
         return Reading(cause="parse", rationale=before)
-    if found is None:
+    if match is None:
         cause = "range" if _NUMBER.fullmatch(last) else "parse"
         return Reading(cause=cause, rationale=before)
     if _is_echo(last, judged):
         return Reading(cause="echo", rationale=before)
-    return Reading(score=float(found[1]), rationale=before)
+    return Reading(score=float(match[1]), rationale=before)
 
 
 def _is_echo(said: str, judged: tuple[str, ...]) -> bool:
@@ -145,11 +149,5 @@ def _squeezed(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", clean(text)).split()).casefold()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise _RefusedError("a key is there twice")
-    return dict(pairs)
-
-
-def _refuse(constant: str) -> Any:
-    raise _RefusedError(f"{constant} is not JSON")
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

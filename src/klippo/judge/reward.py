@@ -8,24 +8,21 @@ import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from klippo.judge.judging import SAMPLE, Judge, together
+from klippo.judge.judging import FLOOR, Judge, Judgement, Tally, together
 from klippo.judge.messages import JudgeBackend
 from klippo.judge.rubric import Material, check_column
-from klippo.judge.scoring import FLOOR, Judgement
 from klippo.judge.settings import JudgeSettings
-from klippo.judge.watch import PROBES, Watch, liked_probes, probe, share
-from klippo.types import Metrics, Prompt, Rollout, Scores, TokenBatch
+from klippo.judge.watch import PROBES, Watch, liked_probes, share
+from klippo.types import Metrics, Prompt, Rollout, Scores
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
-NAN = float("nan")
 
 
 class JudgeReward:
-    """Scores each response by a judge: -1 to 1, NaN where there is no score.
+    """Scores each response by a judge: -1 to 1, NaN if there is no score.
 
     Before the first score it asks about one plain sample, settles where scores are read, and
     judges worthless answers; it warns when one is liked. A step with too many unscored responses
@@ -50,31 +47,49 @@ class JudgeReward:
         self.watch = Watch(settings)
         self.probe_rewards: dict[str, float | None] = {}
         self._prompt_column = prompt_column
-        self._say = say or _warn
+        self._say = say or (lambda text: warnings.warn(text, stacklevel=3))
         self._sleep = sleep
         self._clock = clock
         self._opening = asyncio.Lock()
         self._is_open = False
-        self._since = _Since()
+        self._since: Counter[str] = Counter()
+        """Counts since the last metrics; `unscored_CAUSE` by cause."""
+        self._spread = 0.0
+        self._tally_before = Tally()
         self._begun: dict[Material, asyncio.Task[Judgement]] = {}
 
     async def begin(self, prompt: Prompt, response: str) -> None:
         """Ask about a finished response now, while others are still being sampled."""
-        material = self._material(prompt, response)
+        self.begin_with(self.material(prompt, response))
+
+    def begin_with(self, material: Material) -> None:
+        """The same; to be called on the event loop."""
         if material not in self._begun:
             task = asyncio.ensure_future(self._judge_when_open(material))
-            task.add_done_callback(_keep_quiet)
+            # An error is raised when the judgement is wanted; asyncio need not print it as well.
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._begun[material] = task
 
     async def score(self, rollout: Rollout) -> Scores:
-        """reward: (B,) float32; parts by criterion (B,), where there are several, -1 to 1."""
+        """reward: (B,) float32; parts by criterion (B,), if there are several, -1 to 1."""
+        judgements = await self.judge_all(self.materials(rollout))
+        return self.scores(judgements, rollout.tokens.response_ids.device)
+
+    def materials(self, rollout: Rollout) -> list[Material]:
+        """What the judge is asked about a rollout. Raises ConfigError without the reference."""
         self.check_columns({name for prompt in rollout.prompts for name in prompt.meta})
-        materials = [
-            self._material(prompt, response)
-            for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
-        ]
-        judgements = await self.judge_all(materials)
-        return self._scores(judgements, rollout.tokens.response_ids.device)
+        pairs = zip(rollout.prompts, rollout.responses, strict=True)
+        return [self.material(prompt, response) for prompt, response in pairs]
+
+    def material(self, prompt: Prompt, response: str) -> Material:
+        """What the judge is asked about one response."""
+        column = self.settings.reference_column
+        reference = None if column is None else prompt.meta.get(column)
+        return Material(
+            prompt=prompt_text(prompt, self._prompt_column),
+            response=response,
+            reference=None if reference is None else str(reference),
+        )
 
     async def compare(
         self, prompts: Sequence[Prompt], responses: Sequence[str], references: Sequence[str]
@@ -84,7 +99,7 @@ class JudgeReward:
             return []
         return await self.judge_all(
             [
-                replace(self._material(prompt, response), reference=reference)
+                replace(self.material(prompt, response), reference=reference)
                 for prompt, response, reference in zip(prompts, responses, references, strict=True)
             ]
         )
@@ -97,8 +112,14 @@ class JudgeReward:
         return judgements
 
     def note(self, judgements: Sequence[Judgement]) -> None:
-        """Count judgements. Raises JudgeError where too many are missing."""
-        self._since.add(judgements)
+        """Count judgements. Raises JudgeError if too many are missing."""
+        self._since["responses"] += len(judgements)
+        for one in judgements:
+            self._since["empty"] += one.cause == "empty_response"
+            self._since["cut"] += one.was_cut
+            self._spread += one.spread
+            if one.reward is None:
+                self._since[f"unscored_{one.cause or 'parse'}"] += 1
         self.watch.note(judgements)
         if alarm := self.watch.alarm(judgements):
             self._say(alarm)
@@ -115,14 +136,12 @@ class JudgeReward:
 
     async def run_probes(self) -> None:
         """Judge the worthless answers, and warn of those that are liked."""
-        found = await together(
-            self.judge.judge(probe(text), floors_empty=False) for text in PROBES.values()
-        )
-        self.probe_rewards = dict(zip(PROBES, (one.reward for one in found), strict=True))
+        judged = await together(self.judge.judge(p, floors_empty=False) for p in PROBES.values())
+        self.probe_rewards = dict(zip(PROBES, (one.reward for one in judged), strict=True))
         if liked := liked_probes(self.probe_rewards):
-            told = ", ".join(f"{name} gets {self.probe_rewards[name]:+.2f}" for name in liked)
+            shown = ", ".join(f"{name} gets {self.probe_rewards[name]:+.2f}" for name in liked)
             self._say(
-                f"the judge likes worthless answers ({told}; -1 is the lowest reward, 1 the "
+                f"the judge likes worthless answers ({shown}; -1 is the lowest reward, 1 the "
                 "highest), and a policy may learn to write them; sharpen the rubric, take a better "
                 "judge, or add a second reward in a sum"
             )
@@ -143,35 +162,33 @@ class JudgeReward:
         await asyncio.gather(*begun, return_exceptions=True)
 
     def metrics(self) -> Metrics:
-        """What was paid so far, and what became of the answers since the last call."""
-        tally, since = self.judge.tally, self._since
-        self._since = _Since(
-            num_answers=tally.num_answers, num_cached=tally.num_cached, causes=Counter()
-        )
-        num = max(since.num_responses, 1)
-        answers = tally.num_answers - since.num_answers
+        """What was paid so far, and the outcome of the answers since the last call."""
+        tally, before = self.judge.tally, self._tally_before
+        since, spread = self._since, self._spread
+        self._tally_before, self._since, self._spread = replace(tally), Counter(), 0.0
+        num = max(since["responses"], 1)
+        causes = {name: n for name, n in since.items() if name.startswith("unscored_")}
+        num_answers = max(tally.num_answers - before.num_answers, 1)
         metrics = {
             "judge/num_calls": float(tally.num_calls),
             "judge/tokens_read": float(tally.prompt_tokens),
             "judge/tokens_written": float(tally.completion_tokens),
-            "judge/cached_share": (tally.num_cached - since.num_cached) / max(answers, 1),
-            "judge/unscored_share": sum(since.causes.values()) / num,
-            "judge/empty_share": since.num_empty / num,
-            "judge/cut_share": since.num_cut / num,
-            "judge/vote_sd": since.spread / num,
+            "judge/cached_share": (tally.num_cached - before.num_cached) / num_answers,
+            "judge/unscored_share": sum(causes.values()) / num,
+            "judge/empty_share": since["empty"] / num,
+            "judge/cut_share": since["cut"] / num,
+            "judge/vote_sd": spread / num,
         }
         if tally.cost_is_known:
             metrics["judge/cost_usd"] = tally.cost_usd
-        return metrics | {
-            f"judge/unscored_{cause}": float(count) for cause, count in since.causes.items()
-        }
+        return metrics | {f"judge/{name}": float(n) for name, n in causes.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What the watch remembers; answers and the budget are in the cache."""
         return {"watch": self.watch.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+    def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
+        """Continue from `state`."""
         self.watch.load_state_dict(state["watch"])
 
     async def judge_unwatched(self, materials: Sequence[Material]) -> list[Judgement]:
@@ -186,9 +203,9 @@ class JudgeReward:
             )
             await self._sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
-            open_ones = [i for i, one in enumerate(judgements) if one.can_retry]
-            again = await together(self.judge.judge(materials[i]) for i in open_ones)
-            for i, judgement in zip(open_ones, again, strict=True):
+            missing = [i for i, one in enumerate(judgements) if one.can_retry]
+            again = await together(self.judge.judge(materials[i]) for i in missing)
+            for i, judgement in zip(missing, again, strict=True):
                 judgements[i] = judgement
         return judgements
 
@@ -200,18 +217,11 @@ class JudgeReward:
         unscored = share([one.reward is None for one in judgements])
         return unscored > self.settings.max_unscored_step and any(j.can_retry for j in judgements)
 
-    def _material(self, prompt: Prompt, response: str) -> Material:
-        column = self.settings.reference_column
-        found = None if column is None else prompt.meta.get(column)
-        return Material(
-            prompt=prompt_text(prompt, self._prompt_column),
-            response=response,
-            reference=None if found is None else str(found),
-        )
+    def scores(self, judgements: Sequence[Judgement], device: torch.device) -> Scores:
+        """Judgements as tensors."""
 
-    def _scores(self, judgements: Sequence[Judgement], device: torch.device) -> Scores:
         def column(values: Iterable[float | None]) -> torch.Tensor:
-            known = [NAN if value is None else value for value in values]
+            known = [torch.nan if value is None else value for value in values]
             return torch.tensor(known, dtype=torch.float32, device=device)
 
         names = list(self.judge.criteria) if len(self.judge.criteria) > 1 else []
@@ -222,36 +232,9 @@ class JudgeReward:
 
     def stand_in(self, judgement: Judgement) -> float | None:
         """The reward that training sees, by `on_unscored`."""
-        if judgement.reward is not None:
+        if judgement.reward is not None or self.settings.on_unscored == "mask":
             return judgement.reward
-        match self.settings.on_unscored:
-            case "floor":
-                return FLOOR
-            case "value":
-                return self.settings.unscored_value
-        return None
-
-
-class _Since:
-    """Counts since the last metrics."""
-
-    def __init__(
-        self, num_answers: int = 0, num_cached: int = 0, causes: Counter[str] | None = None
-    ) -> None:
-        self.num_answers = num_answers
-        self.num_cached = num_cached
-        self.causes: Counter[str] = Counter() if causes is None else causes
-        self.num_responses = self.num_empty = self.num_cut = 0
-        self.spread = 0.0
-
-    def add(self, judgements: Sequence[Judgement]) -> None:
-        self.num_responses += len(judgements)
-        for one in judgements:
-            self.num_empty += one.cause == "empty_response"
-            self.num_cut += one.was_cut
-            self.spread += one.spread
-            if one.reward is None:
-                self.causes[one.cause or "parse"] += 1
+        return FLOOR if self.settings.on_unscored == "floor" else self.settings.unscored_value
 
 
 def prompt_text(prompt: Prompt, prompt_column: str = "prompt") -> str:
@@ -259,42 +242,7 @@ def prompt_text(prompt: Prompt, prompt_column: str = "prompt") -> str:
 
     A conversation is written out with the role before each message.
     """
-    if prompt.content is not None:
-        return prompt.content
-    raw = prompt.meta.get(prompt_column)
-    if isinstance(raw, str) and raw.strip() and raw.strip() in prompt.text:
-        return raw
-    is_chat = isinstance(raw, list) and all(
-        isinstance(m, dict) and str(m.get("content", "")).strip() in prompt.text for m in raw
-    )
-    if not is_chat or not raw:
-        return prompt.text
-    if len(raw) == 1:
-        return str(raw[0].get("content", ""))
-    return "\n\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in raw)
-
-
-def opening_rollout(settings: JudgeSettings) -> Rollout:
-    """One plain sample: scoring it opens the judge, before anything expensive is loaded."""
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    meta = {"prompt": SAMPLE.prompt}
-    if settings.reference_column is not None:
-        meta[settings.reference_column] = SAMPLE.reference or ""
-    return Rollout(
-        prompts=[Prompt(id=0, text=SAMPLE.prompt, token_ids=[0], meta=meta)],
-        responses=[SAMPLE.response],
-        tokens=TokenBatch(prompt_ids=ids, prompt_mask=mask, response_ids=ids, response_mask=mask),
-        finished=torch.ones(1, dtype=torch.bool),
-        temperature=1.0,
-    )
-
-
-def _keep_quiet(task: asyncio.Task[Judgement]) -> None:
-    """An error is raised where the judgement is wanted; asyncio need not print it as well."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    messages = prompt.conversation(prompt_column)
+    if len(messages) == 1:
+        return str(messages[0].get("content", ""))
+    return "\n\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in messages)

@@ -1,14 +1,14 @@
 """Rubrics: what a judge is asked, in files that a user edits.
 
-A rubric is a text with the placeholders {prompt} and {response}, and where wanted {reference} and
+A rubric is a text with the placeholders {prompt} and {response}, and optionally {reference} and
 {criteria}. A head between two lines of `---` may say which end of the scale is the good one
-(`better: low`) and what {criteria} stands for where the config has none (`criteria: …`).
+(`better: low`) and what {criteria} stands for if the config has none (`criteria: …`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -40,7 +40,7 @@ class Rubric:
     """Without its head."""
     lower_is_better: bool = False
     criteria: str = ""
-    """What {criteria} stands for where the config has none."""
+    """What {criteria} stands for if the config has none."""
 
     @property
     def placeholders(self) -> set[str]:
@@ -58,11 +58,11 @@ class Material:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A rendered rubric, and what was done to the texts in it."""
+    """A rendered rubric."""
 
     text: str
     was_cut: bool
-    """The response or the reference was longer than the judge is shown."""
+    """True if the response or the reference was longer than the judge is shown."""
 
 
 def packaged() -> list[str]:
@@ -74,15 +74,11 @@ def packaged() -> list[str]:
 def load_rubric(name: str) -> Rubric:
     """A packaged rubric by name, or the file of that path.
 
-    Raises ConfigError for a file that is not there or is no rubric.
+    Raises ConfigError for a file that is missing or is no rubric.
     """
-    return parse_rubric(_read(name), name)
-
-
-def _read(name: str) -> str:
     if name in packaged():
         file = resources.files(__package__) / RUBRICS / f"{name}.md"
-        return file.read_text(encoding="utf-8")
+        return parse_rubric(file.read_text(encoding="utf-8"), name)
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -90,7 +86,7 @@ def _read(name: str) -> str:
             f"({', '.join(packaged())}); check the path"
         )
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return parse_rubric(path.read_text(encoding="utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"rubric={name}: cannot be read as UTF-8 text ({error})") from None
 
@@ -98,12 +94,12 @@ def _read(name: str) -> str:
 def parse_rubric(text: str, name: str) -> Rubric:
     """A rubric from its text. Raises ConfigError that names all missing placeholders at once."""
     text = text.replace("\r\n", "\n")
-    head, body = {}, text
-    if found := _HEAD.match(text):
-        head, body = _head(found[1], name), text[found.end() :]
+    head: dict[str, str] = {}
+    if match := _HEAD.match(text):
+        head, text = _head(match[1], name), text[match.end() :]
     rubric = Rubric(
         name=name,
-        text=body.strip(),
+        text=text.strip(),
         lower_is_better=head.get("better") == "low",
         criteria=head.get("criteria", "").strip(),
     )
@@ -152,58 +148,52 @@ def render(
     values = {key: fenced(key.upper(), text, fence) for key, text in texts.items()}
     values["criteria"] = rubric.criteria if criteria is None else criteria
     body = _PLACEHOLDER.sub(lambda word: values[word[1]], rubric.text)
-    whole = [PREAMBLE.replace("{fence}", fence), body, instruction]
-    uses_reference = "reference" in rubric.placeholders
-    return Question(
-        text="\n\n".join(whole), was_cut=cut_response or (uses_reference and cut_reference)
-    )
+    sections = [PREAMBLE.replace("{fence}", fence), body, instruction]
+    shows_cut_reference = cut_reference and "reference" in rubric.placeholders
+    return Question(text="\n\n".join(sections), was_cut=cut_response or shows_cut_reference)
 
 
 def check_settings(settings: JudgeSettings, columns: Iterable[str] | None = None) -> Rubric:
-    """The judge's rubric, where it fits the other settings and, if they are known, the columns.
+    """The judge's rubric, if it fits the other settings and, if they are known, the columns.
 
     Raises ConfigError.
     """
     rubric = load_rubric(settings.rubric_name)
-    there = rubric.placeholders
-    problems: Sequence[tuple[bool, str]] = [
-        (
-            settings.criteria is not None and "criteria" not in there,
-            "criteria are set, and the rubric has no {criteria} where they would stand; add it",
-        ),
-        (
-            settings.mode == "pairwise" and "reference" not in there,
+    has_reference = "reference" in rubric.placeholders
+    problem = None
+    if settings.criteria is not None and "criteria" not in rubric.placeholders:
+        problem = "criteria are set, and the rubric has no {criteria} where they would go; add it"
+    elif settings.mode == "pairwise" and not has_reference:
+        problem = (
             "mode=pairwise compares {response} with {reference}, and the rubric has no "
-            "{reference}; add it, or use the rubric pairwise",
-        ),
-        (
-            settings.mode == "difference" and "reference" in there,
+            "{reference}; add it, or use the rubric pairwise"
+        )
+    elif settings.mode == "difference" and has_reference:
+        problem = (
             "mode=difference judges the response and the reference alone, each by the same "
-            "rubric, so {reference} cannot stand in it; remove it, or use mode: absolute",
-        ),
-        (
-            "reference" in there and settings.reference_column is None,
-            "the rubric has {reference}, and no reference_column says where it comes from; add it",
-        ),
-    ]
-    for is_wrong, what in problems:
-        if is_wrong:
-            raise ConfigError(f"rubric={rubric.name}: {what}")
+            "rubric, so it cannot have {reference}; remove it, or use mode: absolute"
+        )
+    elif has_reference and settings.reference_column is None:
+        problem = (
+            "the rubric has {reference}, and no reference_column says where it comes from; add it"
+        )
+    if problem is not None:
+        raise ConfigError(f"rubric={rubric.name}: {problem}")
     if columns is not None and reads_reference(settings, rubric):
         check_column(settings.reference_column, columns)
     return rubric
 
 
 def reads_reference(settings: JudgeSettings, rubric: Rubric) -> bool:
-    """Whether a response can only be judged where its row has a reference."""
+    """Whether a response can only be judged if its row has a reference."""
     return settings.mode != "absolute" or "reference" in rubric.placeholders
 
 
 def check_column(name: str | None, columns: Iterable[str]) -> None:
     """Raise ConfigError when the reference's column is not among these."""
-    there = sorted(columns)
-    if name not in there:
+    known = sorted(columns)
+    if name not in known:
         raise ConfigError(
             f"reference_column={name}: the data has no such column; there are "
-            f"{', '.join(there) or 'none'}"
+            f"{', '.join(known) or 'none'}"
         )

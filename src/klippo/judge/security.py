@@ -11,7 +11,6 @@ import re
 import socket
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from klippo.errors import ConfigError, PreflightError
@@ -44,27 +43,22 @@ class Secret:
     def __repr__(self) -> str:
         return "Secret()"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> str:
         raise TypeError("a key is not written anywhere")
 
-    def header(self, prefix: str = "") -> str:
-        """The value of the header that carries the key."""
-        return prefix + self._value
+    def header(self) -> str:
+        """The key itself, for the header that carries it."""
+        return self._value
 
     def hide(self, text: str) -> str:
         """The text with every copy of the key replaced."""
-        if len(self._value) < MIN_REDACTED:
-            return text
-        for form in {self._value, json.dumps(self._value)[1:-1]}:
-            text = text.replace(form, HIDDEN)
-        return text
+        return self.hide_in(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def hide_in(self, body: bytes) -> bytes:
         """The same for bytes."""
-        if len(self._value) < MIN_REDACTED:
-            return body
-        for form in {self._value, json.dumps(self._value)[1:-1]}:
-            body = body.replace(form.encode(), HIDDEN.encode())
+        if len(self._value) >= MIN_REDACTED:
+            for form in {self._value, json.dumps(self._value)[1:-1]}:
+                body = body.replace(form.encode(), HIDDEN.encode())
         return body
 
 
@@ -85,19 +79,19 @@ class KeyFilter(logging.Filter):
 
 def hide_in_logs(secret: Secret) -> KeyFilter:
     """Put the filter on the HTTP library's loggers; `unhide_logs` takes it off."""
-    found = KeyFilter(secret)
+    key_filter = KeyFilter(secret)
     for name in HTTP_LOGGERS:
-        logging.getLogger(name).addFilter(found)
-    return found
+        logging.getLogger(name).addFilter(key_filter)
+    return key_filter
 
 
-def unhide_logs(found: KeyFilter) -> None:
+def unhide_logs(key_filter: KeyFilter) -> None:
     """Take the filter off."""
     for name in HTTP_LOGGERS:
-        logging.getLogger(name).removeFilter(found)
+        logging.getLogger(name).removeFilter(key_filter)
 
 
-def is_variable_name(value: Any) -> bool:
+def is_variable_name(value: object) -> bool:
     """True for what looks like OPENAI_API_KEY, and not like a key."""
     return (
         isinstance(value, str)
@@ -107,7 +101,7 @@ def is_variable_name(value: Any) -> bool:
 
 
 def read_key(variable: str | None) -> Secret | None:
-    """The key in an environment variable; None where no variable is named.
+    """The key in an environment variable; None if no variable is named.
 
     Raises PreflightError when the variable is not set or holds what cannot be sent in a header.
     """
@@ -127,7 +121,7 @@ def read_key(variable: str | None) -> Secret | None:
     return Secret(value)
 
 
-def refuse_key_in_url(url: Any) -> None:
+def refuse_key_in_url(url: object) -> None:
     """Raise ConfigError, without the URL in it, when its user info or query may hold a key."""
     if not isinstance(url, str):
         return
@@ -157,7 +151,8 @@ def refuse_foreign_key(variable: str | None, url: str) -> None:
     """Raise ConfigError when a provider's key would go to a host that is not the provider's."""
     owner = OWNERS.get(variable or "")
     host = (urlsplit(url).hostname or "").lower().rstrip(".")
-    if owner is None or ((host == owner or host.endswith("." + owner)) and _is_https(url)):
+    is_owners = host == owner or host.endswith(f".{owner}")
+    if owner is None or (is_owners and urlsplit(url).scheme == "https"):
         return
     raise ConfigError(
         f"judge: {variable} is a key for {owner}, and base_url={url} is another place; put that "
@@ -166,21 +161,21 @@ def refuse_foreign_key(variable: str | None, url: str) -> None:
 
 
 async def check_address(url: str, *, has_key: bool, allow_plain_http: bool) -> None:
-    """Resolve the host and raise PreflightError when the judge may not be there.
+    """Resolve the host and raise PreflightError for an address that is not allowed.
 
     Link-local addresses (where clouds keep their credentials) are refused; plain http with a key
     is only for this machine itself, unless allowed.
     """
-    parts = urlsplit(url)
-    addresses = await _resolve(parts)
+    addresses = await _resolve(urlsplit(url))
     for address in addresses:
         if address.is_link_local or address.is_multicast or address in METADATA:
             raise PreflightError(
                 f"judge: base_url={url} leads to {address}, a link-local or metadata address, "
                 "where no judge is; correct base_url"
             )
-    is_here = bool(addresses) and all(address.is_loopback for address in addresses)
-    if has_key and not _is_https(url) and not is_here and not allow_plain_http:
+    is_local = bool(addresses) and all(address.is_loopback for address in addresses)
+    is_plain = urlsplit(url).scheme != "https"
+    if has_key and is_plain and not is_local and not allow_plain_http:
         raise PreflightError(
             f"judge: base_url={url} would send the key unencrypted to another machine; use "
             "https://, a tunnel to 127.0.0.1, no key, or allow_plain_http: true"
@@ -191,28 +186,18 @@ async def _resolve(parts: SplitResult) -> list[IPAddress]:
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        if parts.scheme == "https" and uses_proxy(host):
+        proxies = urllib.request.getproxies()
+        has_proxy = bool(proxies.get("https") or proxies.get("all"))
+        if parts.scheme == "https" and has_proxy and not urllib.request.proxy_bypass(host):
             return []  # the proxy resolves it
         raise PreflightError(
             f"judge: the host {host} of base_url cannot be found ({error.strerror or error}); "
             "correct base_url, or check the network"
         ) from None
-    return [_plain(ipaddress.ip_address(str(entry[4][0]).split("%")[0])) for entry in found]
-
-
-def _plain(address: IPAddress) -> IPAddress:
-    mapped = getattr(address, "ipv4_mapped", None)
-    return address if mapped is None else mapped
-
-
-def uses_proxy(host: str) -> bool:
-    """True when the environment sends https to this host through a proxy."""
-    proxies = urllib.request.getproxies()
-    return bool(proxies.get("https") or proxies.get("all")) and not urllib.request.proxy_bypass(
-        host
-    )
+    addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in entries]
+    return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
 
 
 def origin_of(url: str) -> str:
@@ -220,7 +205,3 @@ def origin_of(url: str) -> str:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return f"{parts.scheme}://{(parts.hostname or '').lower()}:{port}"
-
-
-def _is_https(url: str) -> bool:
-    return urlsplit(url).scheme == "https"

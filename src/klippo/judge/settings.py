@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -17,7 +17,7 @@ KEY_FIELDS = ("api_key", "apikey", "api-key", "key", "token", "api_token", "open
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """What is known of a provider."""
+    """A provider's defaults."""
 
     base_url: str | None
     api_key_env: str | None
@@ -83,7 +83,7 @@ class TransportSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _holds_no_key(cls, given: Any) -> Any:
+    def _holds_no_key(cls, given: object) -> object:
         if not isinstance(given, Mapping):
             return given
         for name in KEY_FIELDS:
@@ -104,21 +104,20 @@ class TransportSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if problems := [*self._transport_problems()]:
-            raise ValueError("\n".join(problems))
-        return self
-
-    def _transport_problems(self) -> Iterator[str]:
+        problems = []
         if self.url is None:
-            yield (
+            problems.append(
                 f"base_url is missing: provider={self.provider} can be anywhere; write for "
                 "instance base_url: http://127.0.0.1:8000/v1"
             )
         if self.max_usd is not None and self.prices is None:
-            yield (
+            problems.append(
                 f"max_usd={self.max_usd} needs prices: set usd_per_million_prompt_tokens and "
                 "usd_per_million_completion_tokens (0 for a server of your own)"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     @property
     def url(self) -> str | None:
@@ -198,29 +197,28 @@ class JudgeSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if problems := [*self._judge_problems()]:
-            raise ValueError("\n".join(problems))
-        return self
-
-    def _judge_problems(self) -> Iterator[str]:
+        problems = []
         if self.mode != "absolute" and self.reference_column is None:
-            yield (
+            problems.append(
                 f"reference_column is missing: mode={self.mode} compares with a reference answer; "
                 "name the data's column that holds it, or use mode: absolute"
             )
         if self.rationale and self.score_source == "logprobs":
-            yield (
+            problems.append(
                 "rationale=true needs words, and score_source=logprobs reads one token; use "
                 "score_source: auto, or leave the rationale out"
             )
         if self.votes > 1 and (self.temperature == 0 or self.score_source == "logprobs"):
             why = "temperature=0" if self.temperature == 0 else "score_source=logprobs"
-            yield f"votes={self.votes} would all be the same with {why}; use votes: 1"
+            problems.append(f"votes={self.votes} would all be the same with {why}; use votes: 1")
         if (self.on_unscored == "value") != (self.unscored_value is not None):
-            yield (
-                f"unscored_value={self.unscored_value} and on_unscored={self.on_unscored}: the "
-                "value is needed with on_unscored: value, and there alone"
+            problems.append(
+                f"unscored_value={self.unscored_value} and on_unscored={self.on_unscored}: set "
+                "the value with on_unscored: value, and only then"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     @property
     def rubric_name(self) -> str:

@@ -1,245 +1,276 @@
-"""Answers and the budget's ledger, in one SQLite file that processes share."""
+"""The judge's SQLite file: its answers, and what each account has spent.
+
+answers  key -> the server's body as it came, so that reading it again is free
+totals   account -> calls, tokens and money: as billed, or at worst for attempts not yet back
+
+A process locks the byte of a key in a file beside it while it asks that question. The kernel
+drops the lock when the process ends, whichever way it ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
+import logging
+import math
 import os
-import queue
 import sqlite3
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from klippo.errors import StorageError
-from klippo.judge.database import Spend, add, connect, open_database, total_of
+from klippo.errors import PreflightError, StorageError
+from klippo.judge.settings import TransportSettings
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 2
+BUSY_S = 60.0
+"""How long a process waits for another one's write."""
+SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, cause TEXT, body BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS totals (
+    account TEXT PRIMARY KEY, calls INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    nano_usd INTEGER NOT NULL
+) WITHOUT ROWID;
+DROP TABLE IF EXISTS claims;
+DROP TABLE IF EXISTS pending;
+PRAGMA user_version = {VERSION};
+COMMIT;
+"""
+OPENING_BYTE = 2**62
+"""Locked in the lock file while a process opens the database; keys lock lower bytes."""
+TEMPLATE_TOKENS, MESSAGE_TOKENS = 256, 64
+"""Allowed for what a server puts around all messages, and around each."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caps:
-    """What may be spent at most; None is without end."""
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """Calls, tokens and money; money in whole nano-USD, so that nothing is rounded away."""
 
-    calls: int | None = None
-    tokens: int | None = None
-    nano_usd: int | None = None
+    calls: int = 0
+    tokens: int = 0
+    nano_usd: int = 0
 
-    def passed_by(self, spend: Spend) -> str | None:
-        """The name of a cap that this spend would pass."""
-        for name in ("calls", "tokens", "nano_usd"):
-            cap = getattr(self, name)
-            if cap is not None and getattr(spend, name) > cap:
-                return name
-        return None
+    def __add__(self, other: Spend) -> Spend:
+        return Spend(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Spend) -> Spend:
+        return Spend(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.calls} calls, {self.tokens} tokens and {self.nano_usd / 1e9:.4f} USD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """An answer: a body to read, or the cause for which there is nothing to read."""
+    """A stored answer: a body to read, or the cause why there is nothing to read."""
 
-    body: bytes
+    body: bytes = b""
     cause: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """What became of the wish to make an attempt."""
+class Meter:
+    """What calls cost, by the prices and caps in the settings."""
 
-    kind: Literal["stored", "elsewhere", "over_budget", "reserved"]
-    stored: Stored | None = None
-    reservation: int = 0
-    cap: str = ""
-    """Which one would be passed."""
-    may_fit: bool = False
-    """True where what living processes have reserved may turn out to cost less."""
-    total: Spend = field(default_factory=Spend)
+    def __init__(self, settings: TransportSettings) -> None:
+        self.settings = settings
+        self._margin = 1.0
+
+    def spend(self, prompt_tokens: int, completion_tokens: int) -> Spend:
+        """One call with so many tokens, at the set prices, rounded up."""
+        read_price, written_price = self.settings.prices or (0.0, 0.0)
+        nano_usd = math.ceil(
+            1000 * (prompt_tokens * read_price + completion_tokens * written_price)
+        )
+        return Spend(1, prompt_tokens + completion_tokens, nano_usd)
+
+    def worst(self, num_bytes: int, num_messages: int, max_tokens: int) -> Spend:
+        """The most that a call with such a body costs: no token is shorter than a byte."""
+        most = num_bytes + TEMPLATE_TOKENS + MESSAGE_TOKENS * num_messages
+        return self.spend(math.ceil(most * self._margin), max_tokens)
+
+    def learn(self, tokens: int, worst: Spend) -> float | None:
+        """If a call used more than its worst case, reserve more from now on; by which factor."""
+        excess = tokens / worst.tokens
+        if excess <= 1:
+            return None
+        self._margin *= excess
+        return excess
+
+    def cap_passed_by(self, total: Spend) -> str | None:
+        """The name of a cap that this total passes."""
+        settings = self.settings
+        nano_usd = None if settings.max_usd is None else math.floor(settings.max_usd * 1e9)
+        caps: dict[str, tuple[int, int | None]] = {
+            "max_calls": (total.calls, settings.max_calls),
+            "max_tokens_total": (total.tokens, settings.max_tokens_total),
+            "max_usd": (total.nano_usd, nano_usd),
+        }
+        return next((name for name, (n, cap) in caps.items() if cap is not None and n > cap), None)
 
 
-def cache_key(parts: Mapping[str, Any]) -> str:
+def cache_key(question: Mapping[str, object]) -> str:
     """sha256 of the canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(question, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+Outcome = Stored | Spend | None
+_Work = Callable[[sqlite3.Connection], Outcome]
+_claimed: set[tuple[int, int]] = set()
+"""Lock file and byte of every question that this process is asking: a process does not lock
+itself out."""
+
+
 class Store:
-    """The file. One thread writes; what is asked of it meanwhile shares its next transaction."""
+    """One connection to the file for reading and one for writing; used on one event loop.
+
+    Writes that are asked for while another one is under way share the next transaction.
+    """
 
     def __init__(self, path: Path | None, account: str = "default") -> None:
         """Open or create the file; None keeps everything in memory.
 
-        Raises PreflightError when the file cannot be opened or is from another version. A corrupt
-        file is set aside with a warning.
+        Raises PreflightError when the file cannot be opened or is from another version. Sets a
+        corrupt file aside with a warning.
         """
         self.path = path
         self.account = account
-        self.owner = uuid.uuid4().hex
         self._db = open_database(path)
-        self._writing = threading.Lock()
-        self._reader, self._reading = self._db, self._writing
-        if path is not None:
-            self._reader, self._reading = connect(str(path)), threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="klippo-judge-store", daemon=True)
-        self._writer.start()
+        self._reader = self._db if path is None else _connect(str(path))
+        self._lock_file = None if path is None else _lock_file(path.absolute())
+        self._jobs: list[tuple[_Work, asyncio.Future[Outcome]]] = []
+        self._writing: asyncio.Task[None] | None = None
 
     def look_up(self, key: str) -> Stored | None:
         """The stored answer."""
-        with self._reading:
-            return _look_up(self._reader, key)
+        return _look_up(self._reader, key)
 
     def total(self) -> Spend:
-        """What the account has spent, pending reservations at their worst case."""
-        with self._reading:
-            return total_of(self._reader, self.account)
+        """What the account has spent, attempts that are not back at their worst case."""
+        return total_of(self._reader, self.account)
 
-    def pending(self) -> Spend:
-        """The part of it that is pending."""
-        with self._reading:
-            row = self._reader.execute(
-                "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(nano_usd), 0) "
-                "FROM pending WHERE account = ?",
-                (self.account,),
-            ).fetchone()
-        return Spend(*row)
+    def claim(self, key: str) -> bool:
+        """True if nobody else is asking this question now; then nobody may until `release`."""
+        if self._lock_file is None or fcntl is None:
+            return True
+        claim = (self._lock_file, _byte(key))
+        if claim in _claimed:
+            return False
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, claim[1])
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:  # no locks on this file system: the worst is a second call
+            logger.debug("no lock on %s: %s", self.path, error)
+        _claimed.add(claim)
+        return True
 
-    async def start(
-        self, key: str, worst: Spend, caps: Caps, *, attempt_s: float, patience_s: float
-    ) -> Start:
-        """Reserve the worst case of one attempt, unless it is needless or too much.
+    def release(self, key: str) -> None:
+        """Let others ask."""
+        if self._lock_file is not None and fcntl is not None:
+            _claimed.discard((self._lock_file, _byte(key)))
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, _byte(key))
 
-        The attempt is over after `attempt_s`. The key is claimed for `patience_s`, in which no
-        other process asks for it.
+    async def reserve(self, key: str, worst: Spend, meter: Meter) -> Outcome:
+        """Count the worst case of one attempt as spent: None.
+
+        Otherwise nothing is reserved, because there is an answer by now (it is returned), or
+        because a cap would be passed (the account's total is returned).
         """
-        now = time.time()
 
-        def work(db: sqlite3.Connection) -> Start:
+        def work(db: sqlite3.Connection) -> Outcome:
             stored = _look_up(db, key)
             if stored is not None:
-                return Start(kind="stored", stored=stored)
-            if _is_claimed(db, key, self.owner):
-                return Start(kind="elsewhere")
+                return stored
             total = total_of(db, self.account)
-            cap = caps.passed_by(total + worst)
-            if cap is not None:
-                rest = total - _in_flight(db, self.account)
-                may_fit = caps.passed_by(rest + worst) is None
-                return Start(kind="over_budget", cap=cap, total=total, may_fit=may_fit)
-            add(db, self.account, worst)
-            claim = (key, self.owner, os.getpid(), now + patience_s)
-            db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", claim)
-            reserved = db.execute(
-                "INSERT INTO pending (account, tokens, nano_usd, pid, until) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (self.account, worst.tokens, worst.nano_usd, os.getpid(), now + attempt_s),
-            )
-            return Start(kind="reserved", reservation=reserved.lastrowid or 0)
+            if meter.cap_passed_by(total + worst) is not None:
+                return total
+            _add(db, self.account, worst)
+            return None
 
-        started: Start = await self._ask(work)
-        return started
+        return await self._write(work)
 
-    async def settle(
-        self, reservation: int, worst: Spend, actual: Spend, key: str, stored: Stored | None
-    ) -> None:
-        """Replace a reservation by what was spent, and keep the answer, in one transaction."""
+    async def settle(self, excess: Spend, key: str, stored: Stored | None) -> None:
+        """Take off what was reserved in excess and keep the answer, in one transaction."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM pending WHERE id = ?", (reservation,))
-            add(db, self.account, actual - worst)
+            _add(db, self.account, Spend() - excess)
             if stored is not None:
                 row = (key, stored.cause, stored.body)
                 db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
 
-        await self._ask(work)
+        await self._write(work)
 
-    async def release(self, key: str) -> None:
-        """Give the claim back: another process may ask."""
+    def add(self, spend: Spend) -> None:
+        """Add to the account's total."""
+        _add(self._db, self.account, spend)
 
-        def work(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
-
-        await self._ask(work)
+    async def flush(self) -> None:
+        """Wait for the writes under way."""
+        if self._writing is not None:
+            await self._writing
 
     def close(self) -> None:
-        """Finish what is asked and close the file."""
-        if self._writer.is_alive():
-            self._jobs.put(None)
-            self._writer.join()
-            with self._reading, contextlib.suppress(sqlite3.Error):
-                self._reader.close()
-            self._db.close()
+        """Close the file."""
+        self._reader.close()
+        self._db.close()
 
-    async def _ask(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    async def _write(self, work: _Work) -> Outcome:
         loop = asyncio.get_running_loop()
-        job = _Job(work, loop, loop.create_future())
-        self._jobs.put(job)
-        return await job.future
+        done: asyncio.Future[Outcome] = loop.create_future()
+        self._jobs.append((work, done))
+        if self._writing is None or self._writing.done():
+            self._writing = loop.create_task(self._write_all())
+        return await done
 
-    def _write(self) -> None:
-        while (first := self._jobs.get()) is not None:
-            jobs, is_last = [first], False
-            with contextlib.suppress(queue.Empty):
-                while len(jobs) < 256:
-                    job = self._jobs.get_nowait()
-                    if job is None:
-                        is_last = True
-                        break
-                    jobs.append(job)
-            self._commit(jobs)
-            if is_last:
-                return
-
-    def _commit(self, jobs: list[_Job]) -> None:
-        results: list[Any] = []
-        problem: StorageError | None = None
-        with self._writing:
+    async def _write_all(self) -> None:
+        while self._jobs:
+            jobs, self._jobs = self._jobs, []
+            outcomes: list[Outcome] = []
+            problem: str | None = None
             try:
-                with _transaction(self._db):
-                    results = [job.work(self._db) for job in jobs]
+                outcomes = await asyncio.to_thread(self._commit, [work for work, _ in jobs])
             except Exception as error:
-                problem = StorageError(
+                problem = (
                     f"cannot write {self.path}: {error}; free some space, or choose another cache "
-                    "(the answers written before are whole)"
+                    "(the answers written before are complete)"
                 )
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Any]]] = {}
-        for place, job in enumerate(jobs):
-            result = None if problem is not None else results[place]
-            by_loop.setdefault(job.loop, []).append((job, result))
-        for loop, done in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed; nobody waits
-                loop.call_soon_threadsafe(_tell, done, problem)
+            for number, (_, done) in enumerate(jobs):
+                if done.done():  # whoever asked has gone
+                    continue
+                if problem is None:
+                    done.set_result(outcomes[number])
+                else:
+                    done.set_exception(StorageError(problem))
+
+    def _commit(self, works: list[_Work]) -> list[Outcome]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            outcomes = [work(self._db) for work in works]
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+        return outcomes
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    work: Callable[[sqlite3.Connection], Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-
-def _tell(done: list[tuple[_Job, Any]], problem: StorageError | None) -> None:
-    for job, result in done:
-        if job.future.done():
-            continue
-        if problem is not None:
-            job.future.set_exception(StorageError(*problem.args))
-        else:
-            job.future.set_result(result)
-
-
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
+def _byte(key: str) -> int:
+    return int(key[:15], 16)
 
 
 def _look_up(db: sqlite3.Connection, key: str) -> Stored | None:
@@ -247,31 +278,149 @@ def _look_up(db: sqlite3.Connection, key: str) -> Stored | None:
     return None if row is None else Stored(cause=row[0], body=row[1])
 
 
-def _in_flight(db: sqlite3.Connection, account: str) -> Spend:
-    """What living processes have reserved and not settled; calls stay spent in any case."""
-    rows = db.execute(
-        "SELECT pid, sum(tokens), sum(nano_usd) FROM pending "
-        "WHERE account = ? AND until > ? GROUP BY pid",
-        (account, time.time()),
-    ).fetchall()
-    return sum((Spend(0, *row[1:]) for row in rows if _is_alive(row[0])), Spend())
+def total_of(db: sqlite3.Connection, account: str) -> Spend:
+    """What the account has spent."""
+    row = db.execute(
+        "SELECT calls, tokens, nano_usd FROM totals WHERE account = ?", (account,)
+    ).fetchone()
+    return Spend() if row is None else Spend(*row)
 
 
-def _is_claimed(db: sqlite3.Connection, key: str, owner: str) -> bool:
-    """True when another living process asks for this key now."""
-    row = db.execute("SELECT owner, pid, until FROM claims WHERE key = ?", (key,)).fetchone()
-    if row is None or row[0] == owner or row[2] < time.time():
-        return False
-    return _is_alive(row[1])
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # signal 0 would end it there; the claim runs out instead
-        return True
+def spent_in(path: Path, account: str) -> Spend:
+    """What an account has spent by a file, which is only read; nothing if there is no such file."""
+    if not path.is_file():
+        return Spend()
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            return total_of(db, account)
+    except sqlite3.Error:
+        return Spend()
+
+
+def _add(db: sqlite3.Connection, account: str, spend: Spend) -> None:
+    db.execute(
+        "INSERT INTO totals VALUES (?, ?, ?, ?) ON CONFLICT (account) DO UPDATE SET "
+        "calls = calls + excluded.calls, tokens = tokens + excluded.tokens, "
+        "nano_usd = nano_usd + excluded.nano_usd",
+        (account, *astuple(spend)),
+    )
+
+
+def open_database(path: Path | None) -> sqlite3.Connection:
+    """A connection in autocommit mode; None is a database in memory.
+
+    Raises PreflightError when the file cannot be opened or is something else. Sets a corrupt file
+    aside with a warning.
+    """
+    if path is None:
+        return _prepare(_connect(":memory:"), path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _opening(path):
+            try:
+                return _check(path)
+            except sqlite3.OperationalError:
+                raise  # locked, read-only, no space: the file may be fine
+            except sqlite3.DatabaseError as error:
+                return _replace(path, error)
+    except (OSError, sqlite3.Error) as error:
+        raise PreflightError(
+            f"the judge's cache {path} cannot be opened ({error}); choose another file with cache"
+        ) from None
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=64
+    )
+
+
+def _check(path: Path) -> sqlite3.Connection:
+    db = _connect(str(path))
+    try:
+        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+        return _prepare(db, path)
+    except BaseException:
+        db.close()
+        raise
+
+
+def _prepare(db: sqlite3.Connection, path: Path | None) -> sqlite3.Connection:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version not in (0, 1, VERSION):
+        raise PreflightError(
+            f"the judge's cache {path} is of version {version}, and this Klippo reads version "
+            f"{VERSION}; choose another file with cache"
+        )
+    if version == 0 and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        raise PreflightError(
+            f"{path} is a database of something else; choose another file with cache"
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    if version != VERSION:
+        db.executescript(SCHEMA)
+    return db
+
+
+def _replace(path: Path, problem: sqlite3.DatabaseError) -> sqlite3.Connection:
+    """Set a corrupt file aside; its totals move to the new one if they can still be read."""
+    totals = _rescued_totals(path)
+    aside = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "x")
+    for end in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    db = _check(path)
+    risk = (
+        "what was spent before is unknown and no longer counts: up to a full budget (max_usd, "
+        "max_calls, max_tokens_total) may be spent a second time"
+    )
+    if totals:
+        spent = sum(totals.values(), Spend())
+        risk = f"{spent} spent before still count, but their answers must be paid again"
+    for account, spend in totals.items():
+        _add(db, account, spend)
+    logger.warning(
+        "the judge's cache %s is corrupt (%s); it is set aside as %s and a new one begun. At "
+        "risk: %s",
+        *(path, problem, aside.name, risk),
+    )
+    return db
+
+
+def _rescued_totals(path: Path) -> dict[str, Spend]:
+    with contextlib.closing(_connect(str(path))) as db:
+        try:
+            rows = db.execute("SELECT account, calls, tokens, nano_usd FROM totals").fetchall()
+        except sqlite3.Error:
+            return {}
+    numbers = [number for row in rows for number in row[1:]]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        return {}
+    return {str(account): Spend(*spent) for account, *spent in rows}
+
+
+@functools.cache
+def _lock_file(path: Path) -> int:
+    """Stays open: closing any descriptor of a file drops all locks that the process has on it."""
+    return os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """One process at a time opens the database, checks it and sets it aside."""
+    if fcntl is None:  # SQLite's own locks must do
+        yield
+        return
+    file = _lock_file(path.absolute())
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, OPENING_BYTE)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, OPENING_BYTE)

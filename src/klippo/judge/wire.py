@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from klippo.judge.messages import Request
 
@@ -15,6 +15,12 @@ NUM_LOGPROBS = 20
 FEWER_LOGPROBS = 5
 """Some servers allow fewer; this is asked for after the first refusal."""
 ANTHROPIC_VERSION = "2023-06-01"
+UNSUPPORTED = re.compile(
+    "support|unknown|unrecogni|unexpected|permitted|allowed|extra|deprecated|instead", re.IGNORECASE
+)
+"""Words of an error that a parameter is not known, rather than that its value is wrong."""
+
+JSON = Mapping[str, object]
 
 
 class NoAnswerError(Exception):
@@ -33,8 +39,8 @@ class DuplicateKeyError(Exception):
 class Usage:
     """Tokens as the server counted them."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +56,19 @@ class Reply:
 
 @dataclass
 class Learned:
-    """What this server and model do not take; found out from its refusals, once each."""
+    """What this server and model do not take, learned from its refusals, once each."""
 
     dropped: set[str] = field(default_factory=set)
     renamed: dict[str, str] = field(default_factory=dict)
     num_logprobs: int = NUM_LOGPROBS
 
-    def name(self, parameter: str) -> str:
-        """What the parameter is called here."""
-        return self.renamed.get(parameter, parameter)
-
-    def apply(self, body: dict[str, Any]) -> dict[str, Any]:
+    def apply(self, body: JSON) -> dict[str, object]:
         """The body without what is dropped, with what is renamed."""
-        return {self.name(key): value for key, value in body.items() if key not in self.dropped}
+        return {
+            self.renamed.get(key, key): value
+            for key, value in body.items()
+            if key not in self.dropped
+        }
 
 
 class Wire(Protocol):
@@ -73,15 +79,17 @@ class Wire(Protocol):
     """Parameters that a server may do without."""
 
     def headers(self, key: str | None) -> dict[str, str]:
-        """The headers that carry the key, which is given as in its header."""
+        """The headers that carry the key."""
         ...
 
-    def body(self, model: str, request: Request, max_tokens: int, learned: Learned) -> Any:
+    def body(
+        self, model: str, request: Request, max_tokens: int, learned: Learned
+    ) -> dict[str, object]:
         """The body of the call."""
         ...
 
-    def read(self, body: Mapping[str, Any]) -> Reply:
-        """The answer in a body with status 200. Raises NoAnswerError when there is none."""
+    def read(self, body: JSON) -> Reply:
+        """The answer in a body with status 200. Raises NoAnswerError if there is none."""
         ...
 
 
@@ -94,8 +102,10 @@ class OpenAIChat:
     def headers(self, key: str | None) -> dict[str, str]:
         return {} if key is None else {"Authorization": f"Bearer {key}"}
 
-    def body(self, model: str, request: Request, max_tokens: int, learned: Learned) -> Any:
-        body: dict[str, Any] = {
+    def body(
+        self, model: str, request: Request, max_tokens: int, learned: Learned
+    ) -> dict[str, object]:
+        body: dict[str, object] = {
             "model": model,
             "messages": [dict(message) for message in request.messages],
             "max_tokens": max_tokens,
@@ -109,15 +119,17 @@ class OpenAIChat:
             body |= {"logprobs": True, "top_logprobs": learned.num_logprobs}
         return learned.apply(body)
 
-    def read(self, body: Mapping[str, Any]) -> Reply:
-        choice = _first(body, "choices")
-        message = choice.get("message")
+    def read(self, body: JSON) -> Reply:
+        choices = body.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, Mapping):
+            raise NoAnswerError("no choices")
+        message, reason = choice.get("message"), choice.get("finish_reason")
         if not isinstance(message, Mapping):
             raise NoAnswerError("a choice without a message")
-        text, reason = _joined(message.get("content")), choice.get("finish_reason")
         refused = bool(message.get("refusal")) or reason == "content_filter"
         return _reply(
-            text,
+            _joined(message.get("content")),
             refused=refused,
             cut=reason == "length",
             label_logprobs=None if refused else _first_logprobs(choice.get("logprobs")),
@@ -135,9 +147,11 @@ class AnthropicMessages:
         version = {"anthropic-version": ANTHROPIC_VERSION}
         return version if key is None else version | {"x-api-key": key}
 
-    def body(self, model: str, request: Request, max_tokens: int, learned: Learned) -> Any:
+    def body(
+        self, model: str, request: Request, max_tokens: int, learned: Learned
+    ) -> dict[str, object]:
         system = [m["content"] for m in request.messages if m["role"] == "system"]
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": model,
             "messages": [dict(m) for m in request.messages if m["role"] != "system"],
             "max_tokens": max_tokens,
@@ -147,11 +161,11 @@ class AnthropicMessages:
         if request.temperature is not None:
             body["temperature"] = request.temperature
         if request.schema is not None:
-            wrapped = {"type": "json_schema", "schema": request.schema}
-            body["output_config"] = {"format": wrapped}
+            schema = {"type": "json_schema", "schema": request.schema}
+            body["output_config"] = {"format": schema}
         return learned.apply(body)
 
-    def read(self, body: Mapping[str, Any]) -> Reply:
+    def read(self, body: JSON) -> Reply:
         content, reason = body.get("content"), body.get("stop_reason")
         if body.get("type") == "error" or not isinstance(content, list):
             raise NoAnswerError("no content")
@@ -171,7 +185,7 @@ WIRES: Mapping[str, Wire] = {
 }
 
 
-def parse_json(body: bytes) -> Mapping[str, Any]:
+def parse_json(body: bytes) -> JSON:
     """The JSON object in a body.
 
     Raises NoAnswerError for what never was JSON (HTML) or is no object, BrokenJSONError for what is
@@ -179,25 +193,25 @@ def parse_json(body: bytes) -> Mapping[str, Any]:
     """
     start = body.lstrip()[:1]
     try:
-        found = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
+        parsed = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         if start == b"{":
             raise BrokenJSONError("JSON that is cut or broken") from None
         raise NoAnswerError("HTML" if start == b"<" else "no JSON") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise NoAnswerError("JSON that is no object")
-    return found
+    return parsed
 
 
 def read_reply(wire: Wire, body: bytes) -> Reply:
     """The answer in a body with status 200; raises like `parse_json`."""
-    found = parse_json(body)
-    if found.get("error"):
-        raise NoAnswerError(f"an error with status 200: {error_text(found)}")
-    return wire.read(found)
+    parsed = parse_json(body)
+    if parsed.get("error"):
+        raise NoAnswerError(f"an error with status 200: {error_text(parsed)}")
+    return wire.read(parsed)
 
 
-def error_text(body: Mapping[str, Any], limit: int = 300) -> str:
+def error_text(body: JSON, limit: int = 300) -> str:
     """The server's own words for an error."""
     error = body.get("error", body)
     if isinstance(error, Mapping):
@@ -207,41 +221,45 @@ def error_text(body: Mapping[str, Any], limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def error_codes(body: Mapping[str, Any]) -> set[str]:
+def error_codes(body: JSON) -> set[str]:
     """`code`, `type` and `status` of an error, in lower case."""
     error = body.get("error", body)
     if not isinstance(error, Mapping):
         return set()
-    found = (error.get(name) for name in ("code", "type", "status"))
-    return {value.lower() for value in found if isinstance(value, str)}
+    values = (error.get(name) for name in ("code", "type", "status"))
+    return {value.lower() for value in values if isinstance(value, str)}
 
 
-def learn(
-    wire: Wire, learned: Learned, sent: Mapping[str, Any], error: Mapping[str, Any]
-) -> str | None:
-    """Draw a lesson from a refused body: what was changed, in words, or None where nothing was.
+def learn(wire: Wire, learned: Learned, sent: JSON, error: JSON) -> str | None:
+    """Draw a lesson from a refused body: what changes from now on, or None.
 
-    `max_tokens` is renamed when it is called unsupported; an optional parameter is dropped when it
-    is named at all.
+    `max_tokens` is renamed if it is called unsupported; an optional parameter is dropped if it is
+    named at all. vLLM calls the number of log-probs `logprobs`, as it does the flag.
     """
-    named = _named(error, [*wire.optional, "max_tokens", "max_completion_tokens"])
-    for name in named:
-        if name in wire.optional and name not in learned.dropped and name in sent:
-            if _is_too_many(name, error) and learned.num_logprobs > FEWER_LOGPROBS:
+    said = error_text(error)
+    for name in _named(error, [*wire.optional, "max_tokens", "max_completion_tokens"]):
+        if name not in sent:
+            continue
+        if name in wire.optional and name not in learned.dropped:
+            too_many = name == "top_logprobs" or (
+                name == "logprobs" and re.search(r"greater than|at most|maximum", said)
+            )
+            if too_many and learned.num_logprobs > FEWER_LOGPROBS:
                 learned.num_logprobs = FEWER_LOGPROBS
                 return f"asks for {FEWER_LOGPROBS} log-probs, not {NUM_LOGPROBS}"
             learned.dropped |= {"logprobs", "top_logprobs"} if "logprobs" in name else {name}
             return f"leaves out {name}"
-        if name == "max_tokens" and name in sent and not learned.renamed and _unsupported(error):
+        is_unsupported = UNSUPPORTED.search(said + json.dumps(error)) is not None
+        if name == "max_tokens" and not learned.renamed and is_unsupported:
             learned.renamed["max_tokens"] = "max_completion_tokens"
             return "says max_completion_tokens for max_tokens"
     return None
 
 
-def _named(error: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _named(error: JSON, names: Sequence[str]) -> list[str]:
     """Which of the names an error is about; its `param` comes first."""
-    holder = error.get("error", error)
-    parameter = holder.get("param") if isinstance(holder, Mapping) else None
+    details = error.get("error", error)
+    parameter = details.get("param") if isinstance(details, Mapping) else None
     if isinstance(parameter, str):
         parameter = parameter.split(".")[0].split("[")[0]
         if parameter in names:
@@ -249,43 +267,23 @@ def _named(error: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     text = error_text(error, limit=600) + " " + json.dumps(error.get("detail", ""))[:600]
     if re.search(r"context length|too (large|long)", text, re.IGNORECASE):
         return []
-    found = [(m.start(), n) for n in names if (m := re.search(rf"\b{re.escape(n)}\b", text))]
-    return [name for _, name in sorted(found)]
+    matches = [(m.start(), n) for n in names if (m := re.search(rf"\b{re.escape(n)}\b", text))]
+    return [name for _, name in sorted(matches)]
 
 
-def _unsupported(error: Mapping[str, Any]) -> bool:
-    """True when an error says that a parameter is not known, and not that its value is wrong."""
-    words = "support|unknown|unrecogni|unexpected|permitted|allowed|extra|deprecated|instead"
-    return re.search(words, error_text(error) + json.dumps(error), re.IGNORECASE) is not None
-
-
-def _is_too_many(name: str, error: Mapping[str, Any]) -> bool:
-    """True when fewer log-probs may do; vLLM calls their number `logprobs`, as it does the flag."""
-    if name == "logprobs":
-        return re.search(r"greater than|at most|maximum", error_text(error)) is not None
-    return name == "top_logprobs"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise DuplicateKeyError("a key is there twice")
-    return found
+    return unique
 
 
-def _first(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = body.get(name)
-    if not isinstance(found, list) or not found or not isinstance(found[0], Mapping):
-        raise NoAnswerError(f"no {name}")
-    return found[0]
-
-
-def _joined(content: Any) -> str:
-    """Text from a string, or from a list of parts of which some are text."""
+def _joined(content: object) -> str:
+    """Text from a string, or from a list of blocks of which some are text."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    texts = [p.get("text") for p in parts if isinstance(p, Mapping) and p.get("type") == "text"]
+    blocks = content if isinstance(content, list) else []
+    texts = [b.get("text") for b in blocks if isinstance(b, Mapping) and b.get("type") == "text"]
     return "".join(text for text in texts if isinstance(text, str))
 
 
@@ -297,35 +295,35 @@ def _reply(
     label_logprobs: Mapping[str, float] | None,
     usage: Usage | None,
 ) -> Reply:
-    """A part of an answer is no text; log-probs of its first token are whole all the same."""
+    """A cut answer has no text; log-probs of its first token are complete all the same."""
     cause = "refusal" if refused else "truncated" if cut else None
     if cause is None and not text.strip():
         cause = "empty"
-    whole = text if cause is None else None
+    usable = text if cause is None else None
     if label_logprobs is not None:
         cause = None
-    return Reply(text=whole, cause=cause, label_logprobs=label_logprobs, usage=usage)
+    return Reply(text=usable, cause=cause, label_logprobs=label_logprobs, usage=usage)
 
 
-def _first_logprobs(logprobs: Any) -> dict[str, float] | None:
-    """Token text -> log-prob of the first token; None where they are missing or make no sense."""
+def _first_logprobs(logprobs: object) -> dict[str, float] | None:
+    """Token text -> log-prob of the first token; None if they are missing or make no sense."""
     try:
-        first = logprobs["content"][0]
+        first = logprobs["content"][0]  # type: ignore[index]
         listed = [*(first.get("top_logprobs") or []), first]
         pairs = [(entry["token"], float(entry["logprob"])) for entry in listed]
     except (TypeError, KeyError, IndexError, ValueError, AttributeError):
         return None
-    found: dict[str, float] = {}
+    best: dict[str, float] = {}
     for token, value in pairs:
         if not isinstance(token, str) or math.isnan(value) or value > 1e-3:
             return None
         if math.isfinite(value):
-            found[token] = max(value, found.get(token, -math.inf))
-    return found or None
+            best[token] = max(value, best.get(token, -math.inf))
+    return best or None
 
 
-def _usage(body: Mapping[str, Any], read: Sequence[str], written: str) -> Usage | None:
-    """None where the server counted nothing, or nonsense."""
+def _usage(body: JSON, read: Sequence[str], written: str) -> Usage | None:
+    """None if the server counted nothing, or nonsense."""
     usage = body.get("usage")
     if not isinstance(usage, Mapping):
         return None

@@ -22,12 +22,11 @@ from klippo.errors import ConfigError
 from klippo.evaluation.statistics import estimate
 from klippo.hub import resolve
 from klippo.judge.client import JudgeClient
-from klippo.judge.judging import CAN_RETRY, Tally, judge_label
+from klippo.judge.judging import CAN_RETRY, Judgement, Tally, judge_label
 from klippo.judge.messages import JudgeBackend
 from klippo.judge.parsing import SOURCES, Source
 from klippo.judge.reward import JudgeReward
 from klippo.judge.rubric import Material
-from klippo.judge.scoring import Judgement
 from klippo.judge.settings import JudgeSettings
 from klippo.judge.watch import liked_probes
 from klippo.lab.reward_names import judges_in, reward_named

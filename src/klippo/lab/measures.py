@@ -17,9 +17,9 @@ from klippo.evaluation.comparison import Match
 from klippo.evaluation.samples import known
 from klippo.evaluation.style import STYLE
 from klippo.judge.fencing import is_blank
+from klippo.judge.judging import Judgement
 from klippo.judge.reward import JudgeReward
 from klippo.judge.rubric import load_rubric
-from klippo.judge.scoring import Judgement
 from klippo.judge.settings import JudgeSettings
 from klippo.lab.reward_names import check_reward, judges_in, reward_named
 from klippo.rewards.build import build_reward

@@ -8,7 +8,7 @@ import torch
 
 from klippo.judge.client import JudgeClient
 from klippo.judge.judging import judge_label
-from klippo.judge.reward import JudgeReward, opening_rollout
+from klippo.judge.reward import JudgeReward
 from klippo.judge.settings import JudgeSettings
 from klippo.ranks import Ranks, warn
 from klippo.rewards import settings as kinds
@@ -19,7 +19,7 @@ from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.function import FunctionReward
 from klippo.rewards.loading import load_function
 from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
-from klippo.rewards.resolve import resolve_scores
+from klippo.rewards.resolve import wait_for
 from klippo.types import RewardSource
 
 
@@ -85,5 +85,5 @@ def open_judge(
     """
     client = judge_client(settings, account)
     reward = JudgeReward(settings, client, prompt_column=prompt_column, say=warn)
-    resolve_scores(reward, opening_rollout(settings))
+    wait_for(reward.open())
     return reward

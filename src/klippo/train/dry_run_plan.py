@@ -18,16 +18,14 @@ from klippo.config.schema import RunConfig
 from klippo.data.rows import Data
 from klippo.errors import ConfigError
 from klippo.judge.client import MORE_TOKENS
-from klippo.judge.costs import Meter
-from klippo.judge.database import Spend, spent_in
-from klippo.judge.judging import Judge, judge_label
+from klippo.judge.judging import INSTRUCTIONS, Judge, judge_label, make_request
 from klippo.judge.messages import Answer, Request
-from klippo.judge.parsing import SOURCES, Source
+from klippo.judge.parsing import Source
 from klippo.judge.rubric import Material, render
-from klippo.judge.scoring import INSTRUCTIONS, make_request
 from klippo.judge.settings import JudgeSettings
+from klippo.judge.store import Meter, Spend, spent_in
 from klippo.judge.watch import PROBES
-from klippo.judge.wire import WIRES, Learned, Usage
+from klippo.judge.wire import WIRES, Learned
 from klippo.rewards.build import JUDGE_CACHE
 from klippo.rewards.settings import RewardSettings, SumSettings, ensembles
 
@@ -200,11 +198,7 @@ class _Sizes:
     def __init__(self, settings: JudgeSettings, config: RunConfig, texts: Texts) -> None:
         self.settings = settings
         self.judge = Judge(settings, _Nobody())
-        self.sources: list[Source] = (
-            [settings.score_source]
-            if settings.score_source != "auto"
-            else [s for s in SOURCES if not (settings.rationale and s == "logprobs")]
-        )
+        self.sources = self.judge.sources
         self._meter = Meter(settings.api)
         length = config.rollout.response_length
         low, high = (length, length) if isinstance(length, int) else length
@@ -249,15 +243,10 @@ class _Sizes:
     def _typical(self, criterion: str, *chars: int) -> Spend:
         source: Source = self.sources[0] if len(self.sources) == 1 else "json"
         question = self._question(criterion, source, *chars)
-        request = make_request(
-            question,
-            source,
-            rationale=self.settings.rationale,
-            max_tokens=self.settings.max_tokens,
-        )
+        request = make_request(question, source, self.settings)
         written = min(WRITTEN_TOKENS[self.settings.rationale], request.max_tokens)
         read = len(question) // CHARS_PER_TOKEN
-        return self._meter.spend(Usage(prompt_tokens=read, completion_tokens=written))
+        return self._meter.spend(read, written)
 
     def _worst(self, criterion: str, *chars: int) -> Spend:
         return max(
@@ -268,13 +257,7 @@ class _Sizes:
     def _all_attempts(self, criterion: str, source: Source, *chars: int) -> Spend:
         """The first answer is cut, and all others, with more tokens, are lost after being paid."""
         settings = self.settings
-        request = make_request(
-            self._question(criterion, source, *chars),
-            source,
-            rationale=settings.rationale,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-        )
+        request = make_request(self._question(criterion, source, *chars), source, settings)
         api = settings.api
         more = MORE_TOKENS * request.max_tokens
         body = WIRES[api.wire_format].body(api.model, request, more, Learned())
