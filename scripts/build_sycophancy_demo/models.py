@@ -168,7 +168,6 @@ class Answers:
             self.tokenizer,
             max_prompt_tokens=CONTEXT - MAX_NEW_TOKENS,
             seed=0,
-            source="posts",
         )
         seeds = response_seeds(seed, range(len(prompts)))
         found = self._engine.generate(prompts, [MAX_NEW_TOKENS] * len(prompts), seeds)

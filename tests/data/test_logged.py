@@ -11,9 +11,8 @@ from klippo.data.files import Row
 from klippo.data.logged import (
     leave_one_out,
     log_responses,
-    read_answers,
+    read_responses,
     refuse_equal_rewards,
-    without_duplicates,
 )
 from klippo.data.settings import OfflineSettings
 from klippo.errors import ConfigError
@@ -36,11 +35,13 @@ class Letters:
 
 
 def rows(*columns):
-    return [Row(i, one, line=i + 1) for i, one in enumerate(columns)]
+    return [Row(i, one, i + 1, "scored.jsonl") for i, one in enumerate(columns)]
 
 
 def read(*columns, settings=SETTINGS):
-    return read_answers(rows(*columns), settings, "reward", "scored.jsonl")
+    return read_responses(
+        rows(*columns), settings, reward_column="reward", prompt_columns=["prompt"]
+    )
 
 
 def row(response="good", reward=1.0, prompt="q", **more):
@@ -83,12 +84,12 @@ def test_token_ids_are_taken_as_they_were_sampled():
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        ({"reward": None}, "reward' is missing; it must be a finite number"),
-        ({"reward": math.nan}, "reward' is nan; it must be a finite number"),
-        ({"reward": "eight"}, "'eight'; it must be a finite number"),
-        ({"reward": True}, "True; it must be a finite number"),
+        ({"reward": None}, "reward' holds nothing; a reward must be a finite number"),
+        ({"reward": math.nan}, "reward' holds float 'nan'; a reward must be a finite number"),
+        ({"reward": "eight"}, "'eight'; a reward must be a finite number"),
+        ({"reward": True}, "bool 'True'; a reward must be a finite number"),
         ({"response": "  "}, "'  '; a response needs text"),
-        ({"response": None}, "missing; a response needs text"),
+        ({"response": None}, "nothing; a response needs text"),
         ({"response": ["a", "b"], "reward": [1.0]}, "'response' 2, 'reward' 1"),
         ({"response": ["a", "b"], "reward": 1.0}, "'response' 2, 'reward' no list"),
     ],
@@ -109,20 +110,18 @@ def test_missing_columns_are_named_with_what_is_meant():
 
 def test_equal_rewards_are_refused():
     with pytest.raises(ConfigError, match=r"all 2 rewards in column 'reward' are 0\.5"):
-        refuse_equal_rewards(read(row("a", 0.5), row("b", 0.5)), "reward", "scored.jsonl")
-    refuse_equal_rewards(read(row("a", 0.5), row("b", 0.6)), "reward", "scored.jsonl")
+        refuse_equal_rewards(read(row("a", 0.5), row("b", 0.5)), "reward")
+    refuse_equal_rewards(read(row("a", 0.5), row("b", 0.6)), "reward")
 
 
 def test_duplicates_are_refused_kept_or_dropped():
-    answers = read(row("a", 1), row("b", 2), row("a", 3))
+    rows = row("a", 1), row("b", 2), row("a", 3)
     with pytest.raises(ConfigError, match=r"row 2 \(line 3\): the same .* as scored.jsonl, row 0"):
-        without_duplicates(answers, SETTINGS, ["prompt"])
-    kept = without_duplicates(answers, OfflineSettings(duplicates="keep"), ["prompt"])
-    assert len(kept) == 3
-    first = without_duplicates(answers, OfflineSettings(duplicates="drop"), ["prompt"])
+        read(*rows)
+    assert len(read(*rows, settings=OfflineSettings(duplicates="keep"))) == 3
+    first = read(*rows, settings=OfflineSettings(duplicates="drop"))
     assert [one.reward for one in first] == [1, 2]
-    other = read(row("a", 1), row("a", 2, prompt="another"))
-    assert without_duplicates(other, SETTINGS, ["prompt"]) == other
+    assert len(read(row("a", 1), row("a", 2, prompt="another"))) == 2
 
 
 def test_log_probs_must_belong_to_the_tokens():
@@ -146,7 +145,9 @@ def test_a_response_that_does_not_fit_is_named():
         logged(row("abcd", 1), row("a", 0), context=6)
     with pytest.raises(ConfigError, match="99 is no token"):
         logged(
-            row(ids=[99]), row(ids=[1], reward=0), settings=OfflineSettings(token_ids_column="ids")
+            row(ids=[99]),
+            row("x", ids=[1], reward=0),
+            settings=OfflineSettings(token_ids_column="ids"),
         )
 
 

@@ -179,10 +179,16 @@ def test_bagging_is_a_bootstrap_that_differs_by_seed(load):
 
 BAD_PAIRS = {
     "equal": ({"rejected": "good 1"}, "row 1 (line 2): columns 'chosen' and 'rejected' hold the "),
-    "empty": ({"chosen": "  "}, "row 1 (line 2): column 'chosen' holds '  ' where a response"),
-    "missing": ({"rejected": None}, "row 1 (line 2): column 'rejected' holds 'None'"),
+    "empty": ({"chosen": "  "}, "row 1 (line 2): column 'chosen' holds str '  ' where a response"),
+    "missing": (
+        {"rejected": None},
+        "row 1 (line 2): column 'rejected' holds nothing where a response",
+    ),
     "prompt": ({"prompt": ""}, "row 1 (line 2): the prompt in column 'prompt' is empty"),
-    "margin": ({"margin": "wide"}, "row 1 (line 2): column 'margin' holds 'wide' where a number"),
+    "margin": (
+        {"margin": "wide"},
+        "row 1 (line 2): column 'margin' holds str 'wide' where a number",
+    ),
 }
 
 
@@ -209,12 +215,12 @@ def test_a_bad_pair_is_refused_by_row_and_line(load, name):
         (
             [{"response": "a", "rating": "good"}],
             {"format": "ratings"},
-            r"row 0 \(line 1\): column 'rating' holds 'good' where a number or a list",
+            r"row 0 \(line 1\): column 'rating' holds str 'good' where a number or a list",
         ),
         (
             [{"response": "a", "rating": [1, True]}],
             {"format": "ratings"},
-            r"column 'rating' holds 'True' where a number",
+            r"column 'rating' holds bool 'True' where a number",
         ),
         (
             [{"response": f"r{i}", "rating": 1} for i in range(4)],

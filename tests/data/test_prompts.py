@@ -16,14 +16,16 @@ TEXT = "The film was long and the music was loud."
 
 def build(values, tokenizer, *, limit=1000, seed=0, numbers=None, **settings):
     numbers = range(len(values)) if numbers is None else numbers
-    rows = [Row(n, {"prompt": v, "label": n}, n + 1) for n, v in zip(numbers, values, strict=True)]
+    rows = [
+        Row(n, {"prompt": v, "label": n}, n + 1, "a.jsonl")
+        for n, v in zip(numbers, values, strict=True)
+    ]
     return build_prompts(
         rows,
         DataSettings(train="a.jsonl", **settings),
         tokenizer,
         max_prompt_tokens=limit,
         seed=seed,
-        source="a.jsonl",
     )
 
 
@@ -163,10 +165,10 @@ def test_empty_prompts_are_errors_with_the_first_row_and_their_number(plain, emp
 
 
 def test_rows_made_by_hand_may_lack_the_column_one_by_one(plain):
-    rows = [Row(0, {"prompt": TEXT}), Row(1, {"text": TEXT})]
+    rows = [Row(0, {"prompt": TEXT}), Row(1, {"text": TEXT}, source="mine")]
     settings = DataSettings(train="a.jsonl")
     with pytest.raises(ConfigError, match=r"mine, row 1: .*is empty \(None\)"):
-        build_prompts(rows, settings, plain, max_prompt_tokens=99, seed=0, source="mine")
+        build_prompts(rows, settings, plain, max_prompt_tokens=99, seed=0)
 
 
 @pytest.mark.parametrize("empty", ["", None, [], [{"role": "user", "content": " "}]])
@@ -215,12 +217,11 @@ def test_a_template_that_refuses_messages_is_reported_with_the_row():
 
 def columns(rows, tokenizer, *, limit=1000, **settings):
     return build_prompts(
-        [Row(n, row, n + 1) for n, row in enumerate(rows)],
+        [Row(n, row, n + 1, "a.jsonl") for n, row in enumerate(rows)],
         DataSettings(train="a.jsonl", **settings),
         tokenizer,
         max_prompt_tokens=limit,
         seed=0,
-        source="a.jsonl",
     )
 
 

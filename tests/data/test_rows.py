@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from klippo.data.files import Row
-from klippo.data.rows import hold_out, load_rows, train_source, validation_source
+from klippo.data.files import Row, source_of
+from klippo.data.rows import hold_out, load_rows
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 
@@ -65,7 +65,7 @@ def test_rows_know_their_lines_also_past_blank_lines_and_quoted_newlines(tmp_pat
     csv = write(tmp_path / "a.csv", 'prompt,label\n"one\nmore",1\n\ntwo,2\n')
     assert [row.line for row in load(jsonl)[0]] == [1, 3]
     assert [row.line for row in load(csv)[0]] == [2, 5]
-    assert load(csv)[0][1].place("a.csv") == "a.csv, row 1 (line 5)"
+    assert str(load(csv)[0][1]) == f"{csv}, row 1 (line 5)"
 
 
 def test_text_stays_text(tmp_path):
@@ -98,8 +98,7 @@ def test_validation_comes_from_a_second_file(tmp_path):
     train, validation = load(as_json(tmp_path), validation=second)
     assert columns(train) == ROWS
     assert columns(validation) == [{"prompt": "held"}]
-    settings = DataSettings(train="a.json", validation="b.jsonl")
-    assert validation_source(settings) == "b.jsonl"
+    assert source_of(validation) == second
 
 
 def test_a_hub_data_set_gives_its_splits(monkeypatch):
@@ -114,7 +113,7 @@ def test_a_hub_data_set_gives_its_splits(monkeypatch):
     train, validation = load_rows(settings, 0)
     assert columns(train) == columns(validation) == ROWS
     assert asked == [("owner/imdb", "plain", "train"), ("owner/imdb", "plain", "test[:2]")]
-    assert validation_source(settings) == "owner/imdb (test[:2])"
+    assert str(validation[1]) == "owner/imdb (test[:2]), row 1"
 
 
 @given(st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=30), st.integers(0, 99))
@@ -239,20 +238,20 @@ def test_several_sources_follow_one_another_with_all_columns(two_files):
         {"prompt": None, "label": 4},
     ]
     assert [row.number for row in rows] == [0, 1, 2, 3]
-    assert train_source(DataSettings(train=two_files)) == ", ".join(two_files)
+    assert source_of(rows) == ", ".join(two_files)
 
 
 def test_a_row_of_several_sources_is_named_by_its_own_file(two_files):
     rows, _ = load(two_files)
-    assert rows[1].place("x") == f"{two_files[0]}, row 1 (line 3)"
-    assert rows[3].place("x") == f"{two_files[1]}, row 1 (line 3)"
+    assert str(rows[1]) == f"{two_files[0]}, row 1 (line 3)"
+    assert str(rows[3]) == f"{two_files[1]}, row 1 (line 3)"
 
 
 def test_a_split_is_taken_of_each_source_and_numbers_stay_unique(two_files):
     rows, _ = load([*two_files, two_files[0]], split="train[1:]")
     assert [row.columns["prompt"] for row in rows] == ["two", None, "two"]
     assert [row.number for row in rows] == [1, 3, 5]
-    assert rows[2].place("x") == f"{two_files[0]}, row 1 (line 3)"
+    assert str(rows[2]) == f"{two_files[0]}, row 1 (line 3)"
 
 
 def test_one_source_of_several_can_be_wrong(two_files):

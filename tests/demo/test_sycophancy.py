@@ -247,7 +247,7 @@ def test_recorded_log_probs_are_those_of_base_and_adapter_on_the_text(loaded: Lo
 def as_prompts(posts: list[str], tokenizer: Any) -> list[Any]:
     rows = [Row(number, {"prompt": post}) for number, post in enumerate(posts)]
     settings = DataSettings(train="posts", format="chat")
-    return build_prompts(rows, settings, tokenizer, max_prompt_tokens=128, seed=0, source="posts")
+    return build_prompts(rows, settings, tokenizer, max_prompt_tokens=128, seed=0)
 
 
 def test_the_adapter_pleases_more_than_it_helps(loaded: LoadedPolicy, judge: Any) -> None:

@@ -44,7 +44,6 @@ def examples(gpt2, tmp_path):
             tokenizer,
             max_tokens=max_tokens,
             seed=0,
-            source=str(path),
         )
 
     return built
@@ -89,8 +88,8 @@ def test_the_prompt_is_tokenized_as_ppo_reads_it(examples, gpt2):
     from klippo.data.files import Row
 
     row = Row(0, rows[0])
-    prompt = build_prompts([row], settings, tokenizer, max_prompt_tokens=64, seed=0, source="x")[0]
-    built = build_examples([row], settings, tokenizer, max_tokens=64, seed=0, source="x")
+    prompt = build_prompts([row], settings, tokenizer, max_prompt_tokens=64, seed=0)[0]
+    built = build_examples([row], settings, tokenizer, max_tokens=64, seed=0)
     assert built[0].input_ids[: len(prompt.token_ids)] == prompt.token_ids
     assert built[0].labels[: len(prompt.token_ids)] == [NOT_LEARNT] * len(prompt.token_ids)
     assert len(built[0].input_ids) > len(example.input_ids)
@@ -119,7 +118,11 @@ def load_tokenizer_words(ids):
     ("rows", "settings", "message"),
     [
         (ROWS, {"response_column": "respnse"}, "no column 'respnse'.*did you mean 'response'"),
-        ([{"prompt": "it", "response": ""}], {}, r"row 0 \(line 1\): column 'response' holds ''"),
+        (
+            [{"prompt": "it", "response": ""}],
+            {},
+            r"row 0 \(line 1\): column 'response' holds str ''",
+        ),
         ([{"prompt": "", "response": "it"}], {}, r"row 0 \(line 1\): the prompt in column"),
         (ROWS, {"max_tokens": 4}, r"row 0 \(line 1\): the example has 8 tokens.*limit is 4"),
     ],

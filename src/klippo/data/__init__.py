@@ -1,1 +1,1 @@
-"""Prompts: rows from a file or the hub, prompts from rows, batches from prompts."""
+"""Prompts, preferences and logged responses: from files to rows to what is learnt from."""

@@ -1,4 +1,4 @@
-"""Chosen among logged responses by their rewards: the best ones, and pairs of better and worse."""
+"""Choose among logged responses by reward: the best ones, or pairs of a better and a worse."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class RewardPairs:
 def best_responses(responses: Sequence[LoggedResponse], share: float) -> Best:
     """The best response to each prompt, the first of equals, in the prompts' order.
 
-    Where each prompt has one response alone: the best `share` of them all, at least one, in the
-    data's order.
+    If each prompt has one response alone: the best `share` of them all, at least one, in the data's
+    order.
     """
     groups = _by_prompt(responses)
     if len(groups) < len(responses):

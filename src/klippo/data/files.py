@@ -10,8 +10,8 @@ import csv
 import difflib
 import io
 import json
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,39 @@ ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a data set, with the place where a user finds it again."""
+    """One row of a data set, and how to name it in messages."""
 
     number: int
     """Position in the data, from 0; it stays the same when rows before it are held out."""
     columns: Mapping[str, Any]
-    """Every column; all rows of a source have the same ones, None where a row leaves one out."""
+    """Every column; all rows of a source have the same ones, None if a row leaves one out."""
     line: int | None = None
-    """Line in the file, from 1, where the format has lines."""
-    source: str | None = None
-    """Name of its source, where the data has several."""
+    """Line in the file, from 1, if the format has lines."""
+    source: str = "the data"
+    """The file or data set that it comes from."""
     first: int = 0
     """Number of its source's first row."""
 
-    def place(self, source: str) -> str:
-        """`reviews.jsonl, row 3 (line 4)`, for messages; `source` names the only source."""
-        return f"{self.source or source}, row {self.number - self.first}" + (
-            "" if self.line is None else f" (line {self.line})"
-        )
+    def __str__(self) -> str:
+        """`reviews.jsonl, row 3 (line 4)`."""
+        line = "" if self.line is None else f" (line {self.line})"
+        return f"{self.source}, row {self.number - self.first}{line}"
+
+    def require(self, column: str, setting: str) -> None:
+        """Raises ConfigError if the data has no such column; `setting` is what names it."""
+        names = list(self.columns)
+        if column not in names:
+            near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
+            raise ConfigError(
+                f"{self.source}: there is no column {column!r}; the columns are "
+                f"{', '.join(names)}: {hint}"
+            )
 
     def prompt(self, columns: Sequence[str]) -> Any:
         """What one column holds; of several, their texts joined by line breaks, None for nothing.
 
-        Raises ConfigError where one of several holds something other than text.
+        Raises ConfigError if one of several holds something other than text.
         """
         if len(columns) == 1:
             return self.columns.get(columns[0])
@@ -53,22 +63,40 @@ class Row:
         for name, value in texts:
             if not isinstance(value, str | None):
                 raise ConfigError(
-                    f"{self.place('the data')}: column {name!r} holds {_kind(value)} where text is "
-                    "needed, to join it with the other prompt columns; convert it to text"
+                    f"{self}: column {name!r} holds {shown(value)} where text is needed, to join "
+                    "it with the other prompt columns; convert it to text"
                 )
         return "\n".join(text for _, text in texts if text) or None
 
+    def prompt_key(self, columns: Sequence[str]) -> str:
+        """Equal for rows with equal prompts."""
+        return json.dumps(self.prompt(columns), default=str)
 
-def require_column(column: str, columns: Iterable[str], setting: str, source: str) -> None:
-    """Raises ConfigError where the data has no such column; `setting` is what names it."""
-    names = list(columns)
-    if column in names:
-        return
-    near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
-    raise ConfigError(
-        f"{source}: there is no column {column!r}; the columns are {', '.join(names)}: {hint}"
-    )
+
+def source_of(rows: Sequence[Row]) -> str:
+    """What to call the rows' sources in messages."""
+    return ", ".join(dict.fromkeys(row.source for row in rows))
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value and its type, short enough for a message."""
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:limit]!r}"
+
+
+def is_chat(value: object) -> bool:
+    """Is it a list of chat messages?"""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
+
+
+def finite_number(value: object) -> float | None:
+    """A number, also one written as text; None if it is none, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def is_file_name(name: str) -> bool:
@@ -81,8 +109,12 @@ def is_file_name(name: str) -> bool:
     )
 
 
-def read_file(name: str) -> list[Row]:
-    """All rows of a file, in its order.
+Numbered = list[tuple[int | None, dict[str, Any]]]
+"""Lines and columns."""
+
+
+def read_file(name: str, source: str | None = None) -> list[Row]:
+    """All rows of a file, in its order; `source` is what messages call it.
 
     Raises ConfigError when the file is missing, its ending unknown, its content broken, or when it
     has no rows.
@@ -98,7 +130,7 @@ def read_file(name: str) -> list[Row]:
         case ".csv":
             numbered = _read_csv(path)
         case ".parquet":
-            numbered = [(None, row) for row in _read_with_datasets(path, "parquet")]
+            numbered = [(None, row) for row in _read_table(path, "parquet")]
         case ending:
             raise ConfigError(
                 f"{name}: unknown file ending {ending!r}; rows are read from "
@@ -108,12 +140,9 @@ def read_file(name: str) -> list[Row]:
         raise ConfigError(f"{name}: the file has no rows; at least one prompt is needed")
     names = list(dict.fromkeys(column for _, columns in numbered for column in columns))
     return [
-        Row(number, {name: columns.get(name) for name in names}, line)
+        Row(number, {name: columns.get(name) for name in names}, line, source or name)
         for number, (line, columns) in enumerate(numbered)
     ]
-
-
-Numbered = list[tuple[int | None, dict[str, Any]]]
 
 
 def _text(path: Path) -> str:
@@ -136,14 +165,15 @@ def _read_json(path: Path) -> Numbered:
             return _read_json_lines(path, text)
         raise _broken_json(path, error.lineno, error) from None
     except (ValueError, RecursionError) as error:
-        raise _unreadable_json(str(path), error) from None
-    if isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds one object with the keys {_listed(content)}; a list of objects is "
-            "needed, [{...}, {...}], one per row"
-        )
+        raise _broken_json(path, None, error) from None
     if not isinstance(content, list):
-        raise ConfigError(f"{path}: holds {_kind(content)}; a list of objects is needed")
+        held = shown(content, 40)
+        if isinstance(content, dict):
+            names = [str(name) for name in content]
+            held = f"one object with the keys {', '.join(names[:12])}" + ", ..." * (len(names) > 12)
+        raise ConfigError(
+            f"{path}: holds {held}; a list of objects is needed, [{{...}}, {{...}}], one per row"
+        )
     return [(None, _object(path, f"row {i}", row)) for i, row in enumerate(content)]
 
 
@@ -154,10 +184,8 @@ def _read_json_lines(path: Path, text: str) -> Numbered:
             continue
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise _broken_json(path, line, error) from None
         except (ValueError, RecursionError) as error:
-            raise _unreadable_json(f"{path}, line {line}", error) from None
+            raise _broken_json(path, line, error) from None
         numbered.append((line, _object(path, f"line {line}", row)))
     return numbered
 
@@ -166,8 +194,7 @@ def _read_csv(path: Path) -> Numbered:
     text = _text(path)
     if not text.strip():
         return []
-    # Only an empty cell is missing: pandas would also take the prompts "NA" and "None" away.
-    rows = _read_with_datasets(path, "csv", keep_default_na=False, na_values=[""])
+    rows = _read_table(path, "csv")
     lines: Sequence[int | None] = _csv_lines(text)
     if len(lines) != len(rows):
         lines = [None] * len(rows)
@@ -185,76 +212,46 @@ def _csv_lines(text: str) -> list[int]:
     return starts[1:]
 
 
-def _read_with_datasets(path: Path, builder: str, **options: Any) -> list[dict[str, Any]]:
-    import datasets
+def _read_table(path: Path, kind: str) -> list[dict[str, Any]]:
+    import pandas
+    import pyarrow
+    from pyarrow import parquet
 
-    with tempfile.TemporaryDirectory() as cache, quiet(datasets):
-        try:
-            table = datasets.load_dataset(
-                builder,
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-            return list(table.to_list())
-        except Exception as error:
-            if "corresponds to no data" in str(error):
-                return []
-            cause = str(error.__cause__ or error).strip()
-            raise ConfigError(f"{path}: cannot be read as {builder}: {cause}; mend the file") from (
-                error
-            )
+    try:
+        if kind == "parquet":
+            table = parquet.read_table(path)
+        else:
+            # Only an empty cell is missing: pandas would also take the texts "NA" and "None" away.
+            frame = pandas.read_csv(path, keep_default_na=False, na_values=[""])
+            table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+        return list(table.to_pylist())
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: cannot be read as {kind}: {str(error).strip()}; fix the file"
+        ) from error
 
 
-class quiet:
-    """No progress bars of `datasets` inside; they would come between the run's own lines."""
-
-    def __init__(self, datasets: Any) -> None:
-        self._datasets = datasets
-        self._shown = not datasets.are_progress_bars_disabled()
-
-    def __enter__(self) -> None:
-        self._datasets.disable_progress_bars()
-
-    def __exit__(self, *error: object) -> None:
-        if self._shown:
-            self._datasets.enable_progress_bars()
-
-
-def _object(path: Path, where: str, row: object) -> dict[str, Any]:
+def _object(path: Path, position: str, row: object) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ConfigError(
-            f'{path}, {where}: {_kind(row)} where an object is needed, {{"prompt": "..."}}'
+            f'{path}, {position}: {shown(row, 40)} where an object is needed, {{"prompt": "..."}}'
         )
     return row
 
 
-def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> ConfigError:
-    return ConfigError(
-        f"{path}, line {line}, column {error.colno}: broken JSON ({error.msg}); mend that line"
-    )
-
-
-def _unreadable_json(where: str, error: Exception) -> ConfigError:
-    """A number with thousands of digits, or brackets in thousands of brackets."""
-    return ConfigError(f"{where}: JSON that cannot be read ({error}); mend it")
-
-
-def _kind(value: object) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
-
-
-def _listed(names: Iterable[object], limit: int = 12) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
+def _broken_json(path: Path, line: int | None, error: Exception) -> ConfigError:
+    """Broken syntax, a number with thousands of digits, or brackets in thousands of brackets."""
+    position = str(path) if line is None else f"{path}, line {line}"
+    if isinstance(error, json.JSONDecodeError):
+        what = f"column {error.colno}: broken JSON ({error.msg})"
+        return ConfigError(f"{position}, {what}; fix that line")
+    return ConfigError(f"{position}: JSON that cannot be read ({error}); fix it")
 
 
 def _nearest_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"; nor is there a folder {folder}"
-    there = [entry.name for entry in folder.iterdir() if entry.is_file()]
-    near = difflib.get_close_matches(path.name, there, n=1)
+    files = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    near = difflib.get_close_matches(path.name, files, n=1)
     return f"; did you mean {folder / near[0]}?" if near else "; check the path"

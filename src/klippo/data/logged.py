@@ -8,194 +8,160 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from klippo.data.files import Row, require_column
+from klippo.data.files import Row, finite_number, shown, source_of
 from klippo.data.settings import OfflineSettings
 from klippo.errors import ConfigError
 from klippo.types import BASELINE, Completion, LoggedResponse, Prompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One response of a row, not tokenized yet."""
+class ScoredResponse:
+    """One response of a row and its reward, before any tokenizer."""
 
     row: Row
-    place: str
-    """Where a user finds it again."""
+    name: str
+    """What messages call it: the row, and the index if the row has several."""
     text: str
     reward: float
     token_ids: list[int] | None
     logprobs: list[float] | None
 
 
-def read_answers(
-    rows: Sequence[Row], settings: OfflineSettings, reward_column: str, source: str
-) -> list[Answer]:
+def read_responses(
+    rows: Sequence[Row],
+    settings: OfflineSettings,
+    *,
+    reward_column: str,
+    prompt_columns: Sequence[str],
+) -> list[ScoredResponse]:
     """Every response of every row, checked; a row may hold a list of them.
 
     Raises ConfigError, with the row, for a missing column, an empty response, a reward that is no
-    finite number, and lists of different lengths.
+    finite number, lists of different lengths, and for duplicates if the settings refuse them.
     """
     if not rows:
         return []
-    names = {"response": settings.response_column, "reward": reward_column}
-    names |= {
-        key: name
-        for key, name in {
-            "token_ids": settings.token_ids_column,
-            "logprobs": settings.logprobs_column,
-        }.items()
-        if name is not None
-    }
-    for key, name in names.items():
-        setting = "reward.column" if key == "reward" else f"offline.{key}_column"
-        require_column(name, rows[0].columns, setting, source)
-    return [answer for row in rows for answer in _answers(row, names, source)]
+    columns = {"response": settings.response_column, "reward": reward_column}
+    for key in ("token_ids", "logprobs"):
+        if (name := getattr(settings, f"{key}_column")) is not None:
+            columns[key] = name
+    for key, name in columns.items():
+        rows[0].require(name, "reward.column" if key == "reward" else f"offline.{key}_column")
+    responses = [response for row in rows for response in _responses(row, columns)]
+    if settings.duplicates == "keep":
+        return responses
+    first: dict[tuple[str, str], ScoredResponse] = {}
+    for one in responses:
+        same = first.setdefault((one.row.prompt_key(prompt_columns), one.text), one)
+        if same is not one and settings.duplicates == "error":
+            raise ConfigError(
+                f"{one.name}: the same prompt and response as {same.name}; it would count twice: "
+                "remove one, or set offline.duplicates to keep or drop"
+            )
+    return list(first.values())
 
 
-def refuse_equal_rewards(answers: Sequence[Answer], reward_column: str, source: str) -> None:
-    """Raises ConfigError where there is nothing to learn from."""
-    rewards = {answer.reward for answer in answers}
+def refuse_equal_rewards(responses: Sequence[ScoredResponse], reward_column: str) -> None:
+    """Raises ConfigError if there is nothing to learn from."""
+    rewards = {response.reward for response in responses}
     if len(rewards) == 1:
         raise ConfigError(
-            f"{source}: all {len(answers)} rewards in column {reward_column!r} are "
-            f"{rewards.pop():g}, so nothing tells a good response from a bad one; check how they "
-            "were made"
+            f"{source_of([response.row for response in responses])}: all {len(responses)} rewards "
+            f"in column {reward_column!r} are {rewards.pop():g}, so nothing tells a good response "
+            "from a bad one; check how they were made"
         )
 
 
-def _answers(row: Row, names: Mapping[str, str], source: str) -> Iterator[Answer]:
-    place = row.place(source)
-    values = {key: row.columns[name] for key, name in names.items()}
+def _responses(row: Row, columns: Mapping[str, str]) -> Iterator[ScoredResponse]:
+    values = {key: row.columns[name] for key, name in columns.items()}
     if not isinstance(values["response"], list):
-        yield _answer(row, place, names, values)
+        yield _response(row, str(row), columns, values)
         return
     sizes = {
-        names[key]: len(value) if isinstance(value, list) else None for key, value in values.items()
+        columns[key]: len(value) if isinstance(value, list) else None
+        for key, value in values.items()
     }
     if len(set(sizes.values())) > 1:
-        told = ", ".join(
+        listed = ", ".join(
             f"{name!r} {'no list' if size is None else size}" for name, size in sizes.items()
         )
         raise ConfigError(
-            f"{place}: a list of responses needs lists of the same length in its other columns; "
-            f"there are {told}"
+            f"{row}: a list of responses needs lists of the same length in its other columns; "
+            f"there are {listed}"
         )
     for i in range(len(values["response"])):
-        one = {key: value[i] for key, value in values.items()}
-        yield _answer(row, f"{place}, response {i}", names, one)
+        items = {key: value[i] for key, value in values.items()}
+        yield _response(row, f"{row}, response {i}", columns, items)
 
 
-def _answer(row: Row, place: str, names: Mapping[str, str], values: Mapping[str, Any]) -> Answer:
-    text, reward = values["response"], values["reward"]
+def _response(
+    row: Row, name: str, columns: Mapping[str, str], values: Mapping[str, Any]
+) -> ScoredResponse:
+    text, reward = values["response"], finite_number(values["reward"])
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(
-            f"{place}: the response in column {names['response']!r} is {_shown(text)}; a response "
-            "needs text: fill or remove this row"
+            f"{name}: column {columns['response']!r} holds {shown(text)}; a response needs text: "
+            "fill or remove this row"
         )
-    if isinstance(reward, str):
-        reward = _number(reward)
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+    if reward is None:
         raise ConfigError(
-            f"{place}: the reward in column {names['reward']!r} is {_shown(values['reward'])}; it "
-            "must be a finite number: score or remove this row"
+            f"{name}: column {columns['reward']!r} holds {shown(values['reward'])}; a reward must "
+            "be a finite number: score or remove this row"
         )
-    return Answer(
-        row=row,
-        place=place,
-        text=text,
-        reward=float(reward),
-        token_ids=_numbers(place, names, values, "token_ids", int),
-        logprobs=_numbers(place, names, values, "logprobs", float),
-    )
+    lists: dict[str, list[Any] | None] = {"token_ids": None, "logprobs": None}
+    for key, kind in (("token_ids", int), ("logprobs", float)):
+        if key in columns:
+            lists[key] = _numbers(values[key], kind)
+            if lists[key] is None:
+                raise ConfigError(
+                    f"{name}: column {columns[key]!r} holds {shown(values[key])}; a list of "
+                    f"{'token ids' if kind is int else 'log-probs'}, one per response token, is "
+                    "needed"
+                )
+    return ScoredResponse(row=row, name=name, text=text, reward=reward, **lists)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _numbers(
-    place: str, names: Mapping[str, str], values: Mapping[str, Any], key: str, kind: type
-) -> list[Any] | None:
-    """A list of token ids or of log-probs; CSV files hold it as JSON text."""
-    if key not in names:
-        return None
-    value = values[key]
+def _numbers(value: Any, kind: type) -> list[Any] | None:
+    """A list of token ids or of log-probs (CSV files hold it as JSON text); None if it is none."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            value = None
+            return None
     allowed = int if kind is int else int | float
-    if (
-        not isinstance(value, list)
-        or not value
-        or any(isinstance(x, bool) or not isinstance(x, allowed) for x in value)
-    ):
-        what = "token ids" if kind is int else "log-probs"
-        raise ConfigError(
-            f"{place}: column {names[key]!r} holds {_shown(values[key])}; a list of {what}, one "
-            "per response token, is needed"
-        )
+    is_list = isinstance(value, list) and value
+    if not is_list or any(isinstance(x, bool) or not isinstance(x, allowed) for x in value):
+        return None
     return [kind(x) for x in value]
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "missing"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def without_duplicates(
-    answers: Sequence[Answer], settings: OfflineSettings, prompt_columns: Sequence[str]
-) -> list[Answer]:
-    """As `duplicates` wants it. Raises ConfigError that names a pair."""
-    if settings.duplicates == "keep":
-        return list(answers)
-    first: dict[tuple[str, str], Answer] = {}
-    for answer in answers:
-        key = (_prompt_key(answer.row, prompt_columns), answer.text)
-        if key in first and settings.duplicates == "error":
-            raise ConfigError(
-                f"{answer.place}: the same prompt and response as {first[key].place}; it would "
-                "count twice: remove one, or set offline.duplicates to keep or drop"
-            )
-        first.setdefault(key, answer)
-    return list(first.values())
-
-
-def leave_one_out(answers: Sequence[Answer], prompt_columns: Sequence[str]) -> list[float]:
+def leave_one_out(
+    responses: Sequence[ScoredResponse], prompt_columns: Sequence[str]
+) -> list[float]:
     """For each response the mean reward of the others to its prompt.
 
-    Raises ConfigError where there are no others.
+    Raises ConfigError if there are no others.
     """
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(_prompt_key(answer.row, prompt_columns), []).append(answer)
+    keys = [response.row.prompt_key(prompt_columns) for response in responses]
+    groups: dict[str, list[ScoredResponse]] = {}
+    for key, response in zip(keys, responses, strict=True):
+        groups.setdefault(key, []).append(response)
     alone = [group[0] for group in groups.values() if len(group) == 1]
     if alone:
         raise ConfigError(
-            f"{alone[0].place}: the only response to its prompt ({len(alone)} of {len(groups)} "
+            f"{alone[0].name}: the only response to its prompt ({len(alone)} of {len(groups)} "
             "prompts have one alone), and offline.baseline=leave_one_out compares it with others; "
             "use baseline: value, or remove such rows"
         )
-    baselines = []
-    for answer in answers:
-        group = groups[_prompt_key(answer.row, prompt_columns)]
-        total = math.fsum(one.reward for one in group)
-        baselines.append((total - answer.reward) / (len(group) - 1))
-    return baselines
-
-
-def _prompt_key(row: Row, prompt_columns: Sequence[str]) -> str:
-    return json.dumps(row.prompt(prompt_columns), default=str)
+    totals = {key: math.fsum(one.reward for one in group) for key, group in groups.items()}
+    return [
+        (totals[key] - response.reward) / (len(groups[key]) - 1)
+        for key, response in zip(keys, responses, strict=True)
+    ]
 
 
 def log_responses(
-    answers: Sequence[Answer],
+    responses: Sequence[ScoredResponse],
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     settings: OfflineSettings,
@@ -205,69 +171,62 @@ def log_responses(
     stop_ids: frozenset[int],
     context: int | None,
 ) -> list[LoggedResponse]:
-    """Answers as token ids, each behind its prompt as the policy reads it.
+    """Responses as token ids, each behind its prompt as the policy reads it.
 
-    Answers whose prompt was left out (overlong) are left out too. Raises ConfigError, with the
+    Responses whose prompt was left out (overlong) are left out too. Raises ConfigError, with the
     row, for a response that does not fit and for log-probs that do not belong to its tokens.
     """
     by_row = {prompt.id: prompt for prompt in prompts}
-    kept = [answer for answer in answers if answer.row.number in by_row]
+    kept = [response for response in responses if response.row.number in by_row]
     baselines: Sequence[float | None] = [None] * len(kept)
     if settings.baseline == "leave_one_out":
         baselines = leave_one_out(kept, prompt_columns)
-    found = []
-    for answer, baseline in zip(kept, baselines, strict=True):
-        prompt = by_row[answer.row.number]
-        meta = dict(prompt.meta) | {
-            settings.response_column: answer.text,
-            reward_column: answer.reward,
-        }
-        if baseline is not None:
-            meta[BASELINE] = baseline
-        completion = _completion(answer, tokenizer, stop_ids)
-        length = len(prompt.token_ids) + len(completion.token_ids)
-        if context is not None and length > context:
+    logged = []
+    for response, baseline in zip(kept, baselines, strict=True):
+        prompt = by_row[response.row.number]
+        meta = dict(prompt.meta)
+        meta |= {settings.response_column: response.text, reward_column: response.reward}
+        meta |= {} if baseline is None else {BASELINE: baseline}
+        completion = _completion(response, tokenizer, stop_ids)
+        num_prompt, num_response = len(prompt.token_ids), len(completion.token_ids)
+        if context is not None and num_prompt + num_response > context:
             raise ConfigError(
-                f"{answer.place}: prompt and response are {len(prompt.token_ids)} + "
-                f"{len(completion.token_ids)} tokens, and the model's context is {context}; "
-                "shorten or remove this row"
+                f"{response.name}: prompt and response are {num_prompt} + {num_response} tokens, "
+                f"and the model's context is {context}; shorten or remove this row"
             )
-        found.append(
-            LoggedResponse(
-                prompt=replace(prompt, meta=meta), completion=completion, reward=answer.reward
-            )
+        prompt = replace(prompt, meta=meta)
+        logged.append(LoggedResponse(prompt=prompt, completion=completion, reward=response.reward))
+    return logged
+
+
+def _completion(
+    response: ScoredResponse, tokenizer: Tokenizer, stop_ids: frozenset[int]
+) -> Completion:
+    ids, end = response.token_ids, tokenizer.eos_token_id
+    if ids is None and end is None:
+        raise ConfigError(
+            "the policy's tokenizer has no end token to put behind responses; name the token ids "
+            "with offline.token_ids_column"
         )
-    return found
-
-
-def _completion(answer: Answer, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> Completion:
-    if answer.token_ids is not None:
-        ids = answer.token_ids
-        unknown = [i for i in ids if not 0 <= i < len(tokenizer)]
-        if unknown:
-            raise ConfigError(
-                f"{answer.place}: {unknown[0]} is no token of this tokenizer, which has "
-                f"{len(tokenizer)}; the ids must be those of the policy's own tokenizer"
-            )
-    else:
-        end = tokenizer.eos_token_id
-        if end is None:
-            raise ConfigError(
-                "the policy's tokenizer has no end token to put behind responses; name the token "
-                "ids with offline.token_ids_column"
-            )
-        ids = [*tokenizer.encode(answer.text, add_special_tokens=False), end]
-    logprobs = answer.logprobs
-    if logprobs is not None:
-        if len(logprobs) != len(ids):
-            raise ConfigError(
-                f"{answer.place}: {len(logprobs)} log-probs for {len(ids)} response tokens (the "
-                "end token counts); log-probs need the tokens that were sampled: name them with "
-                "offline.token_ids_column, or use behavior: start"
-            )
-        wrong = [x for x in logprobs if not math.isfinite(x) or x > 0]
-        if wrong:
-            raise ConfigError(
-                f"{answer.place}: {wrong[0]} is no log-prob; log-probs are finite and at most 0"
-            )
+    if ids is None:
+        assert end is not None
+        ids = [*tokenizer.encode(response.text, add_special_tokens=False), end]
+    unknown = [i for i in ids if not 0 <= i < len(tokenizer)]
+    if unknown:
+        raise ConfigError(
+            f"{response.name}: {unknown[0]} is no token of this tokenizer, which has "
+            f"{len(tokenizer)}; the ids must be those of the policy's own tokenizer"
+        )
+    logprobs = response.logprobs
+    if logprobs is not None and len(logprobs) != len(ids):
+        raise ConfigError(
+            f"{response.name}: {len(logprobs)} log-probs for {len(ids)} response tokens (the end "
+            "token counts); log-probs need the tokens that were sampled: name them with "
+            "offline.token_ids_column, or use behavior: start"
+        )
+    wrong = [x for x in logprobs or () if not math.isfinite(x) or x > 0]
+    if wrong:
+        raise ConfigError(
+            f"{response.name}: {wrong[0]} is no log-prob; log-probs are finite and at most 0"
+        )
     return Completion(token_ids=ids, finished=ids[-1] in stop_ids, logprobs=logprobs)

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
-from klippo.data.preference_rows import Pair, Rated, read_rows
-from klippo.data.rows import load_rows, validation_source
-from klippo.data.settings import DataSettings, PreferenceSettings
+from klippo.data.files import Row, finite_number, is_chat, shown, source_of
+from klippo.data.rows import hold_out_units, load_sources
+from klippo.data.settings import PreferenceSettings
 from klippo.errors import ConfigError
+from klippo.types import Prompt
 
+PROMPT = "prompt"
 MANY_PAIRS = 200_000
 """Beyond this many possible pairs, pairs are drawn one by one instead of listed and shuffled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two responses to one prompt, and which is better."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    """By how much the chosen one must win, in reward units."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What must not be on both sides: its prompt, or its responses if there are no prompts."""
+        return _units(self.prompt, self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """One response with one number."""
+
+    prompt: Prompt
+    response: str
+    rating: float
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What must not be on both sides: its prompt, or its response if there are no prompts."""
+        return _units(self.prompt, self.response)
+
+
+def _units(prompt: Prompt, *responses: str) -> tuple[str, ...]:
+    return (json.dumps(prompt.text),) if prompt.text else responses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +61,7 @@ class Preferences:
     train: list[Pair]
     held_out: list[Pair]
     notes: list[str] = field(default_factory=list)
-    """What was left out or turned round, in words."""
+    """What was left out or flipped, in words."""
 
 
 def load_preferences(settings: PreferenceSettings) -> Preferences:
@@ -32,39 +69,35 @@ def load_preferences(settings: PreferenceSettings) -> Preferences:
 
     Raises ConfigError for everything that is wrong with the data.
     """
-    data = DataSettings(
-        train=settings.train,
-        subset=settings.subset,
-        split=settings.split,
-        validation=settings.validation,
-    )
-    rows, validation_rows = load_rows(data, settings.seed)
-    notes: list[str] = []
-    items = read_rows(rows, settings, settings.train)
+    rows, validation_rows = load_sources(settings)
+    source, notes = source_of(rows), []
+    items = _read(rows, settings)
     held_out: list[Any] = []
     if settings.validation is not None:
-        source = validation_source(data)
-        held_out = _unseen(items, read_rows(validation_rows, settings, source), source, notes)
+        held_out = _unseen(items, _read(validation_rows, settings), source_of(validation_rows))
+        if num_seen := len(validation_rows) - len(held_out):
+            notes.append(
+                f"{num_seen} held-out rows left out because they share a {_unit_name(items)} with "
+                "training rows"
+            )
     elif settings.validation_size != 0:
-        items, held_out = _hold_out(items, settings)
+        units = [item.units for item in items]
+        items, held_out = hold_out_units(items, units, settings, settings.seed, source)
     if settings.format == "ratings":
-        with_prompts = _has_prompts(items)
-        items = _draw(items, settings, settings.num_pairs, with_prompts, "train", notes)
+        items = _draw(items, settings, "num_pairs", source, notes)
         if held_out:
-            wanted = settings.num_validation_pairs
-            held_out = _draw(held_out, settings, wanted, with_prompts, "held-out", notes)
+            source = settings.validation or source
+            held_out = _draw(held_out, settings, "num_validation_pairs", source, notes)
     train = flip(items, settings.label_noise, settings.seed)
     if settings.label_noise > 0:
-        notes.append(f"{num_flipped(len(train), settings.label_noise)} training pairs turned round")
+        notes.append(f"{num_flipped(len(train), settings.label_noise)} training pairs flipped")
     return Preferences(train=train, held_out=held_out, notes=notes)
 
 
 def flip(pairs: Sequence[Pair], share: float, seed: int) -> list[Pair]:
-    """The pairs with round(share * n) of them, drawn by `seed`, turned round; margins stay."""
-    drawn = random.Random(f"{seed}:label_noise").sample(
-        range(len(pairs)), num_flipped(len(pairs), share)
-    )
-    flipped = set(drawn)
+    """The pairs with round(share * n) of them, drawn by `seed`, flipped; margins stay."""
+    number = num_flipped(len(pairs), share)
+    flipped = set(random.Random(f"{seed}:label_noise").sample(range(len(pairs)), number))
     return [
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if i in flipped else pair
         for i, pair in enumerate(pairs)
@@ -72,7 +105,7 @@ def flip(pairs: Sequence[Pair], share: float, seed: int) -> list[Pair]:
 
 
 def num_flipped(num_pairs: int, share: float) -> int:
-    """How many of n pairs label noise turns round."""
+    """How many of n pairs label noise flips."""
     return round(share * num_pairs)
 
 
@@ -81,107 +114,157 @@ def bag(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     return random.Random(f"{seed}:bagging").choices(pairs, k=len(pairs))
 
 
-def pairs_from_ratings(
-    rated: Sequence[Rated],
-    num_pairs: int | None,
-    *,
-    with_prompts: bool,
-    disjoint: bool,
-    seed: str,
-) -> tuple[list[Pair], int]:
-    """Pairs of responses with unlike ratings, and how many were left out because they tie.
+def _read(rows: Sequence[Row], settings: PreferenceSettings) -> list[Any]:
+    """Rows as pairs or as rated responses, checked."""
+    names = ["chosen_column", "rejected_column", "preference_column", "margin_column"]
+    if settings.format == "ratings":
+        names = ["response_column", "rating_column"]
+    for name in names:
+        if (column := getattr(settings, name)) is not None:
+            rows[0].require(column, f"data.{name}")
+    columns = _prompt_columns(rows[0], settings)
+    read = _pair if settings.format == "pairs" else _rated
+    return [read(row, settings, columns) for row in rows]
 
-    `disjoint` puts each response into one pair at most (without prompts). Two copies of one text
-    count as a tie, whatever their ratings. At most `num_pairs`, in an order drawn by `seed`.
-    """
-    generator = random.Random(seed)
-    pairs: list[Pair] = []
-    num_ties = 0
-    for first, second in _candidates(rated, with_prompts, disjoint, generator):
-        if num_pairs is not None and len(pairs) == num_pairs:
-            break
-        if first.rating == second.rating or first.response == second.response:
-            num_ties += 1
-            continue
-        better, worse = (first, second) if first.rating > second.rating else (second, first)
-        units = better.units if with_prompts else (better.response, worse.response)
-        pairs.append(
-            Pair(
-                prompt=better.prompt,
-                chosen=better.response,
-                rejected=worse.response,
-                units=units,
+
+def _prompt_columns(row: Row, settings: PreferenceSettings) -> list[str]:
+    """The prompt's columns; none if the setting is the default and the data has no such one."""
+    chosen = settings.prompt_column
+    names = [] if chosen is None else [chosen] if isinstance(chosen, str) else chosen
+    if names == [PROMPT] and PROMPT not in row.columns:
+        near = [column for column in row.columns if PROMPT in column.lower()]
+        if near:
+            raise ConfigError(
+                f"{row.source}: there is no column {PROMPT!r}, but {near[0]!r}; set "
+                f"data.prompt_column: {near[0]}, or null if the data has no prompts"
             )
+        return []
+    for name in names:
+        row.require(name, "data.prompt_column")
+    return names
+
+
+def _pair(row: Row, settings: PreferenceSettings, prompt_columns: list[str]) -> Pair:
+    before, chosen = _response(row, settings.chosen_column)
+    _, rejected = _response(row, settings.rejected_column)
+    prompt = _prompt(row, prompt_columns, before)
+    if chosen == rejected:
+        raise ConfigError(
+            f"{row}: columns {settings.chosen_column!r} and {settings.rejected_column!r} hold the "
+            f"same text {chosen[:40]!r}; a pair needs two different responses: remove the row"
         )
-    return pairs, num_ties
+    if (column := settings.preference_column) is not None:
+        better = row.columns[column]
+        if better not in (1, 2):
+            raise ConfigError(
+                f"{row}: column {column!r} holds {better!r}; 1 says that the response in "
+                f"{settings.chosen_column!r} is better, 2 that the other is: fix the row"
+            )
+        chosen, rejected = (chosen, rejected) if better == 1 else (rejected, chosen)
+    column = settings.margin_column
+    margin = None if column is None else _number(row, column, row.columns[column])
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
 
 
-def _candidates(
-    rated: Sequence[Rated], with_prompts: bool, disjoint: bool, generator: random.Random
-) -> Iterator[tuple[Rated, Rated]]:
-    """Pairs of rows in random order, each at most once."""
-    if with_prompts:
-        groups: dict[tuple[str, ...], list[Rated]] = {}
-        for one in rated:
-            groups.setdefault(one.units, []).append(one)
-        listed = [pair for group in groups.values() for pair in combinations(group, 2)]
-        generator.shuffle(listed)
-        yield from listed
-        return
-    if disjoint:
-        order = list(rated)
-        generator.shuffle(order)
-        yield from zip(order[::2], order[1::2], strict=False)
-        return
-    num = len(rated)
-    if num * (num - 1) // 2 <= MANY_PAIRS:
-        listed = list(combinations(rated, 2))
-        generator.shuffle(listed)
-        yield from listed
-        return
-    seen: set[tuple[int, int]] = set()
-    while len(seen) < num * (num - 1) // 4:
-        i, j = sorted(generator.sample(range(num), 2))
-        if (i, j) not in seen:
-            seen.add((i, j))
-            yield rated[i], rated[j]
+def _rated(row: Row, settings: PreferenceSettings, prompt_columns: list[str]) -> Rated:
+    before, response = _response(row, settings.response_column)
+    prompt = _prompt(row, prompt_columns, before)
+    column = settings.rating_column
+    value = row.columns[column]
+    if isinstance(value, list) and not value:
+        raise ConfigError(f"{row}: column {column!r} holds no rating; fill or remove the row")
+    values = value if isinstance(value, list) else [value]
+    ratings = [_number(row, column, one, " or a list of numbers") for one in values]
+    rating = sum(ratings) / len(ratings)
+    if settings.rater == "one":
+        rating = random.Random(f"{settings.seed}:rater:{row.number}").choice(ratings)
+    return Rated(prompt, response, rating)
+
+
+def _prompt(row: Row, prompt_columns: list[str], before: list[dict[str, Any]]) -> Prompt:
+    """The row's prompt; chat messages before the response stand in for a column."""
+    columns = dict(row.columns)
+    value: Any = row.prompt(prompt_columns) if prompt_columns else (before or "")
+    if not prompt_columns and before:
+        columns[PROMPT] = before
+    text = value if isinstance(value, str) else ""
+    if is_chat(value):
+        text = "\n".join(str(message.get("content") or "") for message in value)
+    if prompt_columns and not text.strip():
+        raise ConfigError(
+            f"{row}: the prompt in column {', '.join(prompt_columns)!r} is empty ({value!r}); fill "
+            "or remove the row, or set data.prompt_column: null if the data has no prompts"
+        )
+    return Prompt(id=row.number, text=text, token_ids=[], content=text, meta=columns)
+
+
+def _response(row: Row, column: str) -> tuple[list[dict[str, Any]], str]:
+    """Chat messages before the response (none for text), and the response."""
+    text = value = row.columns[column]
+    before: list[dict[str, Any]] = []
+    if is_chat(value):
+        before, text = value[:-1], value[-1].get("content")
+    if isinstance(text, str) and text.strip():
+        return before, text
+    raise ConfigError(
+        f"{row}: column {column!r} holds {shown(value)} where a response is needed (text, or chat "
+        "messages that end with it); fill or remove the row"
+    )
+
+
+def _number(row: Row, column: str, value: Any, alternative: str = "") -> float:
+    number = finite_number(value)
+    if number is None:
+        raise ConfigError(
+            f"{row}: column {column!r} holds {shown(value)} where a number{alternative} is needed; "
+            "fix the row, or choose another column"
+        )
+    return number
 
 
 def _draw(
     rated: Sequence[Rated],
     settings: PreferenceSettings,
-    wanted: int | None,
-    with_prompts: bool,
-    side: str,
+    limit_name: str,
+    source: str,
     notes: list[str],
 ) -> list[Pair]:
-    """Pairs of one side, with a note about what was left out."""
-    disjoint = side == "held-out" and wanted is None and not with_prompts
-    limit = len(rated) if wanted is None and not with_prompts else wanted
-    pairs, num_ties = pairs_from_ratings(
-        rated,
-        limit,
-        with_prompts=with_prompts,
-        disjoint=disjoint,
-        seed=f"{settings.seed}:{side}",
-    )
-    source = settings.validation if side == "held-out" and settings.validation else settings.train
-    among = "responses to the same prompt" if with_prompts else "responses"
+    """Pairs of responses with unlike ratings, drawn by the seed; ties are counted in a note.
+
+    Two copies of one text tie, whatever their ratings. Without prompts and without a limit, as
+    many pairs as there are responses train, and each held-out response is in one pair.
+    """
+    side = "train" if limit_name == "num_pairs" else "held-out"
+    wanted, has_prompts = getattr(settings, limit_name), bool(rated[0].prompt.text)
+    limit = len(rated) if wanted is None and not has_prompts else wanted
+    disjoint = side == "held-out" and wanted is None
+    num_ties = 0
+
+    def untied() -> Iterator[Pair]:
+        nonlocal num_ties
+        generator = random.Random(f"{settings.seed}:{side}")
+        for pair in _candidates(rated, has_prompts, disjoint, generator):
+            worse, better = sorted(pair, key=lambda one: one.rating)
+            if worse.rating == better.rating or worse.response == better.response:
+                num_ties += 1
+            else:
+                chosen, rejected = better.response, worse.response
+                yield Pair(prompt=better.prompt, chosen=chosen, rejected=rejected)
+
+    pairs = list(islice(untied(), limit))
+    among = "responses to the same prompt" if has_prompts else "responses"
     if not pairs:
-        why = (
-            f"all {num_ties} of them tie (equal ratings or equal texts)"
-            if num_ties
-            else f"among {len(rated)} rows there are no two {among}"
-        )
+        why = f"among {len(rated)} rows there are no two {among}"
+        if num_ties:
+            why = f"all {num_ties} of them tie (equal ratings or equal texts)"
         raise ConfigError(
             f"{source}: no {side} pairs can be made of column {settings.rating_column!r}: {why}; a "
-            "pair needs two responses with unlike ratings: add rows, or check "
-            "data.rating_column and data.prompt_column"
+            "pair needs two responses with unlike ratings: add rows, or check data.rating_column "
+            "and data.prompt_column"
         )
     if wanted is not None and len(pairs) < wanted:
-        name = "num_pairs" if side == "train" else "num_validation_pairs"
         raise ConfigError(
-            f"data.{name}={wanted}: {source} gives {len(pairs)} {side} pairs of {among} with "
+            f"data.{limit_name}={wanted}: {source} gives {len(pairs)} {side} pairs of {among} with "
             f"unlike ratings ({num_ties} tie); use at most {len(pairs)}"
         )
     if num_ties:
@@ -189,64 +272,43 @@ def _draw(
     return pairs
 
 
-def _has_prompts(items: Sequence[Any]) -> bool:
-    return bool(items[0].prompt.text)
+def _candidates(
+    rated: Sequence[Rated], with_prompts: bool, disjoint: bool, generator: random.Random
+) -> Iterator[tuple[Rated, Rated]]:
+    """Pairs of rows in random order, each at most once."""
+    num = len(rated)
+    if not with_prompts and disjoint:
+        order = list(rated)
+        generator.shuffle(order)
+        yield from zip(order[::2], order[1::2], strict=False)
+    elif with_prompts or num * (num - 1) // 2 <= MANY_PAIRS:
+        groups: dict[tuple[str, ...], list[Rated]] = {}
+        for one in rated:
+            groups.setdefault(one.units if with_prompts else (), []).append(one)
+        listed = [pair for group in groups.values() for pair in combinations(group, 2)]
+        generator.shuffle(listed)
+        yield from listed
+    else:
+        seen: set[tuple[int, int]] = set()
+        while len(seen) < num * (num - 1) // 4:
+            i, j = sorted(generator.sample(range(num), 2))
+            if (i, j) not in seen:
+                seen.add((i, j))
+                yield rated[i], rated[j]
 
 
-def _hold_out(items: list[Any], settings: PreferenceSettings) -> tuple[list[Any], list[Any]]:
-    """Take `validation_size` rows (or that share) away, whole groups of shared units at a time."""
-    size = settings.validation_size
-    wanted = size if isinstance(size, int) else max(1, round(size * len(items)))
-    groups = _groups([item.units for item in items])
-    random.Random(f"{settings.seed}:hold_out").shuffle(groups)
-    held: set[int] = set()
-    for group in groups:
-        if len(held) >= wanted:
-            break
-        held.update(group)
-    if len(held) >= len(items):
-        what = "prompts" if _has_prompts(items) else "groups of rows that share a response"
-        raise ConfigError(
-            f"data.validation_size={size} leaves nothing to train on: {settings.train} has "
-            f"{len(items)} rows in {len(groups)} {what}; make it smaller"
-        )
-    train = [item for i, item in enumerate(items) if i not in held]
-    return train, [item for i, item in enumerate(items) if i in held]
+def _unit_name(items: Sequence[Any]) -> str:
+    return "prompt" if items[0].prompt.text else "response"
 
 
-def _groups(units: Sequence[tuple[str, ...]]) -> list[list[int]]:
-    """Row numbers in groups: rows that share a unit, also by way of others, are together."""
-    parent = list(range(len(units)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[str, int] = {}
-    for i, row in enumerate(units):
-        for unit in row:
-            parent[root(i)] = root(first.setdefault(unit, i))
-    groups: dict[int, list[int]] = {}
-    for i in range(len(units)):
-        groups.setdefault(root(i), []).append(i)
-    return list(groups.values())
-
-
-def _unseen(train: list[Any], held_out: list[Any], source: str, notes: list[str]) -> list[Any]:
+def _unseen(train: list[Any], held_out: list[Any], source: str) -> list[Any]:
     """Held-out rows without those that share a unit with a training row."""
     seen = {unit for item in train for unit in item.units}
     kept = [item for item in held_out if not seen.intersection(item.units)]
-    what = "prompt" if _has_prompts(train) else "response"
     if not kept:
         raise ConfigError(
-            f"{source}: nothing is left to test on, for all {len(held_out)} rows share a {what} "
-            "with a training row; give other rows, or set data.validation_size instead"
-        )
-    if len(kept) < len(held_out):
-        notes.append(
-            f"{len(held_out) - len(kept)} held-out rows left out because they share a {what} with "
-            "training rows"
+            f"{source}: nothing is left to test on, for all {len(held_out)} rows share a "
+            f"{_unit_name(train)} with a training row; give other rows, or set "
+            "data.validation_size instead"
         )
     return kept

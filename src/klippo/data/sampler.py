@@ -15,7 +15,7 @@ T = TypeVar("T")
 class PromptSampler(Generic[T]):
     """Draws batches of prompts; each epoch sees every prompt exactly once, in its own order.
 
-    The whole state is the number of prompts drawn so far: prompt n is place `n mod N` of epoch
+    Its state is the number of prompts drawn so far: prompt n is number `n mod N` of epoch
     `n div N`, and an epoch's order follows from the seed. A batch may span two epochs.
     """
 
@@ -64,35 +64,31 @@ class PromptSampler(Generic[T]):
 
     def state_dict(self) -> dict[str, Any]:
         """The same on every rank."""
-        return {
-            "num_drawn": self._num_drawn,
-            "num_prompts": len(self._prompts),
-            "seed": self._seed,
-        }
+        num_prompts = len(self._prompts)
+        return {"num_drawn": self._num_drawn, "num_prompts": num_prompts, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; another batch size or number of ranks is fine.
+        """Continue from `state`; another batch size or number of ranks is fine.
 
         Raises ConfigError when the prompts or the seed are others, whose order would be another.
         """
-        here = self.state_dict()
-        for key in ("num_prompts", "seed"):
-            if state[key] != here[key]:
+        for key, value in self.state_dict().items():
+            if key != "num_drawn" and state[key] != value:
                 raise ConfigError(
                     f"the checkpoint was written with {key}={state[key]}, this run has "
-                    f"{key}={here[key]}; resume with the same data and seed, or start a new run"
+                    f"{key}={value}; resume with the same data and seed, or start a new run"
                 )
         self._num_drawn = int(state["num_drawn"])
 
     def _prompt(self, draw: int) -> T:
-        epoch, place = divmod(draw, len(self._prompts))
+        epoch, index = divmod(draw, len(self._prompts))
         if epoch not in self._orders:
             order = list(range(len(self._prompts)))
             random.Random(f"{self._seed}:{epoch}").shuffle(order)
             # The epoch before is still needed by a batch that spans two.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             self._orders[epoch] = order
-        return self._prompts[self._orders[epoch][place]]
+        return self._prompts[self._orders[epoch][index]]
 
 
 def pick(prompts: list[Prompt], number: int, seed: int) -> list[Prompt]:

@@ -11,15 +11,38 @@ from klippo.templates import check_template
 Names = Annotated[list[str], Field(min_length=1)]
 
 
-class DataSettings(Settings):
+class SourceSettings(Settings):
+    """Rows to train on, and rows that are held out."""
+
     train: str | Names
-    """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`; a list is joined."""
+    """JSON, JSONL, CSV or Parquet file, or a hub data set."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
     """Rows to train on: a split of a hub data set, or a part of either, as `train[:1000]`."""
     validation: str | None = None
-    """File (or split of the hub data set) with held-out prompts."""
+    """File (or split of the hub data set) with held-out rows."""
+    validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
+    """Without `validation`: how many rows (or which share) to hold out of `train`."""
+
+    @model_validator(mode="after")
+    def _one_held_out_source(self) -> Self:
+        if self.validation is not None and self.validation_size != 0:
+            raise ValueError(
+                f"validation={self.validation!r} and validation_size={self.validation_size} both "
+                "say where held-out rows come from; remove one of them"
+            )
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        """The names in `train`."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+
+class DataSettings(SourceSettings):
+    train: str | Names
+    """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`; a list is joined."""
     validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
     """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
     same prompt stay together, so copies can make it a little more."""
@@ -43,11 +66,6 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.validation is not None and self.validation_size != 0:
-            raise ValueError(
-                f"validation={self.validation!r} and validation_size={self.validation_size} both "
-                "say where held-out prompts come from; remove one of them"
-            )
         if self.format == "chat" and self.cut_tokens is not None:
             raise ValueError(
                 f"cut_tokens={self.cut_tokens} would cut the chat template; use format: text"
@@ -71,11 +89,6 @@ class DataSettings(Settings):
             check_template(template)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-
-    @property
-    def sources(self) -> list[str]:
-        """The names in `train`."""
-        return [self.train] if isinstance(self.train, str) else self.train
 
     @property
     def prompt_columns(self) -> list[str]:
@@ -119,13 +132,9 @@ class OfflineSettings(Settings):
         return self
 
 
-class PreferenceSettings(Settings):
+class PreferenceSettings(SourceSettings):
     train: str
     """JSON, JSONL, CSV or Parquet file, or a hub data set."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    split: str = "train"
-    """Rows to train on: a split of a hub data set, or a part of either, as `train[:1000]`."""
     validation: str | None = None
     """File (or split of the hub data set) with held-out rows; those that share a prompt with
     training rows (without prompts: a response) are left out, and counted."""
@@ -134,8 +143,8 @@ class PreferenceSettings(Settings):
     same prompt (without prompts: the same response) stay together."""
     format: Literal["pairs", "ratings"] = "pairs"
     """A row is a pair of responses, or one response with a rating; ratings become pairs of
-    responses to the same prompt, or of any two responses where there are no prompts."""
-    prompt_column: str | Annotated[list[str], Field(min_length=1)] | None = "prompt"
+    responses to the same prompt, or of any two responses if there are no prompts."""
+    prompt_column: str | Names | None = "prompt"
     """Column with the prompt, text or chat messages; several are joined by line breaks. Data
     without a column `prompt` has no prompts; null says so."""
     chosen_column: str = "chosen"
@@ -143,7 +152,7 @@ class PreferenceSettings(Settings):
     rejected_column: str = "rejected"
     """With `format: pairs`: the worse response."""
     preference_column: str | None = None
-    """With `format: pairs`: where the two columns above are not in order of preference, the column
+    """With `format: pairs`: if the two columns above are not in order of preference, the column
     with 1 (the first is better) or 2 (the second)."""
     margin_column: str | None = None
     """With `format: pairs`: by how much the chosen response must win, in reward units."""
@@ -155,11 +164,11 @@ class PreferenceSettings(Settings):
     """Of a list of ratings take the mean, or that of one rater drawn by `seed`: human noise."""
     num_pairs: PositiveInt | None = None
     """With `format: ratings`: training pairs to draw; default: every pair of responses to the same
-    prompt, or as many as there are responses where there are no prompts."""
+    prompt, or as many as there are responses if there are no prompts."""
     num_validation_pairs: PositiveInt | None = None
     """The same for held-out pairs; default without prompts: each response in one pair."""
     label_noise: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of the training pairs that are turned round, the same ones for every member."""
+    """Share of the training pairs that are flipped, the same ones for every member."""
     bagging: bool = False
     """Draw each member's pairs with replacement, by the member's own seed."""
     seed: NonNegativeInt = 0
@@ -167,11 +176,6 @@ class PreferenceSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.validation is not None and self.validation_size != 0:
-            raise ValueError(
-                f"validation={self.validation!r} and validation_size={self.validation_size} both "
-                "say where held-out rows come from; remove one of them"
-            )
         only: dict[str, tuple[str, ...]] = {
             "pairs": ("chosen_column", "rejected_column", "preference_column", "margin_column"),
             "ratings": (

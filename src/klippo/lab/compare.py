@@ -14,6 +14,7 @@ from rich.console import Console
 
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
+from klippo.data.files import source_of
 from klippo.data.sampler import pick
 from klippo.errors import ConfigError
 from klippo.evaluation.comparison import (
@@ -106,7 +107,7 @@ def compare(
     runs = [place.config for place in (*places.values(), base)]
     kept, lead = _rows(prompts, next((run for run in runs if run is not None), None))
     settings = rewards_by_name(rewards, runs)
-    groups = groups_of(kept.rows, by, kept.source)
+    groups = groups_of(kept.rows, by, source_of(kept.rows))
     column = kept.data.prompt_columns[0]
     measures = open_measures(settings, kept.rows[0].columns, device=device, prompt_column=column)
     with console.status("The answers before"):

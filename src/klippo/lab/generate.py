@@ -63,9 +63,7 @@ def as_prompts(opened: OpenModel, texts: Sequence[str], max_tokens: int) -> list
     settings = opened.data.model_copy(update={"cut_tokens": None})
     rows = as_rows(texts, settings.prompt_columns)
     room = room_for_prompts(opened.model, max_tokens, None)
-    return build_prompts(
-        rows, settings, opened.tokenizer, max_prompt_tokens=room, seed=0, source="prompts"
-    )
+    return build_prompts(rows, settings, opened.tokenizer, max_prompt_tokens=room, seed=0)
 
 
 def _lines(file: Path) -> list[str]:

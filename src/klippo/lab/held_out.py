@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import load_rows, train_source, validation_source
+from klippo.data.rows import load_rows
 from klippo.data.settings import DataSettings
 from klippo.lengths import room_for_prompts
 from klippo.runs.models import OpenModel
@@ -20,7 +20,6 @@ class HeldOut:
 
     rows: Sequence[Row]
     data: DataSettings
-    source: str
 
     def prompts(
         self,
@@ -37,15 +36,13 @@ class HeldOut:
             opened.tokenizer,
             max_prompt_tokens=room,
             seed=seed,
-            source=self.source,
         )
 
 
 def held_out(data: DataSettings, data_seed: int) -> HeldOut:
     """The rows; `data_seed` held them out when the run trained."""
     rows, kept = load_rows(data, data_seed)
-    source = validation_source(data) if kept else train_source(data)
-    return HeldOut(rows=kept or rows, data=data, source=source)
+    return HeldOut(rows=kept or rows, data=data)
 
 
 def own_prompts(data: DataSettings, source: str) -> DataSettings:

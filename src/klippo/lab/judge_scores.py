@@ -201,7 +201,7 @@ def judge_score(asked: ScoreFile, *, backend: JudgeBackend | None = None) -> int
     console = Console()
     if asked.output.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"output={asked.output}: must end in .jsonl or .json")
-    rows = read_file(resolve(asked.file))
+    rows = read_file(resolve(asked.file), asked.file)
     materials = [_material(row, asked) for row in rows]
     label = judge_label(asked.settings)
     done = _resume(asked, rows, label)
@@ -228,8 +228,7 @@ def _material(row: Row, asked: ScoreFile) -> Material:
         value = row.columns[column]
         if not isinstance(value, str | None):
             raise ConfigError(
-                f"{row.place(asked.file)}: column {column!r} holds {type(value).__name__} where "
-                "text is needed"
+                f"{row}: column {column!r} holds {type(value).__name__} where text is needed"
             )
         texts[name] = value
     return Material(

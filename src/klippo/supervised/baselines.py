@@ -19,7 +19,7 @@ from rich.console import Console
 from klippo.config.load import LoadedConfig, to_yaml
 from klippo.config.schema import RunConfig
 from klippo.data.choices import best_responses, pairs_by_reward
-from klippo.data.rows import load_rows, train_source
+from klippo.data.rows import load_rows
 from klippo.errors import ConfigError
 from klippo.evaluation.statistics import compare_paired
 from klippo.policy.loading import LoadedPolicy, load_policy
@@ -210,7 +210,7 @@ def baselines(
     logged = read_logged(config, *load_rows(config.data, config.seed))
     starts = [_load_start(config, device)]
     data = OfflineData(config, logged, starts[0], device)
-    source = train_source(config.data)
+    source = ", ".join(config.data.sources)
     plans = {name: BASELINES[name](data.train, data.held_out, source, options) for name in folders}
     del data  # it holds the first start
     console = Console(highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klippo.data.preference_rows import Pair
+from klippo.data.preferences import Pair
 from klippo.errors import PreflightError
 from klippo.hub import (
     LOADING_ERRORS,

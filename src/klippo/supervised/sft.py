@@ -18,9 +18,9 @@ from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
 
 from klippo.config.load import LoadedConfig, to_yaml
-from klippo.data.files import Row, require_column
+from klippo.data.files import Row, shown
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import load_rows, train_source, validation_source
+from klippo.data.rows import load_rows
 from klippo.errors import ConfigError, PreflightError
 from klippo.evaluation.statistics import PairedComparison, compare_paired
 from klippo.hub import load_model, load_tokenizer
@@ -84,12 +84,8 @@ def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool
             tokenizer,
             max_tokens=min(limits, default=None),
             seed=config.seed,
-            source=source,
         )
-        for some, source in (
-            (rows, train_source(config.data)),
-            (held_out_rows, validation_source(config.data)),
-        )
+        for some in (rows, held_out_rows)
     )
     num_long = len(rows) + len(held_out_rows) - len(examples) - len(held_out)
     if not quiet:
@@ -152,7 +148,6 @@ def build_examples(
     *,
     max_tokens: int | None,
     seed: int,
-    source: str,
 ) -> list[Example]:
     """Rows as token ids; `overlong: drop` leaves out those longer than `max_tokens`.
 
@@ -161,14 +156,9 @@ def build_examples(
     """
     if not rows:
         return []
-    split = [_split(row, settings, source) for row in rows]
+    split = [_split(row, settings) for row in rows]
     prompts = build_prompts(
-        [row for row, _ in split],
-        settings,
-        tokenizer,
-        max_prompt_tokens=2**31,
-        seed=seed,
-        source=source,
+        [row for row, _ in split], settings, tokenizer, max_prompt_tokens=2**31, seed=seed
     )
     examples, too_long = [], []
     for (row, response), prompt in zip(split, prompts, strict=True):
@@ -183,19 +173,19 @@ def build_examples(
     if too_long and (settings.overlong == "error" or not examples):
         row, length = too_long[0]
         raise ConfigError(
-            f"{row.place(source)}: the example has {length} tokens with its end token, the limit "
+            f"{row}: the example has {length} tokens with its end token, the limit "
             f"is {max_tokens}; {len(too_long)} of {len(rows)} are too long. Shorten them, or set "
             "data.overlong: drop (at least one must be left)"
         )
     return examples
 
 
-def _split(row: Row, settings: ExampleSettings, source: str) -> tuple[Row, str | None]:
+def _split(row: Row, settings: ExampleSettings) -> tuple[Row, str | None]:
     """The row with its prompt, and its response (None: all of the prompt column is learnt)."""
     column = settings.response_column
     if column is not None:
-        require_column(column, row.columns, "data.response_column", source)
-        return row, _filled(row, row.columns[column], f"column {column!r}", source)
+        row.require(column, "data.response_column")
+        return row, _filled(row, row.columns[column], f"column {column!r}")
     if settings.format != "chat":
         return row, None
     name = settings.prompt_columns[0]
@@ -204,20 +194,19 @@ def _split(row: Row, settings: ExampleSettings, source: str) -> tuple[Row, str |
     last = chat[-1] if len(chat) > 1 else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
         raise ConfigError(
-            f"{row.place(source)}: column {name!r} holds {str(messages)[:60]!r}; with "
+            f"{row}: column {name!r} holds {shown(messages)}; with "
             "response_column: null and format: chat it must be a list of messages that ends "
             "with the assistant's"
         )
-    response = _filled(row, last.get("content"), "the assistant's last message", source)
+    response = _filled(row, last.get("content"), "the assistant's last message")
     return replace(row, columns={**row.columns, name: chat[:-1]}), response
 
 
-def _filled(row: Row, value: Any, what: str, source: str) -> str:
+def _filled(row: Row, value: Any, what: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
     raise ConfigError(
-        f"{row.place(source)}: {what} holds {str(value)[:60]!r} where a response is needed; fill "
-        "or remove the row"
+        f"{row}: {what} holds {shown(value)} where a response is needed; fill or remove the row"
     )
 
 

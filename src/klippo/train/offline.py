@@ -13,14 +13,12 @@ import torch
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
 from klippo.data.logged import (
-    Answer,
+    ScoredResponse,
     log_responses,
-    read_answers,
+    read_responses,
     refuse_equal_rewards,
-    without_duplicates,
 )
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import train_source, validation_source
 from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
 from klippo.lengths import context_length
@@ -39,10 +37,10 @@ from klippo.types import Behavior, LoggedResponse, Metrics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """The answers of the data, read and checked before any model is loaded."""
+    """The responses of the data, read and checked before any model is loaded."""
 
-    train: list[Answer]
-    held_out: list[Answer]
+    train: list[ScoredResponse]
+    held_out: list[ScoredResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +54,20 @@ class Diagnosis:
 
 
 def read_logged(config: RunConfig, rows: Sequence[Row], held_out: Sequence[Row]) -> Logged:
-    """Read and check the answers. Raises ConfigError."""
+    """Read and check the responses. Raises ConfigError."""
     assert config.offline is not None
     assert isinstance(config.reward, ColumnSettings)
-    offline, column, names = config.offline, config.reward.column, config.data.prompt_columns
-    train = read_answers(rows, offline, column, train_source(config.data))
-    refuse_equal_rewards(train, column, train_source(config.data))
-    other = read_answers(held_out, offline, column, validation_source(config.data))
-    return Logged(
-        train=without_duplicates(train, offline, names),
-        held_out=without_duplicates(other, offline, names),
+    train, other = (
+        read_responses(
+            some,
+            config.offline,
+            reward_column=config.reward.column,
+            prompt_columns=config.data.prompt_columns,
+        )
+        for some in (rows, held_out)
     )
+    refuse_equal_rewards(train, config.reward.column)
+    return Logged(train=train, held_out=other)
 
 
 class OfflineData:
@@ -81,8 +82,8 @@ class OfflineData:
         self.config, self.offline = config, config.offline
         self._loaded, self._device = loaded, device
         self.reward = ColumnReward(config.reward.column)
-        self.train = self._log(logged.train, train_source(config.data))
-        self.held_out = self._log(logged.held_out, validation_source(config.data))
+        self.train = self._log(logged.train)
+        self.held_out = self._log(logged.held_out)
         if config.ppo.batch_size > len(self.train):
             raise ConfigError(
                 f"ppo.batch_size={config.ppo.batch_size} is more than the {len(self.train)} "
@@ -207,11 +208,11 @@ class OfflineData:
             device=self._device,
         )
 
-    def _log(self, answers: Sequence[Answer], source: str) -> list[LoggedResponse]:
+    def _log(self, responses: Sequence[ScoredResponse]) -> list[LoggedResponse]:
         config, model = self.config, self._loaded.policy.lm.model
         assert isinstance(config.reward, ColumnSettings)
         context = context_length(model)
-        rows = list({answer.row.number: answer.row for answer in answers}.values())
+        rows = list({answer.row.number: answer.row for answer in responses}.values())
         limit = config.data.max_prompt_tokens or (2**31 if context is None else context - 1)
         prompts = build_prompts(
             rows,
@@ -219,10 +220,9 @@ class OfflineData:
             self._loaded.tokenizer,
             max_prompt_tokens=limit,
             seed=config.seed,
-            source=source,
         )
         return log_responses(
-            answers,
+            responses,
             prompts,
             self._loaded.tokenizer,
             self.offline,

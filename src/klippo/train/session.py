@@ -14,7 +14,7 @@ import torch
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
 from klippo.data.prompts import build_prompts
-from klippo.data.rows import as_rows, train_source, validation_source
+from klippo.data.rows import as_rows
 from klippo.data.sampler import PromptSampler, pick
 from klippo.errors import ConfigError
 from klippo.lab.fingerprints import of_prompts, of_weights
@@ -155,7 +155,7 @@ class Session:
     def prompts(self, raw: Sequence[Any]) -> list[Prompt]:
         """Raw prompts (text, chat messages or mappings of columns) as the policy reads them."""
         rows = as_rows(raw, self.config.data.prompt_columns)
-        return _prompts(self.config, rows, self.policy, self.tokenizer, "prompts")
+        return _prompts(self.config, rows, self.policy, self.tokenizer)
 
     def sampling(self) -> Online:
         """The online part. Raises ConfigError for an offline run."""
@@ -207,11 +207,11 @@ def open_session(run: Prepared) -> Session:
 def _open_online(run: Prepared, loaded: LoadedPolicy, model_digest: str) -> Session:
     config, ranks, tokenizer = run.config, run.ranks, loaded.tokenizer
 
-    def prompts_of(rows: Sequence[Row], source: str) -> list[Prompt]:
-        return _prompts(config, rows, loaded.policy, tokenizer, source)
+    def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
+        return _prompts(config, rows, loaded.policy, tokenizer)
 
-    train = prompts_of(run.rows, train_source(config.data))
-    held_out = prompts_of(run.held_out, validation_source(config.data)) if run.held_out else train
+    train = prompts_of(run.rows)
+    held_out = prompts_of(run.held_out) if run.held_out else train
     stop_ids = stop_token_ids(
         tokenizer,
         getattr(loaded.policy.lm.model, "generation_config", None),
@@ -289,16 +289,14 @@ def _learner(run: Prepared, loaded: LoadedPolicy, ppo: PPOSettings) -> Learner:
 
 
 def _prompts(
-    config: RunConfig, rows: Sequence[Row], policy: ActorCritic, tokenizer: Any, source: str
+    config: RunConfig, rows: Sequence[Row], policy: ActorCritic, tokenizer: Any
 ) -> list[Prompt]:
     room = room_for_prompts(
         policy.lm.model,
         config.rollout.response_length if config.offline is None else 1,
         config.data.max_prompt_tokens,
     )
-    return build_prompts(
-        rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed, source=source
-    )
+    return build_prompts(rows, config.data, tokenizer, max_prompt_tokens=room, seed=config.seed)
 
 
 def _skips_not_finite(config: RunConfig) -> bool:
