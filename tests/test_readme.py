@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`(klippo [^`]+)`", README)))
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SMALL = ["ppo.num_steps=1", "evaluation.num_prompts=8", "ppo.batch_size=8", "ppo.minibatch_size=8"]
+SMALL = ["ppo.num_steps=1", "evaluation.num_prompts=8", "ppo.batch_size=8"]
 
 
 def run(arguments: list[str]) -> int:

@@ -162,9 +162,10 @@ def test_a_problem_deep_in_a_sum_has_its_own_line(tmp_path):
 
 
 def test_a_rule_between_keys_points_at_the_key_at_fault(tmp_path):
-    text = HEAD + "ppo:\n  batch_size: 16\n  minibatch_size: 6\n"
+    text = HEAD + "ppo:\n  batch_size: 13\n  minibatch_size: 6\n"
     assert problems(tmp_path, text) == [
-        "run.yaml:8: ppo.minibatch_size=6 must divide batch_size=16; try 4 or 8"
+        "run.yaml:8: ppo.minibatch_size=6 must divide batch_size=13, or lie near a divisor; "
+        "try 1 or 13"
     ]
 
 

@@ -32,12 +32,8 @@ def test_every_config_problem_is_listed_at_once_with_its_line(cli, tmp_path: Pat
     ("sections", "said"),
     [
         (
-            {"ppo": {"batch_size": 16, "minibatch_size": 6}},
-            "minibatch_size=6 must divide batch_size=16; try 4 or 8",
-        ),
-        (
-            {"ppo": {"batch_size": 16, "minibatch_size": 8, "micro_batch_size": 3}},
-            "micro_batch_size=3 must divide minibatch_size=8; try 2 or 4",
+            {"ppo": {"batch_size": 13, "minibatch_size": 6}},
+            "minibatch_size=6 must divide batch_size=13, or lie near a divisor; try 1 or 13",
         ),
         (
             {"ppo": {"micro_batch_size": 2, "micro_batch_tokens": 99}},

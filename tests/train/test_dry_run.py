@@ -195,3 +195,11 @@ def test_nobody_is_asked_about_little_or_after_a_yes(
 ):
     config = load_config(write_config(reward=judge(api=api))).config
     agree_to_cost(config, data_of(config), yes=yes)
+
+
+def test_a_smaller_batch_alone_runs_a_recipe_and_the_dry_run_says_so(cli: Cli):
+    code, out, err = cli("train", "quickstart", "ppo.batch_size=8", "--dry-run")
+    assert code == 0
+    assert "minibatch_size=64 does not divide ppo.batch_size=8" in " ".join(err.split())
+    steps = next(line for line in out.splitlines() if "optimizer steps" in line)
+    assert "100" in steps  # 50 PPO steps of 2 epochs

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from klippo.data.settings import DataSettings, OfflineSettings
 from klippo.evaluation.settings import MIN_PROMPTS, EarlyStopSettings, EvaluationSettings
 from klippo.policy.settings import CriticSettings, PolicySettings, Sharding
-from klippo.ppo.checkpoint_settings import CheckpointSettings
 from klippo.ppo.settings import (
     HealthSettings,
     KLSettings,
@@ -39,6 +38,24 @@ class WholeConfig(Settings):
     """Where to compute; `auto` takes the GPU if there is one."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: PyTorch's choice."""
+
+
+class CheckpointSettings(Settings):
+    """When a run saves all that it needs to resume exactly."""
+
+    every: PositiveInt | None = None
+    """PPO steps from one checkpoint to the next; null leaves it to `every_minutes`."""
+    every_minutes: PositiveFloat | None = 10.0
+    """Minutes from one checkpoint to the next, at the next step's beginning; null is off."""
+    keep: PositiveInt = 2
+    """How many are kept; older ones go when a newer one is complete."""
+    keep_when_done: bool = False
+    """Write one at the end too, and keep it: a run with more `ppo.num_steps` can resume from it."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether checkpoints are written during the run."""
+        return self.every is not None or self.every_minutes is not None
 
 
 class RunConfig(WholeConfig):

@@ -270,9 +270,9 @@ def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tens
 
 def require_equal_shares(ppo: PPOSettings, ranks: Ranks) -> None:
     """Raise ConfigError where the processes cannot share batch and minibatch evenly."""
-    sizes = {"batch_size": ppo.batch_size, "minibatch_size": ppo.minibatch_size}
+    sizes = {"batch_size": ppo.batch_size, "minibatch_size": ppo.minibatch}
     for name, size in sizes.items():
-        if size is not None and size % ranks.world_size != 0:
+        if size % ranks.world_size != 0:
             raise ConfigError(
                 f"ppo.{name}={size} must be a multiple of the {ranks.world_size} processes; try "
                 f"{math.ceil(size / ranks.world_size) * ranks.world_size}"

@@ -72,9 +72,11 @@ class PPOSettings(Settings):
     num_epochs: Count = 4
     """Passes over each rollout batch."""
     minibatch_size: PositiveInt | None = None
-    """Responses per optimizer step; default: the whole batch."""
+    """At most so many responses per optimizer step: the largest divisor of `batch_size` up to this
+    is used; default: the whole batch."""
     micro_batch_size: PositiveInt | None = None
-    """Responses per forward and backward pass of one process: changes memory, not numbers."""
+    """At most so many responses per forward and backward pass of one process: changes memory, not
+    numbers."""
     micro_batch_tokens: PositiveInt | None = None
     """Instead: at most so many tokens per pass, padding included, with rows of like length
     together; a longer row passes alone. Changes memory and time, not numbers."""
@@ -117,12 +119,36 @@ class PPOSettings(Settings):
         return self
 
     @model_validator(mode="after")
-    def _sizes_divide(self) -> Self:
-        minibatch = self.minibatch_size or self.batch_size
-        _require_divides("minibatch_size", minibatch, "batch_size", self.batch_size)
-        micro = self.micro_batch_size or minibatch
-        _require_divides("micro_batch_size", micro, "minibatch_size", minibatch)
+    def _minibatch_size_is_near_a_divisor(self) -> Self:
+        if self.minibatch_size is not None and 2 * self.minibatch < min(
+            self.minibatch_size, self.batch_size
+        ):
+            near = sorted(near_divisors(self.minibatch_size, self.batch_size)[:2])
+            raise ValueError(
+                f"minibatch_size={self.minibatch_size} must divide batch_size={self.batch_size}, "
+                f"or lie near a divisor; try {' or '.join(map(str, near))}"
+            )
         return self
+
+    @property
+    def minibatch(self) -> int:
+        """Responses per optimizer step, over all processes."""
+        most = min(self.minibatch_size or self.batch_size, self.batch_size)
+        return next(n for n in range(most, 0, -1) if self.batch_size % n == 0)
+
+    @property
+    def micro_batch(self) -> int:
+        """Responses per forward and backward pass, unless `micro_batch_tokens` decides."""
+        return min(self.micro_batch_size or self.minibatch, self.minibatch)
+
+    def notes(self) -> list[str]:
+        """What differs from what was asked for."""
+        if self.minibatch_size in (None, self.minibatch):
+            return []
+        return [
+            f"ppo.minibatch_size={self.minibatch_size} does not divide ppo.batch_size="
+            f"{self.batch_size}: each optimizer step learns from {self.minibatch} responses"
+        ]
 
 
 BeforeTheStep = Literal["skip", "stop"]
@@ -168,29 +194,20 @@ class HealthSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _actions_are_possible(cls, data: Any) -> Any:
-        told = []
+        problems = []
         for name, action in data.items() if isinstance(data, dict) else ():
             known = cls.model_fields.get(name)
             actions = () if known is None else get_args(known.annotation)
             if action == "skip" and "warn" in actions:
-                told.append(
+                problems.append(
                     f"{name}=skip: this check sees what updates have done, and nothing is left to "
                     "skip; use off, warn or stop"
                 )
             if action in ("off", "warn") and "skip" in actions:
-                told.append(
+                problems.append(
                     f"{name}={action}: what this check finds would spoil the weights and is never "
-                    "learnt from; use skip to go on without it, or stop"
+                    "learnt from; use skip to continue without it, or stop"
                 )
-        if told:
-            raise ValueError("\n".join(told))
+        if problems:
+            raise ValueError("\n".join(problems))
         return data
-
-
-def _require_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
-    if whole % part == 0:
-        return
-    near = sorted(near_divisors(part, whole)[:2])
-    raise ValueError(
-        f"{part_name}={part} must divide {whole_name}={whole}; try {' or '.join(map(str, near))}"
-    )

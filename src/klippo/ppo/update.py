@@ -93,7 +93,7 @@ def minibatches(
     number.
     """
     num_own = len(experience.tokens)
-    first, size = ranks.rank * num_own, settings.minibatch_size or settings.batch_size
+    first, size = ranks.rank * num_own, settings.minibatch
     num = math.ceil(num_own * ranks.world_size / size)
     starts = num * torch.arange(size)[:, None]
     for _ in range(settings.num_epochs):

@@ -252,7 +252,7 @@ def _train(
     assert config.offline is not None
     ppo, optimizer, policy = config.ppo, config.optimizer, config.policy
     # PPO's micro-batch counts sequences.
-    most = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
+    most = ppo.micro_batch
     most = max(most // plan.sequences_per_example, 1)
     micro = max(size for size in range(1, most + 1) if ppo.batch_size % size == 0)
     settings = TrainingSettings(

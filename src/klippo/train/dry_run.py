@@ -51,7 +51,7 @@ class Timing:
 def time_run(session: Session, plan: Plan) -> Timing:
     """Sample, score and learn from one micro-batch, twice; the second counts. No weight moves."""
     ppo, offline = session.config.ppo, session.offline
-    size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
+    size = ppo.micro_batch
     learner = trial_learner(session, size)
     marks: list[float] = []
 

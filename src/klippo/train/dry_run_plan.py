@@ -141,9 +141,7 @@ def plan_run(config: RunConfig, texts: Texts) -> Plan:
             for one in ensembles(config.reward)
             if one.standardize == "start" and one.moments is None
         ),
-        num_optimizer_steps=ppo.num_steps
-        * ppo.num_epochs
-        * (ppo.batch_size // (ppo.minibatch_size or ppo.batch_size)),
+        num_optimizer_steps=ppo.num_steps * ppo.num_epochs * (ppo.batch_size // ppo.minibatch),
         judges=judges,
     )
 

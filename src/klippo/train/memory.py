@@ -88,7 +88,7 @@ class Sizes:
     def of(cls, config: RunConfig, num_processes: int, prompt: int, response: int) -> Sizes:
         ppo = config.ppo
         batch = ppo.batch_size // num_processes
-        minibatch = (ppo.minibatch_size or ppo.batch_size) // num_processes
+        minibatch = ppo.minibatch // num_processes
         micro = ppo.micro_batch_size
         if ppo.micro_batch_tokens is not None:
             micro = max(ppo.micro_batch_tokens // (prompt + response), 1)
@@ -332,7 +332,7 @@ def changes(config: RunConfig, phase: str) -> str:
     if phase == "gold":
         remedies += _reward_changes("gold", config.gold)
     if phase not in ("generate", "gold", "load"):
-        size = ppo.micro_batch_size or ppo.minibatch_size or ppo.batch_size
+        size = ppo.micro_batch
         if ppo.micro_batch_tokens is not None:
             remedies.append(f"ppo.micro_batch_tokens (below {ppo.micro_batch_tokens})")
         elif size > 1:

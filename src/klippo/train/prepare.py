@@ -18,7 +18,7 @@ from klippo.judge.reward import JudgeReward
 from klippo.lab.reward_names import check_reward
 from klippo.policy.settings import Sharding
 from klippo.ppo.learner import require_equal_shares
-from klippo.ranks import Ranks, choose_device
+from klippo.ranks import Ranks, choose_device, warn
 from klippo.rewards.build import build_reward
 from klippo.rewards.combined import SumReward
 from klippo.rewards.function import FunctionReward
@@ -82,6 +82,8 @@ def prepare(
     ranks = Ranks.from_environment(device, config.peer_timeout_s)
     sharding = choose_sharding(config, ranks)
     require_equal_shares(config.ppo, ranks)
+    for note in config.ppo.notes():
+        warn(note)
     check_engine_settings(config.rollout, device, ranks)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
