@@ -29,21 +29,33 @@ FLOAT64_APPROX = {"abs": FLOAT64["atol"], "rel": FLOAT64["rtol"]}
 
 
 class NoFloat32(TorchFunctionMode):
-    """Code that asks for float32 gets float64 inside.
+    """Inside, code that narrows numbers to float32, by name or by default, keeps them in float64.
 
-    transformers computes norms, attention weights and rewards in float32 even if the weights are
-    float64, which would bring float32's rounding back into an exact comparison.
+    transformers computes norms and attention weights in float32 even if the weights are float64,
+    and scores and rollouts hold float32, which would bring its rounding back into a comparison.
     """
 
+    def __enter__(self):
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.set_default_dtype(self.default)
+        return super().__exit__(*error)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is torch.Tensor.float:
             func = torch.Tensor.double
+        elif args and isinstance(args[0], torch.Tensor):
 
-        def widened(x):
-            return torch.float64 if x is torch.float32 else x
+            def widened(x):
+                return torch.float64 if x is torch.float32 else x
 
-        args = [widened(x) for x in args]
-        return func(*args, **{name: widened(x) for name, x in (kwargs or {}).items()})
+            args = [widened(x) for x in args]
+            kwargs = {name: widened(x) for name, x in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def gamma(num_roundings: int, dtype: torch.dtype = torch.float32) -> float:

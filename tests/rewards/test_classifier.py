@@ -15,8 +15,11 @@ from transformers import (
 from klippo.errors import ConfigError, PreflightError, RewardError
 from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.settings import ClassifierSettings
+from tests.tolerance import FLOAT64
 
 from .conftest import CONTEXT, llama, make_rollout
+
+IN_FLOAT64 = pytest.mark.usefixtures("in_float64")
 
 PROMPTS = ["The film ", "A quiet story about ", "I ", "sleep", "The second half "]
 RESPONSES = ["was long", "a river and the people who live by it.", "liked it!", "", "made me"]
@@ -35,7 +38,7 @@ def score(folder, *, prompts=PROMPTS, responses=RESPONSES, metas=None, **setting
 
 def expected(folder, texts, **tokenizer_options):
     """Logits (N, L) of transformers' own forward, one text at a time, without padding."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
     model.config.pad_token_id = (
         None  # read the last token: without padding there is nothing to find
     )
@@ -49,24 +52,26 @@ def expected(folder, texts, **tokenizer_options):
         )
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize("name", ONE_OUTPUT)
 def test_scores_are_the_models_own_for_each_text_alone(folders, name):
     scores = score(folders[name])
-    torch.testing.assert_close(scores.reward, expected(folders[name], TEXTS)[:, 0])
-    assert scores.reward.dtype == torch.float32
+    torch.testing.assert_close(scores.reward, expected(folders[name], TEXTS)[:, 0], **FLOAT64)
     assert scores.parts["cut"].tolist() == [0.0] * 5
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize("name", ONE_OUTPUT)
 def test_scores_do_not_depend_on_the_batch(folders, name):
     whole = score(folders[name], batch_size=64).reward
     for batch_size in (1, 2, 3):
         other = score(folders[name], batch_size=batch_size).reward
-        torch.testing.assert_close(other, whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other, whole, **FLOAT64)
     backwards = score(folders[name], prompts=PROMPTS[::-1], responses=RESPONSES[::-1]).reward
-    torch.testing.assert_close(backwards.flip(0), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backwards.flip(0), whole, **FLOAT64)
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 pad=eos"])
 def test_an_eos_token_in_or_behind_the_text_is_read_where_padding_is_eos(folders, name):
     """Rule 1: transformers' own forward skips a last token that equals the padding token."""
@@ -74,11 +79,12 @@ def test_an_eos_token_in_or_behind_the_text_is_read_where_padding_is_eos(folders
     texts = [f"The film{end}was long{end}", f"loud{end}", end, "The music was loud and long"]
     scores = score(folders[name], prompts=[""] * 4, responses=texts)
     reference = expected(folders[name], texts)[:, 0]
-    torch.testing.assert_close(scores.reward, reference)
+    torch.testing.assert_close(scores.reward, reference, **FLOAT64)
     without_end = score(folders[name], prompts=[""], responses=[texts[0].removesuffix(end)])
     assert abs(float(scores.reward[0] - without_end.reward[0])) > 1e-3
 
 
+@IN_FLOAT64
 def test_a_model_with_another_tokenizer_scores_the_text_and_not_the_policys_ids(folders):
     rollout = make_rollout(
         ["was long", "made me"], token_ids=[[5, 6], [7]], prompts=["The film "] * 2
@@ -88,16 +94,18 @@ def test_a_model_with_another_tokenizer_scores_the_text_and_not_the_policys_ids(
     )
     source = reward(folders["llama"])
     reference = expected(folders["llama"], ["The film was long", "The film made me"])[:, 0]
-    torch.testing.assert_close(source.score(rollout).reward, reference)
+    torch.testing.assert_close(source.score(rollout).reward, reference, **FLOAT64)
     assert source.score(rollout).reward.equal(source.score(other).reward)
 
 
+@IN_FLOAT64
 def test_text_that_begins_with_the_bos_token_gets_no_second_one(folders):
     plain = score(folders["llama"]).reward
     with_bos = score(folders["llama"], template="<s>{prompt}{response}").reward
-    torch.testing.assert_close(with_bos, plain)
+    torch.testing.assert_close(with_bos, plain, **FLOAT64)
 
 
+@IN_FLOAT64
 def test_a_template_is_filled_literally_and_once(folders):
     """Braces in a prompt are text, even where they spell a placeholder."""
     template = "<|prompter|>{prompt}<|endoftext|>{response}<|endoftext|>"
@@ -105,14 +113,18 @@ def test_a_template_is_filled_literally_and_once(folders):
         folders["gpt2"], prompts=["{response}"], responses=["{prompt}"], template=template
     )
     text = "<|prompter|>{response}<|endoftext|>{prompt}<|endoftext|>"
-    torch.testing.assert_close(scores.reward, expected(folders["gpt2"], [text])[:, 0])
+    torch.testing.assert_close(scores.reward, expected(folders["gpt2"], [text])[:, 0], **FLOAT64)
 
 
+@IN_FLOAT64
 def test_the_response_alone_is_scored_when_asked(folders):
     scores = score(folders["roberta one"], reads="response")
-    torch.testing.assert_close(scores.reward, expected(folders["roberta one"], RESPONSES)[:, 0])
+    torch.testing.assert_close(
+        scores.reward, expected(folders["roberta one"], RESPONSES)[:, 0], **FLOAT64
+    )
 
 
+@IN_FLOAT64
 def test_chat_scores_the_models_own_template(folders):
     """The data's column is read, not the policy's rendering of it; cut prompts are read as cut."""
     conversation = [
@@ -136,9 +148,10 @@ def test_chat_scores_the_models_own_template(folders):
     ]
     assert scores.parts["cut"].tolist() == [0.0] * 4
     reference = expected(folders["llama chat"], texts, add_special_tokens=False)[:, 1]
-    torch.testing.assert_close(scores.reward, reference)
+    torch.testing.assert_close(scores.reward, reference, **FLOAT64)
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize(
     ("output", "read"),
     [
@@ -151,18 +164,20 @@ def test_chat_scores_the_models_own_template(folders):
 def test_a_label_of_several_is_read_as_logit_logprob_or_probability(folders, output, read, label):
     scores = score(folders["roberta"], output=output, label=label)
     reference = read(expected(folders["roberta"], TEXTS))[:, 1]
-    torch.testing.assert_close(scores.reward, reference, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(scores.reward, reference, **FLOAT64)
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize(("name", "label"), [("roberta one", None), ("roberta multi", "rude")])
 def test_labels_that_do_not_exclude_each_other_are_read_through_a_sigmoid(folders, name, label):
     logits = expected(folders[name], TEXTS)[:, 0 if label is None else 1]
     logprob = score(folders[name], output="logprob", label=label).reward
     probability = score(folders[name], output="probability", label=label).reward
-    torch.testing.assert_close(probability, logits.sigmoid(), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(logprob, logits.sigmoid().log(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(probability, logits.sigmoid(), **FLOAT64)
+    torch.testing.assert_close(logprob, logits.sigmoid().log(), **FLOAT64)
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize("name", ["gpt2", "llama", "roberta one"])
 def test_long_texts_are_cut_from_the_left_and_counted(folders, name):
     """The response is kept whole, and so are special tokens at both ends."""
@@ -173,10 +188,10 @@ def test_long_texts_are_cut_from_the_left_and_counted(folders, name):
     ids = tokenizer(prompt + response)["input_ids"]
     num_before = {"gpt2": 0, "llama": 1, "roberta one": 1}[name]
     kept = ids[:num_before] + ids[num_before - CONTEXT :]
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
     with torch.no_grad():
         reference = model(torch.tensor([kept])).logits[0, 0]
-    torch.testing.assert_close(scores.reward[0], reference)
+    torch.testing.assert_close(scores.reward[0], reference, **FLOAT64)
     assert scores.parts["cut"].tolist() == [1.0, 0.0]
     shorter = score(folder, prompts=[prompt], responses=["The film was loud"], max_tokens=3)
     assert bool(shorter.reward.isfinite().all())
@@ -192,8 +207,10 @@ def test_the_model_is_frozen_and_without_dropout(folders):
     assert not source.scorer.training
     assert not any(p.requires_grad for p in source.scorer.parameters())
     rollout = make_rollout(RESPONSES, prompts=PROMPTS)
-    assert source.score(rollout).reward.equal(source.score(rollout).reward)
-    assert not source.score(rollout).reward.requires_grad
+    scores = source.score(rollout).reward
+    assert scores.equal(source.score(rollout).reward)
+    assert not scores.requires_grad
+    assert scores.dtype == torch.float32
 
 
 def test_bfloat16_weights_score_in_float32(folders):

@@ -20,6 +20,9 @@ from klippo.rewards.scorers import Stack
 from klippo.rewards.settings import ClassifierSettings, EnsembleSettings
 from klippo.rewards.stored import StoredReward
 from tests.rewards.conftest import SENTENCES, gpt2, llama, make_rollout, roberta
+from tests.tolerance import FLOAT64
+
+IN_FLOAT64 = pytest.mark.usefixtures("in_float64")
 
 RESPONSES = [" and the end was good.", " It rained.", "!", " a river and a road " * 3]
 PROMPTS = [SENTENCES[0], SENTENCES[1], "The film", "I liked"]
@@ -50,16 +53,15 @@ def alone(folder, **settings):
     return one.score(make_rollout(RESPONSES, prompts=PROMPTS)).reward
 
 
+@IN_FLOAT64
 def test_members_score_together_as_they_do_alone(folders):
     _root, found = folders
     members = [found["gpt2_1"], found["llama"], found["gpt2_2"], found["encoder"], found["gpt2_3"]]
     scores = ensemble(members).score(make_rollout(RESPONSES, prompts=PROMPTS))
     expected = torch.stack([alone(folder) for folder in members])
-    torch.testing.assert_close(scores.members, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(scores.reward, expected.mean(0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        scores.parts["variance"], expected.var(0, correction=0), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(scores.members, expected, **FLOAT64)
+    torch.testing.assert_close(scores.reward, expected.mean(0), **FLOAT64)
+    torch.testing.assert_close(scores.parts["variance"], expected.var(0, correction=0), **FLOAT64)
 
 
 def test_members_of_one_architecture_are_one_batched_forward(folders):
@@ -79,13 +81,14 @@ def test_the_stack_holds_no_weight_twice(folders):
             assert own.data_ptr() == stacked[k].data_ptr()
 
 
+@IN_FLOAT64
 def test_long_batches_run_in_turn_and_give_the_same_scores(folders, monkeypatch):
     _root, found = folders
     members = [found["gpt2_1"], found["gpt2_2"]]
     together = ensemble(members).score(make_rollout(RESPONSES, prompts=PROMPTS)).members
     monkeypatch.setattr("klippo.rewards.scorers.STACKED_ELEMENTS", 0)
     in_turn = ensemble(members).score(make_rollout(RESPONSES, prompts=PROMPTS)).members
-    torch.testing.assert_close(in_turn, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(in_turn, together, **FLOAT64)
 
 
 def test_an_architecture_that_cannot_be_batched_still_works():
@@ -104,14 +107,16 @@ def test_an_architecture_that_cannot_be_batched_still_works():
     assert stack(mask, mask)[:, 0, 0].tolist() == [2.0, 0.0]
 
 
+@IN_FLOAT64
 def test_each_member_reads_text_through_its_own_tokenizer(folders):
     _root, found = folders
     scores = ensemble([found["gpt2_1"], found["llama"]]).score(
         make_rollout(RESPONSES, prompts=PROMPTS)
     )
-    torch.testing.assert_close(scores.members[1], alone(found["llama"]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.members[1], alone(found["llama"]), **FLOAT64)
 
 
+@IN_FLOAT64
 def test_a_member_can_be_read_in_its_own_way(folders):
     _root, found = folders
     reward = EnsembleReward(
@@ -132,7 +137,7 @@ def test_a_member_can_be_read_in_its_own_way(folders):
         alone(found["gpt2_1"], template="{response}"),
         alone(found["gpt2_2"], template="{prompt} {response}"),
     ]
-    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, torch.stack(expected), **FLOAT64)
 
 
 def test_seeds_fill_the_members_names(folders):
@@ -144,6 +149,7 @@ def test_seeds_fill_the_members_names(folders):
     ]
 
 
+@IN_FLOAT64
 def test_stored_moments_put_the_members_on_one_scale(folders, tmp_path):
     _root, _found = folders
     members = []
@@ -153,9 +159,10 @@ def test_stored_moments_put_the_members_on_one_scale(folders, tmp_path):
         members.append(folder)
     scores = ensemble(members, standardize="stored").score(make_rollout(RESPONSES, prompts=PROMPTS))
     expected = torch.stack([alone(members[0]) / 2, (alone(members[1]) - 1) / 3])
-    torch.testing.assert_close(scores.members, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.members, expected, **FLOAT64)
 
 
+@IN_FLOAT64
 def test_measured_members_have_mean_zero_and_sd_one_on_what_they_were_measured_on(folders):
     _root, found = folders
     reward = ensemble([found["gpt2_1"], found["llama"]], standardize="start")
@@ -164,15 +171,16 @@ def test_measured_members_have_mean_zero_and_sd_one_on_what_they_were_measured_o
     moments = reward.measure(rollout.prompts, rollout.responses)
     assert not reward.waits_for_moments
     members = reward.score(rollout).members
-    torch.testing.assert_close(members.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
-    torch.testing.assert_close(members.std(1), torch.ones(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(members.mean(1), torch.zeros(2), **FLOAT64)
+    torch.testing.assert_close(members.std(1), torch.ones(2), **FLOAT64)
     again = ensemble(
         [found["gpt2_1"], found["llama"]], standardize="start", moments=moments.model_dump()
     )
     assert not again.waits_for_moments
-    torch.testing.assert_close(again.score(rollout).members, members)
+    torch.testing.assert_close(again.score(rollout).members, members, **FLOAT64)
 
 
+@IN_FLOAT64
 def test_standardised_worst_case_does_not_follow_the_member_with_the_lowest_offset(tmp_path):
     """Rule 31: the same model, once 100 lower, is not the minimum once both are standardised."""
     folders = []
@@ -189,16 +197,17 @@ def test_standardised_worst_case_does_not_follow_the_member_with_the_lowest_offs
     raw = ensemble(folders, objective="WCO").score(rollout)
     assert raw.reward.tolist() == raw.members[1].tolist()
     fair = ensemble(folders, objective="WCO", standardize="stored").score(rollout)
-    torch.testing.assert_close(fair.members[0], fair.members[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(fair.members[0], fair.members[1], **FLOAT64)
 
 
+@IN_FLOAT64
 def test_a_sum_passes_its_ensembles_members_on(folders):
     _root, found = folders
     inner = ensemble([found["gpt2_1"], found["gpt2_2"]])
     rollout = make_rollout(RESPONSES, prompts=PROMPTS)
     total = SumReward({"e": Part(source=inner, weight=2.0)}).score(rollout)
-    torch.testing.assert_close(total.members, inner.score(rollout).members)
-    torch.testing.assert_close(total.reward, 2 * inner.score(rollout).reward)
+    torch.testing.assert_close(total.members, inner.score(rollout).members, **FLOAT64)
+    torch.testing.assert_close(total.reward, 2 * inner.score(rollout).reward, **FLOAT64)
     assert set(total.parts) == {"e", "e/variance", "e/cut"}
 
 

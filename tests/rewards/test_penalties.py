@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
 from klippo.rewards.settings import LengthSettings
+from tests.tolerance import float32_approx
 
 from .conftest import make_rollout
 
@@ -33,7 +34,9 @@ def test_each_token_above_or_below_costs_one():
     ],
 )
 def test_the_share_of_repeated_ngrams_is_the_penalty(ids, ngram, expected):
-    assert score(RepetitionPenalty(ngram=ngram), [ids, [0] * 9])[0] == pytest.approx(expected)
+    assert score(RepetitionPenalty(ngram=ngram), [ids, [0] * 9])[0] == pytest.approx(
+        expected, **float32_approx(2)
+    )
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 4))

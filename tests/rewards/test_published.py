@@ -19,6 +19,9 @@ from klippo.errors import PreflightError
 from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.settings import ClassifierSettings
 from tests.rewards.conftest import make_rollout, make_tokenizer
+from tests.tolerance import FLOAT64
+
+IN_FLOAT64 = pytest.mark.usefixtures("in_float64")
 
 INSTRUCTIONS = ["Name a river.", "Say something about the film."]
 RESPONSES = ["The river is long.", "It was loud!"]
@@ -63,6 +66,8 @@ class AlpacaFarm:
         }
         (self.folder / "config.json").write_text(json.dumps(content))
         self._save_weights()
+        self.backbone.double()
+        self.head.double()
 
     def _save_weights(self) -> None:
         """In two pickled shards with an index, as that version of transformers wrote them."""
@@ -99,13 +104,15 @@ def alpaca_farm(tmp_path_factory):
     return AlpacaFarm(tmp_path_factory.mktemp("alpaca_farm"))
 
 
+@IN_FLOAT64
 def test_alpacafarms_reward_model_scores_its_own_format(alpaca_farm):
     scores = reward(alpaca_farm.folder).score(make_rollout(RESPONSES, prompts=INSTRUCTIONS))
     texts = [ALPACA.format(i, r) for i, r in zip(INSTRUCTIONS, RESPONSES, strict=True)]
-    torch.testing.assert_close(scores.reward, alpaca_farm.expected(texts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.reward, alpaca_farm.expected(texts), **FLOAT64)
     assert scores.reward.std() > 1e-3
 
 
+@IN_FLOAT64
 def test_alpacafarms_format_has_a_variant_with_input(alpaca_farm):
     metas = [{"instruction": "Name", "input": "rivers"}, {"instruction": "Say", "input": ""}]
     rollout = make_rollout(RESPONSES, prompts=["Name\nrivers", "Say"], metas=metas)
@@ -114,13 +121,14 @@ def test_alpacafarms_format_has_a_variant_with_input(alpaca_farm):
         ALPACA.format("Say", RESPONSES[1]),
     ]
     scores = reward(alpaca_farm.folder).score(rollout)
-    torch.testing.assert_close(scores.reward, alpaca_farm.expected(texts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.reward, alpaca_farm.expected(texts), **FLOAT64)
 
 
+@IN_FLOAT64
 def test_a_template_in_the_config_wins_over_the_classs_own(alpaca_farm):
     rollout = make_rollout(RESPONSES, prompts=INSTRUCTIONS)
     scores = reward(alpaca_farm.folder, template="{response}").score(rollout)
-    torch.testing.assert_close(scores.reward, alpaca_farm.expected(RESPONSES), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.reward, alpaca_farm.expected(RESPONSES), **FLOAT64)
 
 
 def test_a_backbone_that_is_not_there_says_what_to_change(tmp_path):
@@ -168,6 +176,8 @@ class OpenAssistant:
         state |= {f"out_proj.{k}": v for k, v in self.head.state_dict().items()}
         state["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
         torch.save(state, folder / "pytorch_model.bin")
+        self.trunk.double()
+        self.head.double()
 
     @torch.no_grad()
     def expected(self, texts):
@@ -176,6 +186,7 @@ class OpenAssistant:
         return torch.cat([self.head(self.trunk(ids).last_hidden_state[0, -1]) for ids in rows])
 
 
+@IN_FLOAT64
 def test_the_ensembles_papers_reward_model_scores_its_own_format(tmp_path):
     model = OpenAssistant(tmp_path / "rm-pythia-44m_seed1")
     scores = reward(model.folder).score(make_rollout(RESPONSES, prompts=INSTRUCTIONS))
@@ -183,7 +194,7 @@ def test_the_ensembles_papers_reward_model_scores_its_own_format(tmp_path):
         f"<|prompter|>{i}<|endoftext|><|assistant|>{r}<|endoftext|>"
         for i, r in zip(INSTRUCTIONS, RESPONSES, strict=True)
     ]
-    torch.testing.assert_close(scores.reward, model.expected(texts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.reward, model.expected(texts), **FLOAT64)
     assert scores.reward.std() > 1e-3
 
 

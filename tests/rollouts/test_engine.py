@@ -15,7 +15,7 @@ from klippo.rollouts.settings import RolloutSettings
 from klippo.rollouts.sources import OnlineSource, Sampler
 from klippo.tensors.estimators import k1, masked_sum
 from tests.policy.test_logprobs import UNUSUAL_HEADS
-from tests.tolerance import NoFloat32, float32
+from tests.tolerance import FLOAT64, NoFloat32
 from tests.toys import (
     CPU,
     EOS,
@@ -144,8 +144,7 @@ def test_recorded_log_probs_are_those_of_the_training_forward(architecture, temp
             PROMPTS * 3, completions, NO_TOKENIZER, temperature=temperature, device=CPU
         )
         trained = policy(rollout.tokens, temperature).logprobs
-    # A rollout holds log-probs in float32: each is rounded once.
-    torch.testing.assert_close(rollout.behavior_logprobs.double(), trained, **float32(1))
+    torch.testing.assert_close(rollout.behavior_logprobs, trained, **FLOAT64)
     assert rollout.response_token_ids() == [c.token_ids for c in completions]  # rule 3
 
 
@@ -157,7 +156,7 @@ def test_lora_policies_are_sampled_with_their_adapter():  # rule 15
         completions = sampler.generate(PROMPTS, [6] * 4, seeds(4))
         rollout = collate(PROMPTS, completions, NO_TOKENIZER, temperature=1.0, device=CPU)
         trained = policy(rollout.tokens, 1.0).logprobs
-    torch.testing.assert_close(rollout.behavior_logprobs.double(), trained, **float32(1))
+    torch.testing.assert_close(rollout.behavior_logprobs, trained, **FLOAT64)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -180,11 +179,11 @@ def test_sampling_frequencies_are_the_tempered_softmax(temperature):  # rule 5
 
 
 def test_a_token_of_probability_zero_is_never_drawn():  # rule 5
-    logits = torch.full((2000, 4), -math.inf)
+    logits = torch.full((2000, 4), -math.inf, dtype=torch.float64)
     logits[:, 1:3] = 0.0
     drawn, logprobs = draw(logits, Sampling(), uniforms(seeds(2000), 1)[:, 0])
     assert set(drawn.tolist()) == {1, 2}
-    torch.testing.assert_close(logprobs, torch.full((2000,), -math.log(2)))
+    torch.testing.assert_close(logprobs, torch.full_like(logprobs, -math.log(2)))
 
 
 def test_the_smallest_random_number_draws_the_first_possible_token():  # rule 5
@@ -303,7 +302,7 @@ def test_truncated_sampling_is_refused_with_its_reason(setting, message):  # rul
 
 
 def test_top_k_and_top_p_keep_what_their_names_say():
-    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
     logits = probabilities.log()
 
     def kept(sampling):
