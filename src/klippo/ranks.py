@@ -135,16 +135,16 @@ class Ranks:
             if raised.everywhere:
                 raise
             error = raised
-        self._gather_or_fail(None, error)
+        self.gather_or_fail(None, error)
         return results[0]
 
     def all_sum_or_fail(self, x: Tensor) -> Tensor:
         """`all_sum` of a small tensor inside `everywhere`; raises if another process failed."""
         if self.world_size == 1:
             return x
-        return torch.stack(self._gather_or_fail(x.cpu())).sum(dim=0).to(x.device)
+        return torch.stack(self.gather_or_fail(x.cpu())).sum(dim=0).to(x.device)
 
-    def _gather_or_fail(self, item: T, error: KlippoError | None = None) -> list[T]:
+    def gather_or_fail(self, item: T, error: KlippoError | None = None) -> list[T]:
         """Every process's item; an error of one process is raised in all."""
         # Not every error can be pickled.
         failure = None if error is None else (str(error), error.exit_code, error.check)

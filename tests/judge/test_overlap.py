@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from klippo import PPOTrainer
 from klippo.errors import BudgetError
 from klippo.judge.messages import Answer, Request
 from klippo.judge.reward import JudgeReward
 from klippo.ranks import Ranks
+from klippo.rewards import judged
 from klippo.rewards.combined import Part, SumReward
-from klippo.rewards.judged import over_processes
+from klippo.rewards.judged import judge_metrics
 from klippo.rewards.penalties import LengthPenalty
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
 from klippo.types import Rollout
@@ -123,38 +129,6 @@ def test_closing_ends_what_was_begun_and_never_wanted() -> None:
     assert judge.num_ended == judge.most_open == 3
 
 
-class Two(Ranks):
-    """The first of two processes; what the other says is given."""
-
-    def gather(self, item: Any) -> list[Any]:
-        return [item, OTHER]
-
-
-OTHER = {
-    "judge/num_calls": 3.0,
-    "judge/unscored_share": 0.5,
-    "judge/vote_sd": 0.0,
-    "judge/unscored_parse": 2.0,
-}
-
-
-def test_metrics_are_those_of_all_processes() -> None:
-    own = {
-        "judge/num_calls": 4.0,
-        "judge/unscored_share": 0.0,
-        "judge/vote_sd": 1.0,
-        "judge/cost_usd": 0.25,
-        "judge/unscored_refusal": 1.0,
-    }
-    assert over_processes(own, Two(0, 2)) == {
-        "judge/num_calls": 7.0,
-        "judge/unscored_share": 0.25,
-        "judge/vote_sd": 0.5,
-        "judge/unscored_parse": 2.0,
-        "judge/unscored_refusal": 1.0,
-    }  # the cost of the other is not known, so that of both is not
-
-
 def config(server: Any, folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
@@ -189,7 +163,7 @@ def test_a_run_asks_while_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_process_that_waits_holds_up_the_other_by_no_more_than_its_slowest_answer(
     tmp_path: Path,
 ) -> None:
-    """Each process waits 1 s for its own answers: at once, so a step takes 1 s and not 2."""
+    """The first asks about both processes' responses at once, so a step takes 1 s and not 2."""
     with serving(delay_s=1.0) as server:
         given = config(server, tmp_path / "run", device="cpu")
         given["evaluation"] = {"num_prompts": 0}
@@ -210,5 +184,91 @@ def test_a_process_that_waits_holds_up_the_other_by_no_more_than_its_slowest_ans
     assert len(steps) == 3
     assert all(step["time/step_s"] > 1.0 for step in steps[:1])
     assert min(step["time/step_s"] for step in steps) < 1.9
-    # Both processes' questions: a sample to begin with, and 16 responses a step.
+    # A sample to begin with, and 16 responses a step, of which each process sampled 8.
     assert steps[-1]["judge/num_calls"] == server.hits
+
+
+class Pair(Ranks):
+    """Two processes of a run as two threads of this one."""
+
+    meeting = threading.Barrier(2)
+    items: ClassVar[dict[int, Any]] = {}
+
+    def gather_or_fail(self, item: Any, error: Any = None) -> list[Any]:
+        self.items[self.rank] = item
+        self.meeting.wait(10)
+        found = [self.items[0], self.items[1]]
+        self.meeting.wait(10)
+        return found
+
+    def all_sum_or_fail(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.gather_or_fail(x), torch.zeros_like(x))
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import HashStore
+
+    group_store = HashStore()
+    monkeypatch.setattr(judged, "_get_default_store", lambda: group_store)
+
+
+def in_both(work: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, range(2)))
+
+
+@pytest.mark.usefixtures("store")
+def test_the_first_process_asks_about_the_responses_of_all() -> None:
+    """Two judges in a sum, the first the slower: what processes exchange keeps its order."""
+    quick, slow = SlowJudge(0.0), SlowJudge(0.2)
+
+    def source(rank: int, ranks: Ranks) -> Any:
+        own = settings(score_source="json")
+        backends = (slow, quick) if rank == 0 else (judged.Nobody(), judged.Nobody())
+        parts = {
+            name: Part(source=JudgeReward(own, backend), normalize=name == "slow")
+            for name, backend in zip(("slow", "quick"), backends, strict=True)
+        }
+        inner = SumReward({"quick": parts["quick"]}, ranks.all_sum_or_fail)
+        return SumReward(
+            {"slow": parts["slow"], "inner": Part(source=inner, normalize=True)},
+            ranks.all_sum_or_fail,
+        )
+
+    sources = [judged.shared(source(rank, Pair(rank, 2)), Pair(rank, 2)) for rank in range(2)]
+    batches = [rollout(), rollout()]
+    batches[1].responses[:] = ["a", "bb", "ccc", "first"]
+    scores = in_both(lambda rank: resolve_scores(sources[rank], batches[rank]))
+    for batch, score in zip(batches, scores, strict=True):
+        expected = [min(len(response), 10) / 5 - 1 for response in batch.responses]
+        assert score.parts["slow"].tolist() == pytest.approx(expected)
+        assert score.parts["inner/quick"].tolist() == pytest.approx(expected)
+    everything = torch.cat([score.parts["slow"] for score in scores])
+    standardized = (everything - everything.mean()) / everything.std()
+    total = torch.cat([score.reward for score in scores])
+    torch.testing.assert_close(total, 2 * standardized)
+    assert [judge_metrics(one)["judge/slow/num_calls"] > 0 for one in sources] == [True, False]
+
+
+@pytest.mark.usefixtures("store")
+def test_the_first_process_begins_with_what_the_other_has_finished() -> None:
+    judge = SlowJudge(0.0)
+    backends = (judge, judged.Nobody())
+    number = judged._numbers
+    sources = []
+    for rank in range(2):
+        judged._numbers = itertools.count(1000)  # as in two processes
+        given = JudgeReward(settings(score_source="json"), backends[rank])
+        sources.append(judged.shared(given, Pair(rank, 2)))
+    judged._numbers = number
+    batches = [rollout(), rollout()]
+    batches[1].responses[:] = ["a", "bb", "ccc", "dddd"]
+    for source, batch in zip(sources, batches, strict=True):
+        begun(source, batch)
+    while judge.count("dddd") == 0:
+        time.sleep(0.01)
+    scores = in_both(lambda rank: resolve_scores(sources[rank], batches[rank]))
+    assert scores[1].reward.tolist() == pytest.approx([-0.8, -0.6, -0.4, -0.2])
+    assert [judge.count(one) for one in ("first", "a", "dddd")] == [1, 1, 1]
+    close_source(sources[0])

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, RewardError
-from klippo.rewards.combined import Part, SumReward, yardstick
+from klippo.ranks import Ranks
+from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.function import FunctionReward
+from klippo.rewards.judged import yardstick
 from klippo.rewards.resolve import resolve_scores
 from klippo.types import Scores
 from tests.tolerance import float32
@@ -112,13 +114,13 @@ def test_a_yardstick_keeps_the_scale_of_its_first_batch_and_leaves_training_alon
     source = SumReward({"outer": Part(source=inner)})
     score(source)
     before = source.state_dict()
-    fixed = yardstick(source)
+    fixed = yardstick(source, Ranks())
     score(fixed)
     reward = score(fixed).reward
     assert source.state_dict() == before
     torch.testing.assert_close(reward, (torch.tensor([50.0, 60.0]) - 3) / 8**0.5, **float32(4))
     plain = Given()
-    assert yardstick(plain) is plain
+    assert yardstick(plain, Ranks()) is plain
 
 
 def test_columns_that_a_part_needs_are_checked_before_the_run():

@@ -17,6 +17,7 @@ from klippo.rewards.column import ColumnReward
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.function import FunctionReward
+from klippo.rewards.judged import Nobody
 from klippo.rewards.loading import load_function
 from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
 from klippo.rewards.resolve import wait_for
@@ -32,7 +33,7 @@ def build_reward(
     account: str | None = None,
 ) -> RewardSource:
     """The reward source that the settings describe; `account` is whose budget its judges have."""
-    all_sum = (ranks or Ranks()).all_sum_or_fail
+    ranks = ranks or Ranks()
     match settings:
         case kinds.ClassifierSettings():
             return ClassifierReward(settings, device=device, prompt_column=prompt_column)
@@ -43,6 +44,8 @@ def build_reward(
         case kinds.FunctionSettings():
             return FunctionReward(load_function(settings.function), settings.function)
         case JudgeSettings():
+            if not ranks.is_main:
+                return JudgeReward(settings, Nobody(), prompt_column=prompt_column)
             return open_judge(settings, prompt_column=prompt_column, account=account)
         case kinds.LengthSettings():
             return LengthPenalty(max_tokens=settings.max_tokens, min_tokens=settings.min_tokens)
@@ -63,7 +66,7 @@ def build_reward(
                 )
                 for name, part in settings.parts.items()
             }
-            return SumReward(parts, all_sum)
+            return SumReward(parts, ranks.all_sum_or_fail)
     raise AssertionError(f"no class for {type(settings).__name__}")
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from klippo.judge.judging import together
 from klippo.tensors.estimators import AllSum, RunningMoments, local
 from klippo.types import RewardSource, Rollout, Scores, Stateful, stateful
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One summand."""
+    """One term of a sum."""
 
     source: RewardSource
     weight: float = 1.0
@@ -25,13 +25,40 @@ class Part:
     """Subtract the running mean and divide by the running standard deviation before weighting."""
 
 
+Started = tuple[list[Awaitable[Any]], Callable[[Iterator[Any]], Scores]]
+"""What to wait for, and the scores as they follow from the results, which are in that order.
+
+Processes of one run may finish waiting in any order; what they exchange afterwards has the same
+order everywhere.
+"""
+
+
+def start(source: RewardSource, rollout: Rollout) -> Started:
+    """Begin to score."""
+    if hasattr(source, "start"):
+        started: Started = source.start(rollout)
+        return started
+    result = source.score(rollout)
+    return ([result], next) if inspect.isawaitable(result) else ([], lambda _: result)
+
+
+def score_started(started: Started) -> Scores | Awaitable[Scores]:
+    """The scores; to be awaited exactly if there is something to wait for, and then all at once."""
+    waiting, finish = started
+
+    async def when_ready() -> Scores:
+        return finish(iter(await together(waiting)))
+
+    return when_ready() if waiting else finish(iter(()))
+
+
 class SumReward:
-    """reward = sum_i weight_i * part_i, where a part may be standardised by its running moments.
+    """reward = sum_i weight_i * r_i, whose terms may be standardised by their running moments.
 
     A batch enters the running moments before it is standardised by them, so that the first batch
-    has a scale too. A response that any part could not score (NaN) has a NaN sum. `Scores.parts`
-    holds each part as its source gave it, under its name; parts of a part are `outer/inner`. The
-    members of an ensemble among the parts are passed on, where there is exactly one.
+    has a scale too. A response that any term could not score (NaN) has a NaN sum. `Scores.parts`
+    holds each term as its source gave it, under its name; terms of a term are `outer/inner`. The
+    members of an ensemble among the terms are passed on, if there is exactly one.
     """
 
     def __init__(
@@ -46,42 +73,32 @@ class SumReward:
         self._moments = {name: RunningMoments() for name, p in parts.items() if p.normalize}
         self._measures_once = measures_once
 
+    def with_sources(self, change: Callable[[RewardSource], RewardSource]) -> SumReward:
+        """The same sum of changed sources, without what it has measured."""
+        parts = {name: replace(p, source=change(p.source)) for name, p in self.parts.items()}
+        return SumReward(parts, self._all_sum, measures_once=self._measures_once)
+
     def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]:
-        """reward: (B,) float32; to be awaited exactly when a part is, and then all at once."""
-        results: list[Scores | Awaitable[Scores]] = []
+        """reward: (B,) float32; to be awaited exactly if a term is."""
+        return score_started(self.start(rollout))
+
+    def start(self, rollout: Rollout) -> Started:
+        """Begin to score all terms."""
+        waiting: list[Awaitable[Any]] = []
+        finishes: list[Callable[[Iterator[Any]], Scores]] = []
         try:
             for part in self.parts.values():
-                results.append(part.source.score(rollout))  # noqa: PERF401, the ones before an error
+                more, finish = start(part.source, rollout)
+                waiting += more
+                finishes.append(finish)
         except BaseException:
-            for result in results:
-                if inspect.iscoroutine(result):
-                    result.close()
+            for one in waiting:
+                if inspect.iscoroutine(one):
+                    one.close()
             raise
-        if any(inspect.isawaitable(result) for result in results):
-            return self._score_when_ready(results)
-        return self._sum([result for result in results if isinstance(result, Scores)])
+        return waiting, lambda results: self._sum([finish(results) for finish in finishes])
 
-    async def _score_when_ready(self, results: Sequence[Scores | Awaitable[Scores]]) -> Scores:
-        tasks = {
-            place: asyncio.ensure_future(result)
-            for place, result in enumerate(results)
-            if not isinstance(result, Scores)
-        }
-        try:
-            await asyncio.gather(*tasks.values())
-        except BaseException:
-            for task in tasks.values():
-                task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
-            raise
-        return self._sum(
-            [
-                r if isinstance(r, Scores) else tasks[place].result()
-                for place, r in enumerate(results)
-            ]
-        )
-
-    def _sum(self, scores: Sequence[Scores]) -> Scores:
+    def _sum(self, scores: list[Scores]) -> Scores:
         total = torch.zeros_like(scores[0].reward, dtype=torch.float32)
         ensembles = [score.members for score in scores if score.members is not None]
         logged: dict[str, Tensor] = {}
@@ -89,7 +106,11 @@ class SumReward:
             reward = score.reward.float()
             logged[name] = reward
             logged |= {f"{name}/{inner}": values for inner, values in score.parts.items()}
-            total = total + part.weight * self._standardized(name, reward)
+            if (moments := self._moments.get(name)) is not None:
+                if not (self._measures_once and moments.count > 0):
+                    moments.update(reward[~reward.isnan()], self._all_sum)
+                reward = moments.standardize(reward)
+            total = total + part.weight * reward
         return Scores(
             reward=total,
             members=ensembles[0] if len(ensembles) == 1 else None,
@@ -97,47 +118,21 @@ class SumReward:
             not_finite={row: text for score in scores for row, text in score.not_finite.items()},
         )
 
-    def _standardized(self, name: str, reward: Tensor) -> Tensor:
-        if name not in self._moments:
-            return reward
-        moments = self._moments[name]
-        if not (self._measures_once and moments.count > 0):
-            moments.update(reward[~reward.isnan()], self._all_sum)
-        return moments.standardize(reward)
-
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise ConfigError when a part needs a column that is not among these."""
+        """Raise ConfigError when a term needs a column that is not among these."""
         columns = list(columns)
         for part in self.parts.values():
-            check = getattr(part.source, "check_columns", None)
-            if check is not None:
-                check(columns)
+            if hasattr(part.source, "check_columns"):
+                part.source.check_columns(columns)
 
     async def close(self) -> None:
-        """Let the parts that hold connections end what is in flight."""
+        """Let the terms that hold connections end what is in flight."""
         for part in self.parts.values():
-            close = getattr(part.source, "close", None)
-            if close is not None:
-                await close()
-
-    def yardstick(self, all_sum: AllSum = local) -> SumReward:
-        """The same sum for evaluation: one scale for all of its batches.
-
-        `all_sum` adds up over the processes that share the evaluation.
-        """
-        return SumReward(
-            {
-                name: Part(
-                    source=yardstick(p.source, all_sum), weight=p.weight, normalize=p.normalize
-                )
-                for name, p in self.parts.items()
-            },
-            all_sum,
-            measures_once=True,
-        )
+            if hasattr(part.source, "close"):
+                await part.source.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The running moments of the parts, and the states of parts that have one."""
+        """The running moments of the terms, and the states of terms that have one."""
         return {
             "moments": {name: moments.state_dict() for name, moments in self._moments.items()},
             "sources": {name: source.state_dict() for name, source in self._stateful().items()},
@@ -150,14 +145,5 @@ class SumReward:
             source.load_state_dict(state["sources"][name])
 
     def _stateful(self) -> dict[str, Stateful]:
-        found = ((name, stateful(part.source)) for name, part in self.parts.items())
-        return {name: source for name, source in found if source is not None}
-
-
-def yardstick(source: RewardSource, all_sum: AllSum = local) -> RewardSource:
-    """The source as evaluation uses it: the same text gets the same score at every step.
-
-    Running moments would move the scale while the policy trains, so parts that are normalised are
-    standardised by the moments of the first batch that the yardstick sees.
-    """
-    return source.yardstick(all_sum) if isinstance(source, SumReward) else source
+        states = ((name, stateful(part.source)) for name, part in self.parts.items())
+        return {name: state for name, state in states if state is not None}

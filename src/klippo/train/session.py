@@ -25,9 +25,9 @@ from klippo.policy.sharding import full_weights
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks
-from klippo.rewards.combined import SumReward, yardstick
+from klippo.rewards.combined import SumReward
 from klippo.rewards.ensemble import EnsembleReward
-from klippo.rewards.judged import judge_metrics, over_processes
+from klippo.rewards.judged import judge_metrics, shared, yardstick
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
 from klippo.rewards.settings import EnsembleSettings, RewardSettings, SumSettings
 from klippo.rollouts.collate import stop_token_ids
@@ -64,9 +64,8 @@ class RunReward:
         self, source: RewardSource, ranks: Ranks, evaluators: Ranks, *, skips_not_finite: bool
     ) -> None:
         """`evaluators` are the processes that share an evaluation."""
-        self.source = source
-        self.fixed = yardstick(source, evaluators.all_sum_or_fail)
-        self._ranks = ranks
+        self.source = shared(source, ranks)
+        self.fixed = yardstick(self.source, evaluators)
         self._skips_not_finite = skips_not_finite
 
     def score(self, rollout: Rollout) -> Scores:
@@ -78,8 +77,8 @@ class RunReward:
         return resolve_scores(self.fixed, rollout, skip_not_finite=self._skips_not_finite)
 
     def metrics(self) -> Metrics:
-        """What judges counted since the last call, over all processes."""
-        return over_processes(judge_metrics(self.source), self._ranks)
+        """What judges counted since the last call; the first process knows it."""
+        return judge_metrics(self.source)
 
     def close(self) -> None:
         """Stop waiting for answers, after a failure."""
