@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_by_itself_to_the_same_bytes(slow_config: Path, tmp
     process.communicate()
     ended = train(slow_config, f"output_dir={run}")
     assert ended.returncode == 0, ended.stderr
-    assert f"Going on with {run} after 4 of 8 steps" in ended.stdout
+    assert f"Resuming {run} after 4 of 8 steps" in ended.stdout
     assert fingerprint(run) == fingerprint(tmp_path / "whole")
     assert not (run / "checkpoints").exists()
     assert not (run / ".lock").exists()
@@ -119,10 +119,10 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_goes_on(
     assert status["checkpoint_step"] == done
     command = f"klippo train {run / 'config.yaml'} --resume"
     assert status["resume"] == command
-    assert f"This goes on after step {done}: {command}" in out
+    assert f"To resume after step {done}: {command}" in out
     code, out, err = cli("train", run / "config.yaml", "--resume")
     assert code == 0, err
-    assert f"Going on with {run} after {done} of 8 steps" in out
+    assert f"Resuming {run} after {done} of 8 steps" in out
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(8))
 
 
@@ -212,9 +212,9 @@ def test_a_changed_config_is_refused_with_what_differs_and_what_is_safe(config) 
     assert "\n  seed=5 (was 0)" in unsafe
     assert "learning_rate" not in unsafe
     assert (
-        "--resume goes on with the new value:\n  optimizer.learning_rate=0.0001 (was 0.001)" in safe
+        "--resume continues with the new value:\n  optimizer.learning_rate=0.0001 (was 0.001)" in safe
     )
-    with pytest.raises(ConfigError, match="Not to be changed on the way"):
+    with pytest.raises(ConfigError, match="These must not change"):
         PPOTrainer(changed, reward=lengths, quiet=True, resume=True).train()
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_steps_come_again(
 def test_without_a_whole_checkpoint_nothing_is_begun_again(config, tmp_path) -> None:
     run_until(config, 2)
     (tmp_path / "run/checkpoints/step-00000002/state.json").unlink()
-    with pytest.raises(ConfigError, match=r"none of its checkpoints is whole.*state\.json"):
+    with pytest.raises(ConfigError, match=r"none of its checkpoints is intact.*state\.json"):
         PPOTrainer(config, reward=lengths, quiet=True).train()
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 2
 
@@ -335,7 +335,7 @@ def test_an_unfinished_run_without_checkpoints_is_not_begun_again_unasked(config
 def test_options_that_contradict_and_a_run_that_is_not_there(config) -> None:
     with pytest.raises(ConfigError, match="choose one"):
         PPOTrainer(config, reward=lengths, quiet=True, resume=True, overwrite=True).train()
-    with pytest.raises(ConfigError, match="there is no run to go on with"):
+    with pytest.raises(ConfigError, match="there is no run to resume"):
         PPOTrainer(config, reward=lengths, quiet=True, resume=True).train()
 
 

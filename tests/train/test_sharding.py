@@ -158,7 +158,7 @@ def test_a_checkpoint_of_two_sharded_processes_starts_one_and_that_of_one_starts
             command = torchrun(num, config, f"output_dir={folder}", f"ppo.num_steps={steps}")
             ended = finish([*command, "--resume"] if steps == 4 else command)
             assert ended.returncode == 0, ended.stderr
-        assert f"{second} processes go on with what {first} began" in ended.stderr
+        assert f"{second} processes resume what {first} began" in ended.stderr
         ends[first] = load_file(folder / "model/model.safetensors")
     for name, weight in ends[1].items():
         assert float((weight - ends[2][name]).abs().max()) < WEIGHTS_TOLERANCE, name

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run trains: at once, or when what it is doing is whole."""
+"""SIGINT and SIGTERM while a run trains: handled at once, or after the current step."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHERS_REPEAT_S = 2.0
-"""A launcher passes on what the terminal has sent to all processes already."""
+"""A launcher repeats a signal that the terminal has already sent to all processes."""
 
 
 class Interruptions:
     """Use as a context manager around training, in the main thread; elsewhere it does nothing."""
 
     def __init__(self, say: Callable[[str], None], *, together: bool) -> None:
-        """With `together` every signal waits: several processes end at the same step."""
+        """With `together` every signal waits, so that all processes stop at the same step."""
         self._say = say
         self._together = together
         self._waits = together
         self._since = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self.pending: int | None = None
-        """A signal that waits for the step to be whole."""
+        """A signal that waits for the end of the step."""
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -39,7 +39,7 @@ class Interruptions:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A first signal inside waits; `raise_pending` is for where it may go on."""
+        """A first signal inside waits for `raise_pending`."""
         self._waits = True
         try:
             yield
@@ -47,7 +47,7 @@ class Interruptions:
             self._waits = self._together
 
     def raise_pending(self, number: int | None) -> None:
-        """Raise what a signal means, where there was one: in this process or in another."""
+        """Raise what a signal means, if there was one in this process or another."""
         if number is not None:
             self.pending = None
             raise interruption(number)
@@ -58,7 +58,7 @@ class Interruptions:
             raise interruption(number)
         if self.pending is None:
             self.pending, self._since = number, now
-            self._say("Ending when this step is whole; once more ends at once.")
+            self._say("Stopping after this step; once more stops at once.")
         elif not self._together or now - self._since > LAUNCHERS_REPEAT_S:
             raise interruption(number)
 
