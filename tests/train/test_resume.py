@@ -211,9 +211,8 @@ def test_a_changed_config_is_refused_with_what_differs_and_what_is_safe(config) 
     unsafe, safe = str(refused.value).split("\nSafe to change")
     assert "\n  seed=5 (was 0)" in unsafe
     assert "learning_rate" not in unsafe
-    assert (
-        "--resume continues with the new value:\n  optimizer.learning_rate=0.0001 (was 0.001)" in safe
-    )
+    assert "--resume continues with the new value:" in safe
+    assert "\n  optimizer.learning_rate=0.0001 (was 0.001)" in safe
     with pytest.raises(ConfigError, match="These must not change"):
         PPOTrainer(changed, reward=lengths, quiet=True, resume=True).train()
 
