@@ -2,17 +2,17 @@
 
 
 class KlippoError(Exception):
-    """A problem the user can mend; the command line prints its text alone, without a traceback."""
+    """A problem the user can fix; the command line prints its text alone, without a traceback."""
 
     exit_code = 1
     check: str | None = None
-    """The health check that it speaks for, where it does."""
+    """The health check that raised it, if one did."""
     everywhere: bool = False
-    """Every process of the run ends with it at the same place, and they can still work together."""
+    """Every process raises it at the same point, so they can still work together."""
 
 
 class ConfigError(KlippoError):
-    """The command line, the config or the data is wrong; found before anything expensive starts."""
+    """The command line, the config or the data is wrong; said before anything costly starts."""
 
     exit_code = 2
 
@@ -52,13 +52,13 @@ class HealthError(DivergedError):
 
 
 class StorageError(KlippoError):
-    """A file could not be written (disk full, folder read-only); older files stay whole."""
+    """A file could not be written (disk full, folder read-only); older files stay complete."""
 
     exit_code = 3
 
 
 class JudgeError(KlippoError):
-    """The judge cannot be used: it refused the key or the model, or what answers is no judge."""
+    """The judge cannot be used: it refused the key or the model, or what answers is not a judge."""
 
     exit_code = 4
 
@@ -70,6 +70,6 @@ class BudgetError(KlippoError):
 
 
 class OutOfMemoryError(KlippoError):
-    """The device's memory ran out while the run was on; what was written before is whole."""
+    """The device's memory ran out while the run was on; what was written before is complete."""
 
     exit_code = 3

@@ -34,7 +34,7 @@ def trust_code_of(names: Iterable[str]) -> None:
 
 
 def code_option(name: str) -> dict[str, bool]:
-    """What `from_pretrained` must be told; left to itself, transformers asks who sits there."""
+    """An option of `from_pretrained`; without it, transformers asks at the terminal."""
     return {"trust_remote_code": name in _TRUSTED}
 
 
@@ -52,21 +52,14 @@ def resolve(name: str) -> str:
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of a model's folder or hub repository; None where it has no such file."""
+    """A file of a model's folder or hub repository; None if absent."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(
-            resolve(name),
-            file,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # what can be no folder and no repository has no files
+        path = cached_file(resolve(name), file, revision=revision)
+    except OSError:  # no such file, or no such repository, or it cannot be reached
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
@@ -152,7 +145,7 @@ def with_fused_activations(model: Any) -> Any:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' bars about weight files off the screen; a hub download still shows its."""
+    """Hide transformers' progress bars about weight files; a hub download still shows its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -165,18 +158,18 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def not_loaded(name: str, error: Exception) -> PreflightError:
-    """What to raise where loading a model raised one of LOADING_ERRORS."""
+    """The error to raise when loading a model raised one of LOADING_ERRORS."""
     _refuse_own_code(name, error)
     if isinstance(error, pickle.UnpicklingError):
         return PreflightError(
             f"{name}: the weights are a pickle that holds more than tensors "
-            f"({_first_line(error)}); nothing of it was run. Ask its maker for safetensors, or "
-            "convert it where nothing is at stake"
+            f"({_first_line(error)}); none of it was run. Ask its maker for safetensors, or "
+            "convert it on a machine where nothing is at stake"
         )
     if isinstance(error, SafetensorError):
         return PreflightError(
-            f"{name}: the weights are no whole safetensors file ({_first_line(error)}); copy or "
-            "download them again"
+            f"{name}: the weights are not a complete safetensors file ({_first_line(error)}); "
+            "copy or download them again"
         )
     return PreflightError(
         f"{name}: the model cannot be loaded ({_first_line(error)}); give a folder written by "
@@ -185,10 +178,10 @@ def not_loaded(name: str, error: Exception) -> PreflightError:
 
 
 def _refuse_kernels(name: str, revision: str | None) -> None:
-    """Raise PreflightError where config.json names compiled code for transformers to fetch."""
+    """Raise PreflightError if config.json names compiled code for transformers to fetch."""
     try:
         content = load_config(name, revision)
-    except PreflightError:  # an adapter, or nothing: loading it will tell
+    except PreflightError:  # an adapter, or nothing: loading will say
         return
     asked = [value for key, value in content.items() if key.endswith("attn_implementation")]
     if "/" in json.dumps(asked) and name not in _TRUSTED:
@@ -199,7 +192,7 @@ def _refuse_kernels(name: str, revision: str | None) -> None:
 
 
 def _refuse_own_code(name: str, error: Exception) -> None:
-    """Raise PreflightError where it is the model's own code that is missing."""
+    """Raise PreflightError if it is the model's own code that is missing."""
     if "trust_remote_code" in str(error):
         raise PreflightError(
             f"{name}: needs Python code of its own (auto_map in its config.json), which was not "

@@ -13,7 +13,7 @@ def longest(response_length: int | list[int]) -> int:
 
 
 def context_length(model: Any) -> int | None:
-    """The most tokens that the model's positions allow, where its config says so."""
+    """The most tokens that the model's positions allow; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
 
@@ -21,7 +21,7 @@ def context_length(model: Any) -> int | None:
 def room_for_prompts(model: Any, response_length: int | list[int], limit: int | None) -> int:
     """The longest prompt, in tokens, that leaves room for the longest response.
 
-    Raises ConfigError where none does.
+    Raises ConfigError if none does.
     """
     context = context_length(model)
     if context is None:

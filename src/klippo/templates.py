@@ -24,11 +24,11 @@ NAMES = ("alpaca", "open-assistant")
 response, and no end token, as its reward models were trained (end_sequence_with_eos off).
 `open-assistant` is Open-Assistant's message format, version 2."""
 
-_PLACE = re.compile(r"\{(\w[\w .-]*)\}")
+_NAME = re.compile(r"\{(\w[\w .-]*)\}")
 
 
 def prompt_text(template: str, prompt: str, columns: Mapping[str, Any]) -> str:
-    """What a policy reads: the template up to the response, all of it where it has no {response}.
+    """What a policy reads: the template up to {response}, or all of it if it has none.
 
     `template` is a name or written out with {prompt} and any column. Raises ConfigError for an
     unknown name, and for {something} that is no column.
@@ -52,7 +52,7 @@ def full_text(template: str, prompt: str, response: str, columns: Mapping[str, A
 
 
 def check_template(template: str) -> None:
-    """Raise ConfigError for a name that is none; columns are checked when they are known."""
+    """Raise ConfigError for a name that is none; columns are checked when filled in."""
     if template in NAMES or "{" in template:
         return
     near = difflib.get_close_matches(template.lower().replace("_", "-"), NAMES, n=1)
@@ -73,20 +73,20 @@ def _written_out(template: str, columns: Mapping[str, Any]) -> str:
     return template
 
 
-def _fill(template: str, columns: Mapping[str, Any], own: Mapping[str, str]) -> str:
+def _fill(template: str, columns: Mapping[str, Any], texts: Mapping[str, str]) -> str:
     """Replace every {name} in one pass: braces inside the texts stay as they are."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
-        if name in own:
-            return own[name]
+        if name in texts:
+            return texts[name]
         if name in columns:
             return "" if columns[name] is None else str(columns[name])
-        known = [*own, *columns]
+        known = [*texts, *columns]
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
             f"template={template!r}: {{{name}}} is no column; there are {', '.join(known)}"
             + (f": did you mean {{{near[0]}}}?" if near else "")
         )
 
-    return _PLACE.sub(value, template)
+    return _NAME.sub(value, template)

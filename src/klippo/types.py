@@ -7,7 +7,7 @@ Masks come from lengths; True always means "keep".
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ class Prompt:
     text: str
     """What the policy reads, after the chat template or any cut; plain text has no BOS in front."""
     token_ids: list[int]
-    """The same as token ids, including a BOS token where the tokenizer wants one."""
+    """The same as token ids, with a BOS token if the tokenizer adds one."""
     content: str | None = None
     """The prompt without the data's template, which rewards read; None where `text` is that."""
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Completion:
     finished: bool
     """True when a stop token ended it, False when the length limit did."""
     logprobs: list[float] | None = None
-    """The engine's own log-probs of `token_ids` in nats, where it reports them."""
+    """The engine's own log-probs of `token_ids` in nats, if it reports them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +68,10 @@ class LoggedResponse:
     """A response that exists already."""
 
     prompt: Prompt
-    """Its `meta` has this response, its reward and, where rewards are compared with those of other
-    responses to the same prompt, their mean under `BASELINE`."""
+    """Its `meta` has this response, its reward and, if rewards are compared with those of the other
+    responses to the prompt, their mean under `BASELINE`."""
     completion: Completion
-    """`logprobs` are those of the policy that wrote it, where they were recorded."""
+    """`logprobs` are those of the policy that wrote it, if they were recorded."""
     reward: float
 
 
@@ -87,7 +87,7 @@ class TokenBatch:
     response_ids: Tensor  # (B, T) int64, right-padded
     response_mask: Tensor  # (B, T) bool, True on real tokens including the stop token
     frozen_states: Tensor | None = None
-    """(B, P+T, D), what the policy's frozen blocks make of these tokens, where that is known."""
+    """(B, P+T, D), the policy's frozen blocks' output for these tokens, if it was kept."""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids.shape == self.prompt_mask.shape
@@ -103,24 +103,19 @@ class TokenBatch:
         first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
         last = max(int(response_mask.sum(1).max()), 1)
         states = self.frozen_states
+        if states is not None:
+            states = states[index, first : self.prompt_ids.shape[1] + last]
         return TokenBatch(
             prompt_ids=self.prompt_ids[index, first:],
             prompt_mask=prompt_mask[:, first:],
             response_ids=self.response_ids[index, :last],
             response_mask=response_mask[:, :last],
-            frozen_states=None
-            if states is None
-            else states[index, first : self.prompt_ids.shape[1] + last],
+            frozen_states=states,
         )
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return TokenBatch(
-            prompt_ids=self.prompt_ids.to(device),
-            prompt_mask=self.prompt_mask.to(device),
-            response_ids=self.response_ids.to(device),
-            response_mask=self.response_mask.to(device),
-            frozen_states=None if self.frozen_states is None else self.frozen_states.to(device),
-        )
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{k: t.to(device) for k, t in tensors.items() if t is not None})
 
 
 Behavior = Literal["policy", "start", "recorded"]
@@ -136,7 +131,7 @@ class Rollout:
     responses: list[str]
     """Decoded, special tokens left out: for rewards and people, never tokenized again to train."""
     tokens: TokenBatch
-    finished: Tensor  # (B,) bool, False where the length limit cut the response
+    finished: Tensor  # (B,) bool, False if the length limit cut the response
     temperature: float
     behavior_logprobs: Tensor | None = None  # (B, T) float32, the engine's (or the file's) own
     behavior: Behavior = "policy"
@@ -215,7 +210,7 @@ class Tokenizer(Protocol):
 
 
 OnDone = Callable[[int, Completion], None]
-"""Told a completion's place among the prompts, and the completion."""
+"""Receives a completion's index among the prompts, and the completion."""
 
 
 class Engine(Protocol):
@@ -269,7 +264,6 @@ class Stateful(Protocol):
 
 
 def stateful(part: object) -> Stateful | None:
-    """The part, where it has such a state; PyTorch modules keep theirs to themselves."""
-    if isinstance(part, Stateful) and not isinstance(part, torch.nn.Module):
-        return part
-    return None
+    """The part if it has such a state; PyTorch modules' states are saved otherwise."""
+    is_module = isinstance(part, torch.nn.Module)
+    return part if isinstance(part, Stateful) and not is_module else None

@@ -34,15 +34,13 @@ MARKS |= {"datasets", "datasets_extra"}
 """Keys by which a config is recognised as written in these names."""
 
 
-def _names(given: Given, *keys: str) -> list[Located]:
-    """The names in several lists; a name alone is a list."""
-    values = [given[key] for key in keys if key in given]
-    lists = [value.value if isinstance(value.value, list) else [value] for value in values]
-    return [name for names in lists for name in names]
+def _names(given: Given, key: str) -> list[Located]:
+    """A list of names; a name alone is a list."""
+    value = given.get(key, Located([], ""))
+    return value.value if isinstance(value.value, list) else [value]
 
 
-def _check_names(value: Located) -> None:
-    names = value.value if isinstance(value.value, list) else [value]
+def _check_names(names: list[Located]) -> None:
     if not all(isinstance(name.value, str) and name.value for name in names):
         raise ValueError("must be a list of names")
 
@@ -62,7 +60,7 @@ def _layers(_: Given, layers: Located) -> Values:
 
 def _reward(given: Given, models: Located) -> Values:
     """One reward model, or an ensemble of several with the variance of the published code."""
-    _check_names(models)
+    _check_names(_names(given, MODELS))
     section: Values = {"template": "open-assistant"}
     if _is_ensemble(given):
         section |= {"kind": "ensemble", "members": models, "ddof": 1, "standardize": "none"}
@@ -84,9 +82,9 @@ def _gold(given: Given, model: Located) -> Values:
     return {"gold.kind": "classifier", "gold.model": model, "gold.template": template}
 
 
-def _datasets(given: Given, value: Located) -> Values:
-    _check_names(value)
-    names = _names(given, "datasets", "datasets_extra")
+def _datasets(given: Given, _: Located) -> Values:
+    names = [*_names(given, "datasets"), *_names(given, "datasets_extra")]
+    _check_names(names)
     if not names:
         return {}
     section: Values = {"train": Located(names, names[0].origin) if names[1:] else names[0]}
@@ -108,10 +106,13 @@ def _num_prompts(given: Given, limit: Located) -> Values:
 
 
 def _final_fraction(given: Given, end: Located) -> Values:
-    rate = given.get("optimizer.kwargs.lr", end).value
-    if not all(isinstance(n, int | float) for n in (end.value, rate)) or not 0 <= end.value <= rate:
+    if "optimizer.kwargs.lr" not in given:
+        return {}
+    rate = given["optimizer.kwargs.lr"].value
+    numbers = all(isinstance(number, int | float) for number in (end.value, rate))
+    if not numbers or rate <= 0 or not 0 <= end.value <= rate:
         raise ValueError(f"must be a number from 0 to optimizer.kwargs.lr, {rate}")
-    return {"optimizer.final_fraction": end.value / rate} if "optimizer.kwargs.lr" in given else {}
+    return {"optimizer.final_fraction": end.value / rate}
 
 
 def _output_dir(given: Given, folder: Located) -> Values:
