@@ -14,7 +14,7 @@ from klippo.config.load import load_config
 from klippo.hub import load_tokenizer
 from klippo.policy.loading import load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
-from klippo.supervised.baselines import BaselineOptions, Preferences
+from klippo.supervised.baselines import Preferences
 from klippo.supervised.settings import TrainingSettings
 from klippo.supervised.sft import learn_response
 from klippo.supervised.training import Training
@@ -85,7 +85,7 @@ def dpo(start, **training):
         steps.append(dict(figures))
 
     training = Training(settings=settings, seed=0, device=CPU, report=report)
-    Preferences(PAIR, [], "toy", BaselineOptions(beta=0.5)).train(start, training)
+    Preferences(PAIR, [], "toy", beta=0.5).train(start, training)
     return steps
 
 

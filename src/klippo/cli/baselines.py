@@ -79,7 +79,7 @@ def baselines(
 
     from klippo.config.trust import trust_code
     from klippo.errors import ConfigError
-    from klippo.supervised.baselines import BaselineOptions, baselines
+    from klippo.supervised.baselines import baselines
 
     for option, value in (
         ("--best-share", best_share),
@@ -91,13 +91,11 @@ def baselines(
     trust_code(loaded.config, trust_remote_code)
     return baselines(
         loaded,
-        BaselineOptions(
-            best_share=best_share,
-            beta=dpo_beta,
-            pairs_per_prompt=dpo_pairs,
-            min_margin=dpo_min_margin,
-        ),
         only=None if only is None else only.value,
+        best_share=best_share,
+        dpo_beta=dpo_beta,
+        dpo_pairs=dpo_pairs,
+        dpo_min_margin=dpo_min_margin,
         learning_rate=learning_rate,
         overwrite=overwrite,
         quiet=quiet,

@@ -33,16 +33,17 @@ from klippo.lab import fingerprints
 from klippo.lab.arms import Arm, Standardize, arms_named, reward_key
 from klippo.lab.held_out import held_out, own_prompts
 from klippo.lab.reward_names import check_reward, reward_label, reward_named
-from klippo.lab.sample_files import (
+from klippo.lab.sample_storage import (
     PROMPTS_FILE,
     SAMPLES_FILE,
+    SCORES_DIR,
     Samples,
     draw_missing,
     drawn_samples,
     samples_in,
+    score_samples,
     store_prompts,
 )
-from klippo.lab.sample_scores import SCORES_DIR, score_samples
 from klippo.ranks import choose_device
 from klippo.report.best_of_n import draw_best_of_n
 from klippo.runs.folder import write_text, writing

@@ -53,6 +53,7 @@ _NEEDED: dict[str, type | tuple[type, ...]] = {
     "proxy": (int, float, type(None)),
     "kl_exact_nats": (int, float),
 }
+_GOLD = {"gold", "gold_model"}
 _UNNAMED = "a reward that the rows do not name (an older Klippo)"
 
 
@@ -124,9 +125,21 @@ def add_gold(
     """
     label = reward_label(settings)
     evaluations = {step: read_rows(file) for step, file in files.items()}
-    check_rows({files[step]: rows for step, rows in evaluations.items()}, has_template)
+    keys: set[str] = next((set(rows[0]) - _GOLD for rows in evaluations.values() if rows), set())
+    for step, rows in evaluations.items():
+        if not rows:
+            raise ConfigError(f"{files[step]}: has no rows; remove the file")
+        for line, row in enumerate(rows, start=1):
+            problem = _problem(row, keys, has_template)
+            if "gold" in row and row.get("gold_model") != label and not (overwrite or problem):
+                problem = (
+                    f"has a gold score by {row.get('gold_model', _UNNAMED)}, and scores by {label} "
+                    "cannot stand beside it; add --overwrite to replace it"
+                )
+            if problem is not None:
+                raise ConfigError(f"{files[step]}, line {line}: {problem}")
     missing = {
-        step: _rows_to_score(files[step], rows, label, overwrite=overwrite)
+        step: [row for row in rows if "gold" not in row or row.get("gold_model") != label]
         for step, rows in evaluations.items()
     }
     if not any(missing.values()):
@@ -151,55 +164,28 @@ def add_gold(
     return evaluations
 
 
-def check_rows(files: Mapping[Path, Sequence[SampleRow]], has_template: bool) -> None:
-    """Raise ConfigError unless all rows hold the same keys, those of Klippo's evaluations."""
-    first: tuple[Path, set[str]] | None = None
-    for file, rows in files.items():
-        if not rows:
-            raise ConfigError(f"{file}: has no rows; remove the file")
-        if has_template and any("prompt_content" not in row for row in rows):
-            raise ConfigError(
-                f"{file}: the data has a template, and the rows do not hold the prompts without it "
-                "(an older Klippo wrote them), so gold would read it twice; evaluate again"
-            )
-        for line, row in enumerate(rows, start=1):
-            wrong = [
-                key for key, kind in _NEEDED.items() if not isinstance(row.get(key, ...), kind)
-            ]
-            if wrong:
-                raise ConfigError(
-                    f"{file}, line {line}: {', '.join(wrong)} missing or of the wrong type, so "
-                    "this is no row of an evaluation by this version of Klippo; evaluate again, or "
-                    "remove the line"
-                )
-            keys = set(row) - {"gold", "gold_model"}
-            first = first or (file, keys)
-            if keys != first[1]:
-                more, less = sorted(keys - first[1]), sorted(first[1] - keys)
-                differences = [f"has {', '.join(more)}"] if more else []
-                differences += [f"has no {', '.join(less)}"] if less else []
-                raise ConfigError(
-                    f"{file}, line {line}: {' and '.join(differences)}, unlike {first[0]}, line "
-                    "1: the rows were written by different runs or versions of Klippo; put those "
-                    "of one run into a folder of their own"
-                )
-
-
-def _rows_to_score(
-    file: Path, rows: Sequence[SampleRow], label: str, *, overwrite: bool
-) -> list[SampleRow]:
-    """The rows without a gold score by the reward of this label.
-
-    Raises ConfigError if another reward gave gold scores, and `overwrite` is off.
-    """
-    missing = [row for row in rows if "gold" not in row or row.get("gold_model") != label]
-    for line, row in enumerate(rows, start=1):
-        if "gold" in row and row.get("gold_model") != label and not overwrite:
-            raise ConfigError(
-                f"{file}, line {line}: has a gold score by {row.get('gold_model', _UNNAMED)}, and "
-                f"scores by {label} cannot stand beside it; add --overwrite to replace it"
-            )
-    return missing
+def _problem(row: SampleRow, keys: set[str], has_template: bool) -> str | None:
+    """Why the row is none of the evaluations of one run, whose rows have these keys."""
+    wrong = [key for key, kind in _NEEDED.items() if not isinstance(row.get(key, ...), kind)]
+    if wrong:
+        return (
+            f"{', '.join(wrong)} missing or of the wrong type, so this is no row of an evaluation "
+            "by this version of Klippo; evaluate again, or remove the line"
+        )
+    if has_template and "prompt_content" not in row:
+        return (
+            "the data has a template, and the row does not hold the prompt without it (an older "
+            "Klippo wrote it), so gold would read it twice; evaluate again"
+        )
+    more, less = sorted(set(row) - _GOLD - keys), sorted(keys - set(row))
+    if more or less:
+        differences = [f"has {', '.join(more)}"] if more else []
+        differences += [f"has no {', '.join(less)}"] if less else []
+        return (
+            f"{' and '.join(differences)}, unlike the first row: the rows were written by "
+            "different runs or versions of Klippo; put those of one run into a folder of their own"
+        )
+    return None
 
 
 def gold_found(settings: RewardSettings) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -41,28 +40,10 @@ from klippo.train.offline import OfflineData, read_logged
 from klippo.types import LoggedResponse
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaselineOptions:
-    """What the baselines need beyond the run's config."""
-
-    best_share: float = 0.25
-    """`sft-best`, where each prompt has one response: the share of all that is learnt."""
-    beta: float = 0.1
-    """`dpo`: the weight of log-ratios, reward per nat."""
-    pairs_per_prompt: int = 4
-    """`dpo`: most pairs of one prompt, the widest apart in reward."""
-    min_margin: float = 0.0
-    """`dpo`: least difference of rewards in a pair."""
-
-
-Pair = tuple[Example, Example]
-"""Chosen and rejected, with the same prompt."""
+NAMES = ("sft-best", "dpo")
 Responses = Sequence[LoggedResponse]
-Result = tuple[dict[str, Any], str]
-"""Figures about held-out responses, and the same in words."""
 
 
 class BestResponses:
@@ -70,14 +51,13 @@ class BestResponses:
 
     sequences_per_example = 1
 
-    def __init__(
-        self, train: Responses, held_out: Responses, _: str, options: BaselineOptions
-    ) -> None:
-        best = best_responses(train, options.best_share)
+    def __init__(self, train: Responses, held_out: Responses, share: float = 0.25) -> None:
+        """If each prompt has one response, `share` of all are learnt."""
+        best = best_responses(train, share)
         self.examples = [_example(one) for one in best.chosen]
-        other = best_responses(held_out, options.best_share).chosen if held_out else []
+        other = best_responses(held_out, share).chosen if held_out else []
         self._held_out = [_example(one) for one in other]
-        which = "of each prompt" if best.by_prompt else f"{options.best_share:.0%}"
+        which = "of each prompt" if best.by_prompt else f"{share:.0%}"
         mean, of_all = (fmean(one.reward for one in some) for some in (best.chosen, train))
         self.about = (
             f"{len(best.chosen)} of {len(train)} responses, the best {which} "
@@ -92,8 +72,8 @@ class BestResponses:
         """-log p per learnt token of each held-out example, nats."""
         return nats_per_token(model, self._held_out, batch_size)
 
-    def result(self, before: Sequence[float], after: Sequence[float]) -> Result:
-        """What the measures before and after training say."""
+    def result(self, before: Sequence[float], after: Sequence[float]) -> tuple[dict[str, Any], str]:
+        """Figures of what was measured before and after training, and the same in words."""
         compared = compare_paired(before, after)
         if compared is None:
             return {}, "nothing was held out"
@@ -104,31 +84,41 @@ class BestResponses:
 
 
 class Preferences:
-    """DPO on pairs of a better and a worse response to the same prompt."""
+    """DPO on pairs of a better and a worse response to the same prompt, by TRL's DPOTrainer.
+
+    loss = -log sigmoid(r(better) - r(worse)), with the implicit reward
+    r(y) = beta * (log pi(y) - log pi_start(y)) summed over the response's tokens
+    (Rafailov et al. 2023, eq. 7).
+    """
 
     sequences_per_example = 2
 
     def __init__(
-        self, train: Responses, held_out: Responses, source: str, options: BaselineOptions
+        self,
+        train: Responses,
+        held_out: Responses,
+        source: str,
+        *,
+        beta: float = 0.1,
+        pairs_per_prompt: int = 4,
+        min_margin: float = 0.0,
     ) -> None:
-        """Raises ConfigError without pairs; `source` is the data's name."""
-        self._beta = options.beta
+        """Of each prompt the `pairs_per_prompt` widest apart in reward, at least `min_margin`.
+
+        Raises ConfigError without pairs; `source` is the data's name.
+        """
+        self._beta = beta
         chosen, other = (
-            pairs_by_reward(
-                some, min_margin=options.min_margin, max_per_prompt=options.pairs_per_prompt
-            )
+            pairs_by_reward(some, min_margin=min_margin, max_per_prompt=pairs_per_prompt)
             for some in (train, held_out)
         )
-        close = f"{chosen.num_close} closer than {options.min_margin:g}"
         if not chosen.pairs:
             why, remedy = "each prompt has one response", "add responses to the same prompts"
+            if chosen.num_ties + chosen.num_close:
+                why, remedy = f"{chosen.num_ties} tie in reward or text", "check the rewards"
             if chosen.num_close:
-                why = f"{chosen.num_ties} tie (equal rewards or equal texts), "
-                why += f"{chosen.num_close} lie closer than --dpo-min-margin {options.min_margin:g}"
+                why += f", {chosen.num_close} lie closer than --dpo-min-margin {min_margin:g}"
                 remedy = "lower --dpo-min-margin"
-            elif chosen.num_ties:
-                why = f"{chosen.num_ties} tie (equal rewards or equal texts)"
-                remedy = "check the rewards"
             raise ConfigError(
                 f"{source}: DPO needs pairs, two responses to the same prompt with unlike rewards, "
                 f"and there are none: {why}; {remedy}, or train the other baseline alone with "
@@ -140,51 +130,77 @@ class Preferences:
         )
         num_prompts = len({tuple(better.prompt.token_ids) for better, _ in chosen.pairs})
         gap = fmean(better.reward - worse.reward for better, worse in chosen.pairs)
+        close = f" and {chosen.num_close} closer than {min_margin:g}" if chosen.num_close else ""
         self.about = (
             f"{len(chosen.pairs)} pairs of {num_prompts} prompts, {gap:.3g} apart in reward on "
-            f"average ({chosen.num_ties} ties{f' and {close}' if chosen.num_close else ''} left "
-            "out)"
+            f"average ({chosen.num_ties} ties{close} left out)"
         )
 
     def train(self, start: LoadedPolicy, training: Training) -> None:
-        """Train the start's policy in place."""
+        """Train the start's policy in place, against its frozen copy.
+
+        An adapter needs no copy: TRL keeps one of the adapter as it is now.
+        """
+        from trl import DPOConfig, DPOTrainer
+
+        class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+            def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+                return dataset  # token ids already, as PPO reads them
+
+        columns: dict[str, list[list[int]]] = {
+            "prompt_ids": [],
+            "chosen_ids": [],
+            "rejected_ids": [],
+        }
+        for better, worse in self.examples:
+            length = better.labels.count(NOT_LEARNT)  # of the prompt
+            columns["prompt_ids"].append(better.input_ids[:length])
+            columns["chosen_ids"].append(better.input_ids[length:])
+            columns["rejected_ids"].append(worse.input_ids[length:])
         frozen = None if start.policy.peft_model is not None else start.reference.lm.model
-        optimize_preferences(
-            learner(start), frozen, start.tokenizer, self.examples, training, beta=self._beta
+        train_causal(
+            TokenizedDPOTrainer,
+            DPOConfig,
+            learner(start),
+            start.tokenizer,
+            columns,
+            training,
+            options={"beta": self._beta},
+            ref_model=frozen,
         )
 
     def measure(self, model: PreTrainedModel, batch_size: int) -> list[float]:
         """log pi(better) - log pi(worse) of each held-out pair, nats."""
-        return log_ratios(model, self._held_out, batch_size)
+        better, worse = (
+            [
+                -nats * (len(example.labels) - example.labels.count(NOT_LEARNT))
+                for nats, example in zip(nats_per_token(model, side, batch_size), side, strict=True)
+            ]
+            for side in ([better for better, _ in self._held_out], [w for _, w in self._held_out])
+        )
+        return [b - w for b, w in zip(better, worse, strict=True)]
 
-    def result(self, before: Sequence[float], after: Sequence[float]) -> Result:
-        """What the measures before and after training say."""
+    def result(self, before: Sequence[float], after: Sequence[float]) -> tuple[dict[str, Any], str]:
+        """Figures of what was measured before and after training, and the same in words."""
         if not after:
             return {}, "no pair was held out"
         margins = [self._beta * (b - a) for a, b in zip(before, after, strict=True)]
-        accuracy, margin = fmean(margin > 0 for margin in margins), fmean(margins)
-        figures = {
-            "held_out_pairs": len(margins),
-            "held_out_accuracy": accuracy,
-            "held_out_margin": margin,
-        }
+        num, accuracy, margin = len(margins), fmean(m > 0 for m in margins), fmean(margins)
+        figures = {"held_out_pairs": num, "held_out_accuracy": accuracy, "held_out_margin": margin}
         return figures, (
-            f"held-out pairs, {len(margins)}: the implicit reward is right on {accuracy:.2f} (at "
-            f"the start it knows none), mean margin {margin:+.3f}"
+            f"held-out pairs, {num}: the implicit reward is right on {accuracy:.2f} (at the start "
+            f"it knows none), mean margin {margin:+.3f}"
         )
-
-
-BASELINES: dict[str, type[BestResponses | Preferences]] = {
-    "sft-best": BestResponses,
-    "dpo": Preferences,
-}
 
 
 def baselines(
     loaded: LoadedConfig,
-    options: BaselineOptions,
     *,
     only: str | None = None,
+    best_share: float = 0.25,
+    dpo_beta: float = 0.1,
+    dpo_pairs: int = 4,
+    dpo_min_margin: float = 0.0,
     learning_rate: float | None = None,
     overwrite: bool = False,
     quiet: bool = False,
@@ -201,17 +217,25 @@ def baselines(
         )
     device = prepare("baselines", config)
     folders = {
-        name: Path(f"{Path(config.output_dir)}-{name}")
-        for name in BASELINES
-        if only in (None, name)
+        name: Path(f"{Path(config.output_dir)}-{name}") for name in NAMES if only in (None, name)
     }
     for folder in folders.values():
         RunFolder.check(folder, overwrite=overwrite)
     logged = read_logged(config, *load_rows(config.data, config.seed))
     starts = [_load_start(config, device)]
     data = OfflineData(config, logged, starts[0], device)
-    source = ", ".join(config.data.sources)
-    plans = {name: BASELINES[name](data.train, data.held_out, source, options) for name in folders}
+    plans: dict[str, BestResponses | Preferences] = {}
+    if "sft-best" in folders:
+        plans["sft-best"] = BestResponses(data.train, data.held_out, best_share)
+    if "dpo" in folders:
+        plans["dpo"] = Preferences(
+            data.train,
+            data.held_out,
+            ", ".join(config.data.sources),
+            beta=dpo_beta,
+            pairs_per_prompt=dpo_pairs,
+            min_margin=dpo_min_margin,
+        )
     del data  # it holds the first start
     console = Console(highlight=False, soft_wrap=True)
     for name, plan in plans.items():
@@ -247,13 +271,12 @@ def _train(
     config: RunConfig,
     device: torch.device,
     line: TrainingLine,
-) -> Result:
+) -> tuple[dict[str, Any], str]:
     """Train the start's policy in place with PPO's settings as far as they have a meaning here."""
     assert config.offline is not None
     ppo, optimizer, policy = config.ppo, config.optimizer, config.policy
     # PPO's micro-batch counts sequences.
-    most = ppo.micro_batch
-    most = max(most // plan.sequences_per_example, 1)
+    most = max(ppo.micro_batch // plan.sequences_per_example, 1)
     micro = max(size for size in range(1, most + 1) if ppo.batch_size % size == 0)
     settings = TrainingSettings(
         num_epochs=config.offline.num_passes,
@@ -269,9 +292,8 @@ def _train(
     )
     model = learner(start)
     before = plan.measure(model, micro)
-    plan.train(
-        start, Training(settings=settings, seed=config.seed, device=device, report=line.step)
-    )
+    training = Training(settings=settings, seed=config.seed, device=device, report=line.step)
+    plan.train(start, training)
     figures, sentence = plan.result(before, plan.measure(model, micro))
     details = {
         "num_examples": len(plan.examples),
@@ -289,50 +311,3 @@ def learner(start: LoadedPolicy) -> PreTrainedModel:
 
 def _example(one: LoggedResponse) -> Example:
     return learn_response(one.prompt, one.completion.token_ids)
-
-
-def optimize_preferences(
-    model: PreTrainedModel,
-    start: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    training: Training,
-    *,
-    beta: float,
-) -> PreTrainedModel:
-    """Train the model in place by DPO (Rafailov et al. 2023, eq. 7), against the frozen `start`.
-
-    loss = -log sigmoid(r(chosen) - r(rejected)), with the implicit reward
-    r(y) = beta * (log pi(y) - log pi_start(y)) summed over the response's tokens.
-
-    A PeftModel needs no `start`: TRL keeps a frozen copy of its adapter as it is now. Raises
-    DivergedError when the loss is not finite.
-    """
-    from trl import DPOConfig, DPOTrainer
-
-    class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # token ids already, as PPO reads them
-
-    lengths = [chosen.labels.count(NOT_LEARNT) for chosen, _ in pairs]
-    columns = {
-        "prompt_ids": [c.input_ids[:n] for (c, _), n in zip(pairs, lengths, strict=True)],
-        "chosen_ids": [c.input_ids[n:] for (c, _), n in zip(pairs, lengths, strict=True)],
-        "rejected_ids": [r.input_ids[n:] for (_, r), n in zip(pairs, lengths, strict=True)],
-    }
-    options = {"options": {"beta": beta}, "ref_model": start}
-    return train_causal(
-        TokenizedDPOTrainer, DPOConfig, model, tokenizer, columns, training, **options
-    )
-
-
-def log_ratios(model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int) -> list[float]:
-    """log pi(chosen) - log pi(rejected) of each pair, nats."""
-    chosen, rejected = (
-        [
-            -nats * (len(example.labels) - example.labels.count(NOT_LEARNT))
-            for nats, example in zip(nats_per_token(model, side, batch_size), side, strict=True)
-        ]
-        for side in ([c for c, _ in pairs], [r for _, r in pairs])
-    )
-    return [c - r for c, r in zip(chosen, rejected, strict=True)]

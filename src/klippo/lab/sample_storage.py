@@ -1,4 +1,4 @@
-"""Many samples per prompt, on disk: drawn here and kept in a folder, or in somebody's file.
+"""Many samples per prompt and their scores, on disk; samples are drawn here, or in a given file.
 
 P prompts, N samples of each, M in all. Drawn samples are numbered sample by sample: number i is
 sample i // P of prompt i % P, so that more samples of every prompt can be added later.
@@ -6,20 +6,27 @@ sample i // P of prompt i % P, so that more samples of every prompt can be added
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from klippo.errors import ConfigError
 from klippo.evaluation.history import Floats
-from klippo.evaluation.samples import prompt_of, rest_of_prompt
+from klippo.evaluation.samples import known, prompt_of, rest_of_prompt, rollout_of
+from klippo.lab.reward_names import functions_in, reward_label
+from klippo.rewards.build import build_reward
+from klippo.rewards.loading import load_function
+from klippo.rewards.resolve import resolve_scores
+from klippo.rewards.settings import LengthSettings, RepetitionSettings, RewardSettings, SumSettings
 from klippo.rollouts.collate import collate
 from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.runs.folder import BrokenLineError, read_rows, write_rows
@@ -30,6 +37,9 @@ from klippo.types import Prompt
 
 SAMPLES_FILE = "samples.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
+SCORES_DIR = "scores"
+CHUNK = 512
+"""Samples between two writes of scores: what a killed command scores again."""
 NUMBERS_PER_PROMPT = 2**32
 """Response number of sample s of prompt p: p * 2**32 + s, where p is the prompt's row."""
 
@@ -128,13 +138,7 @@ def draw_missing(
                 )
             ]
             append_lines(file, rows)
-            show(line, "sampled", numbers.stop, total)
-
-
-def show(line: LiveLine, what: str, num_done: int, total: int) -> None:
-    """`sampled 1,024 of 12,600  left 1:20`."""
-    left = clock(line.seconds_left(num_done, total))
-    line.show(f"{what} {num_done:,} of {total:,}  left {left}", num_done, total)
+            _show(line, "sampled", numbers.stop, total)
 
 
 def samples_in(path: Path) -> Samples:
@@ -149,7 +153,7 @@ def samples_in(path: Path) -> Samples:
     of_sample: list[int] = []
     gold: list[float | None] = []
     for line, row in _rows(path):
-        responses, ids, scores = _content(path, line, row)
+        responses, ids, own_gold = _content(path, line, row)
         columns = {k: v for k, v in row.items() if k not in _NO_COLUMNS}
         text = _prompt_text(path, line, columns)
         key = f"id {row['prompt_id']}" if "prompt_id" in row else f"text {text}"
@@ -159,7 +163,7 @@ def samples_in(path: Path) -> Samples:
             content, meta = row.get("prompt_content"), row.get("columns", columns)
             prompts.append(Prompt(id=index, text=text, token_ids=[], content=content, meta=meta))
         of_sample += [index] * len(responses)
-        gold += scores
+        gold += own_gold
         has_ids = has_ids and ids is not None
     if not of_sample:
         raise ConfigError(f"{path}: has no samples; a row is a prompt and a response")
@@ -178,13 +182,13 @@ def samples_in(path: Path) -> Samples:
                     "finished": bool(row.get("finished", True)),
                 }
 
-    known = np.array(gold, dtype=np.float64)  # None becomes NaN
+    scores = np.array(gold, dtype=np.float64)  # None becomes NaN
     return Samples(
         prompts=prompts,
         prompt_of_sample=np.array(of_sample, dtype=np.intp),
         read=lambda start: itertools.islice(samples(), start, None),
         has_ids=has_ids,
-        gold=None if bool(np.isnan(known).all()) else known,
+        gold=None if bool(np.isnan(scores).all()) else scores,
     )
 
 
@@ -252,3 +256,72 @@ def _object(path: Path, line: int, text: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BrokenLineError(path, line, "no JSON object", is_last=False)
     return row
+
+
+def score_samples(
+    samples: Samples,
+    rewards: Mapping[str, RewardSettings],
+    folder: Path,
+    console: Console,
+    *,
+    device: torch.device,
+) -> dict[str, Floats]:
+    """Scores (M,) by key, NaN for unscored; what `folder` has already is not scored again.
+
+    Raises ConfigError for a reward that reads token ids if the samples have none.
+    """
+    if not samples.has_ids:
+        for settings in rewards.values():
+            _check_reads_text(settings)
+    total = len(samples.prompt_of_sample)
+    scores = {}
+    for key, settings in rewards.items():
+        file = folder / f"{key}.jsonl"
+        whole_lines(file)  # without the line that a kill cut
+        rows = read_rows(file) if file.is_file() else []
+        values = [value for row in rows for value in row["scores"]]
+        if len(values) < total:
+            values += _score_rest(samples, settings, len(values), file, console, device)
+        scores[key] = np.array(values[:total], dtype=np.float64)  # None becomes NaN
+    return scores
+
+
+def _score_rest(
+    samples: Samples,
+    settings: RewardSettings,
+    num_done: int,
+    file: Path,
+    console: Console,
+    device: torch.device,
+) -> list[float | None]:
+    """The scores of samples that have none; every chunk is on disk before the next one starts."""
+    source = build_reward(settings, device=device)
+    rows, values, total = samples.read(num_done), [], len(samples.prompt_of_sample)
+    with LiveLine(console, num_lines=10, num_done=num_done) as line:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            rollout = rollout_of(chunk, [samples.prompts[row["prompt"]] for row in chunk])
+            values += known(resolve_scores(source, rollout).reward)
+            append_lines(file, [{"scores": values[-len(chunk) :]}])
+            what = f"scored by {reward_label(settings)}:"
+            _show(line, what, num_done + len(values), total)
+    return values
+
+
+def _check_reads_text(settings: RewardSettings) -> None:
+    if isinstance(settings, SumSettings):
+        for part in settings.parts.values():
+            _check_reads_text(part.reward)
+    if isinstance(settings, LengthSettings | RepetitionSettings) or any(
+        "token_ids" in inspect.signature(load_function(name)).parameters
+        for name in functions_in(settings)
+    ):
+        raise ConfigError(
+            f"{reward_label(settings)} reads token ids, and the samples have none; sample from a "
+            "policy, or use a reward that reads text"
+        )
+
+
+def _show(line: LiveLine, what: str, num_done: int, total: int) -> None:
+    """`sampled 1,024 of 12,600  left 1:20`."""
+    left = clock(line.seconds_left(num_done, total))
+    line.show(f"{what} {num_done:,} of {total:,}  left {left}", num_done, total)
