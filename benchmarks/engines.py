@@ -38,8 +38,8 @@ def measure(model: Path, batches: Sequence[int], num_pairs: int, threads: int) -
 
     torch.set_num_threads(threads)
     from klippo.policy.loading import load_policy
-    from klippo.policy.merged import merged_weights
     from klippo.policy.settings import CriticSettings, PolicySettings
+    from klippo.policy.weights import merged_weights
     from klippo.rollouts.hf import HFEngine
     from klippo.rollouts.sampling import Sampling
     from klippo.rollouts.settings import VLLMSettings

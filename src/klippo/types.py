@@ -6,13 +6,13 @@ Masks come from lengths; True always means "keep".
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Metrics = dict[str, float]
 
@@ -207,6 +207,75 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
     def save_pretrained(self, folder: str | Path) -> object: ...
+
+
+class ModelConfig(Protocol):
+    """What Klippo uses of a Hugging Face model's config."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+
+    def get_text_config(self) -> ModelConfig: ...
+
+
+class ModelOutput(Protocol):
+    """What a Hugging Face model returns: logits if it has a head, hidden states if not."""
+
+    logits: Tensor
+    last_hidden_state: Tensor
+
+
+class HFModel(Protocol):
+    """What Klippo uses of a Hugging Face model: a causal LM, a classifier or a trunk.
+
+    The members after `gradient_checkpointing_enable` are those of every PyTorch module.
+    """
+
+    config: ModelConfig
+    generation_config: object
+    name_or_path: str
+
+    @property
+    def base_model(self) -> HFModel: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, **inputs: object) -> ModelOutput: ...
+
+    def get_output_embeddings(self) -> nn.Linear: ...
+
+    def save_pretrained(self, folder: str | Path, **options: object) -> object: ...
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, object]
+    ) -> None: ...
+
+    forward: Callable[..., ModelOutput]
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def get_submodule(self, name: str) -> Any: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+    def eval(self) -> Self: ...
+
+    def to(self, device: torch.device) -> Self: ...
 
 
 OnDone = Callable[[int, Completion], None]

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from klippo.config.schema import RunConfig
-from klippo.policy.merged import mergeable, merged_adapters
+from klippo.policy.adapters import mergeable, merged_adapters
 from klippo.policy.settings import CriticSettings
 from klippo.train.engines import build_engine, merges_adapters, ready_to_sample
 from tests.policy.test_reference import adapter_state, start

@@ -8,7 +8,7 @@ import torch
 
 from klippo.config.schema import RunConfig
 from klippo.errors import PreflightError
-from klippo.policy.merged import merged_weights
+from klippo.policy.weights import merged_weights
 from klippo.ranks import Ranks
 from klippo.rollouts import vllm
 from klippo.rollouts.hf import HFEngine

@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.policy.merged import merged_weights
+from klippo.policy.weights import merged_weights
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling, response_seeds

@@ -8,15 +8,15 @@ there.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from klippo.policy.frozen import FrozenBlocks
+from klippo.policy.adapters import PeftModel
+from klippo.policy.blocks import FrozenBlocks
 from klippo.tensors.head import (
     LMHead,
     LossOfTokens,
@@ -25,7 +25,7 @@ from klippo.tensors.head import (
     token_logprobs,
     token_loss,
 )
-from klippo.types import TokenBatch
+from klippo.types import HFModel, TokenBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +39,13 @@ class PolicyOutput:
 
 
 class CausalLM(nn.Module):
-    """A Hugging Face causal LM, taken apart into trunk and LM head.
+    """A Hugging Face causal LM, split into trunk and LM head.
 
-    `frozen`: blocks that never train, whose output may be worked out once and used again.
+    `frozen`: blocks that never train, whose output may be computed once and reused.
     """
 
     def __init__(
-        self, model: Any, *, autocast: bool = False, frozen: FrozenBlocks | None = None
+        self, model: HFModel, *, autocast: bool = False, frozen: FrozenBlocks | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -85,7 +85,7 @@ class CausalLM(nn.Module):
         return hidden.bfloat16() if self.autocast else hidden
 
     def _known(self, batch: TokenBatch, after_last: bool) -> AbstractContextManager[None]:
-        """Leaves the frozen blocks out where the batch has their output."""
+        """Leaves the frozen blocks out if the batch has their output."""
         if self.frozen is None or batch.frozen_states is None:
             return nullcontext()
         length = batch.frozen_states.shape[1]
@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
     def with_frozen_states(self, batch: TokenBatch) -> TokenBatch:
         """The batch with the output of the frozen blocks, which `hidden` then leaves out.
 
-        As it is where nothing is frozen. Any model with the same frozen blocks can use it.
+        Unchanged if nothing is frozen. All models with the same frozen blocks can use it.
         """
         if self.frozen is None:
             return batch
@@ -148,7 +148,7 @@ class CausalLM(nn.Module):
 
 
 def trunk_hidden(
-    trunk: Any, batch: TokenBatch, takes_positions: bool, *, after_last: bool, autocast: bool
+    trunk: HFModel, batch: TokenBatch, takes_positions: bool, *, after_last: bool, autocast: bool
 ) -> Tensor:
     """Last hidden states at positions P-1 … P+T-2 (P+T-1 with `after_last`) of any HF trunk."""
     ids = torch.cat([batch.prompt_ids, batch.response_ids], 1)
@@ -165,19 +165,35 @@ def trunk_hidden(
     return hidden[:, batch.prompt_ids.shape[1] - 1 :]
 
 
+class Critic(nn.Module):
+    """Values of the states before response tokens; `critic.py` has the three kinds.
+
+    Called with the batch and the policy's hidden states (B, T, D) or, with `after_last`,
+    (B, T+1, D), it returns values (B, T) or (B, T+1).
+    """
+
+    reads_policy: bool
+    """Whether it looks at the policy's hidden states; else they may be None."""
+    head: nn.Linear
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters that the policy does not use."""
+        raise NotImplementedError
+
+
 class ActorCritic(nn.Module):
     """The policy with its critic."""
 
-    def __init__(self, lm: CausalLM, critic: nn.Module, peft_model: Any | None = None) -> None:
+    def __init__(self, lm: CausalLM, critic: Critic, peft_model: PeftModel | None = None) -> None:
         super().__init__()
         self.lm = lm
         self.critic = critic
         object.__setattr__(self, "peft_model", peft_model)  # shares lm's weights: not a submodule
-        self.peft_model: Any | None
+        self.peft_model: PeftModel | None
 
     @property
     def device(self) -> torch.device:
-        return self.lm.model.get_output_embeddings().weight.device  # type: ignore[no-any-return]
+        return self.lm.model.get_output_embeddings().weight.device
 
     def forward(
         self,
@@ -196,7 +212,7 @@ class ActorCritic(nn.Module):
     def values(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:
         """Values alone, (B, T); the gradient reaches the critic's own weights only (warm-up).
 
-        `hidden` (B, T, D) is the policy's, where it is known.
+        `hidden` (B, T, D) is the policy's, if known.
         """
         if hidden is None and self.critic_reads_policy:
             with torch.no_grad():
@@ -207,11 +223,11 @@ class ActorCritic(nn.Module):
     @property
     def critic_reads_policy(self) -> bool:
         """Whether values come from the policy's own hidden states."""
-        return bool(self.critic.reads_policy)
+        return self.critic.reads_policy
 
     def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(policy's, critic's own) trainable parameters, each once."""
-        own = {id(parameter) for parameter in self.critic.own_parameters()}  # type: ignore[operator]
+        own = {id(parameter) for parameter in self.critic.own_parameters()}
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return (
             [parameter for parameter in parameters if id(parameter) not in own],
@@ -259,7 +275,7 @@ class Reference:
     ) -> Tensor:
         """Exact KL(policy || reference) at every response position, (B, T) float32, nats.
 
-        Differentiable in the policy. `hidden` (B, T, D) is the policy's, where it is known.
+        Differentiable in the policy. `hidden` (B, T, D) is the policy's, if known.
         """
         mask = batch.response_mask
         if hidden is None:

@@ -1,8 +1,6 @@
-"""Critics: three ways to get V(state before response token t).
+"""Critics: a head on the policy's trunk, on a LoRA adapter of its own, or on a separate model.
 
-B sequences, T response tokens, D hidden width. Each is called with the batch and the policy's
-hidden states (B, T, D) or, with `after_last`, (B, T+1, D), and returns values (B, T) or (B, T+1).
-`reads_policy` tells whether it looks at them; else they may be None.
+B sequences, T response tokens, D hidden width.
 """
 
 from __future__ import annotations
@@ -10,13 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from klippo.policy.actor_critic import CausalLM, trunk_hidden
-from klippo.types import TokenBatch
+from klippo.policy.actor_critic import CausalLM, Critic, trunk_hidden
+from klippo.types import HFModel, TokenBatch
 
 
 def value_head(hidden_size: int, dtype: torch.dtype) -> nn.Linear:
@@ -27,7 +24,7 @@ def value_head(hidden_size: int, dtype: torch.dtype) -> nn.Linear:
     return head
 
 
-class TrunkCritic(nn.Module):
+class TrunkCritic(Critic):
     """A head on the policy's trunk; its loss also trains the trunk."""
 
     reads_policy = True
@@ -45,7 +42,7 @@ class TrunkCritic(nn.Module):
         return values
 
 
-class LoraCritic(nn.Module):
+class LoraCritic(Critic):
     """A second LoRA adapter on the policy's frozen base, with a head."""
 
     reads_policy = False
@@ -79,13 +76,13 @@ class LoraCritic(nn.Module):
         return values
 
 
-class SeparateCritic(nn.Module):
+class SeparateCritic(Critic):
     """A model of its own: a trunk and a head, which may be those of a reward model."""
 
     reads_policy = False
 
     def __init__(
-        self, trunk: Any, head: nn.Linear | None = None, *, autocast: bool = False
+        self, trunk: HFModel, head: nn.Linear | None = None, *, autocast: bool = False
     ) -> None:
         super().__init__()
         self.trunk = trunk

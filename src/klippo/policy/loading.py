@@ -6,39 +6,30 @@ import copy
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from klippo.errors import ConfigError, PreflightError
-from klippo.hub import (
-    LOADING_ERRORS,
-    find_file,
-    load_model,
-    load_tokenizer,
-    not_loaded,
-    resolve,
-    with_fused_activations,
-)
+from klippo.hub import load_model, load_tokenizer, with_fused_activations
 from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
 from klippo.policy.adapters import (
     CRITIC,
-    POLICY,
     REFERENCE,
+    PeftModel,
+    add_adapters,
     checkpoint_contexts,
-    finding_layers,
+    quiet_peft,
     using_adapter,
+    with_lean_adapters,
 )
-from klippo.policy.blocks import decoder_blocks
+from klippo.policy.blocks import FrozenBlocks, decoder_blocks
 from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
-from klippo.policy.frozen import FrozenBlocks
-from klippo.policy.lora import with_lean_adapters
 from klippo.policy.norms import with_lean_norms
-from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings, Sharding
+from klippo.policy.settings import CriticSettings, PolicySettings, Sharding
 from klippo.policy.sharding import shard
 from klippo.ranks import Ranks
-from klippo.types import TokenBatch, Tokenizer
+from klippo.types import HFModel, TokenBatch, Tokenizer
 
 ONE_PROCESS = Ranks()
 
@@ -55,112 +46,75 @@ def load_policy(
     critic: CriticSettings,
     device: torch.device,
     *,
-    model: Any | None = None,
+    model: HFModel | None = None,
     tokenizer: Tokenizer | None = None,
     sharding: Sharding = "none",
     ranks: Ranks = ONE_PROCESS,
 ) -> LoadedPolicy:
     """Load (or wrap a given Hugging Face `model` and `tokenizer`) as the settings say.
 
-    With `sharding` each process keeps its part of the weights; all must call it, and each reads the
-    whole model, into the CPU's memory.
+    With `sharding` every process must call it. Each reads the full model into the CPU's memory, and
+    keeps its shard of the weights on the device.
 
-    Raises PreflightError where the model, its tokenizer or this machine cannot do it.
+    Raises PreflightError for a model, tokenizer or machine that cannot do it.
     """
-    from transformers import AutoModelForSequenceClassification
-
     tokenizer = tokenizer or load_tokenizer(settings.model, settings.revision)
-    place = device if sharding == "none" else torch.device("cpu")
-    model = model or load_causal_lm(settings, place)
-    critic_model = None
-    if critic.model is not None:
-        critic_model = load_model(
-            AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
-        )
-    loaded = assemble(settings, critic, place, model, critic_model, tokenizer)
-    if sharding == "none":
-        with_lean_adapters(loaded.policy.lm.model)
-    check_head(loaded.policy.lm)
-    check_frozen(loaded.policy.lm, loaded.reference.lm)
-    shard(sharding, loaded.policy, loaded.reference, device, ranks)
-    return loaded
-
-
-def assemble(
-    settings: PolicySettings,
-    critic: CriticSettings,
-    device: torch.device,
-    model: Any,
-    critic_model: Any | None,
-    tokenizer: Tokenizer,
-) -> LoadedPolicy:
-    """Policy, critic and reference of a causal LM, and of the classifier behind `critic.model`."""
+    load_on = device if sharding == "none" else torch.device("cpu")
+    model = model or load_causal_lm(settings, load_on)
     turn_dropout_off(with_lean_norms(with_fused_activations(model)))
-    separate = None
-    if critic.kind == "separate":
-        separate = _separate_critic(settings, critic, model, critic_model)
-    if settings.tuning == "full":
-        reference_model = _frozen_copy(model)
-        peft_model = None
-    elif settings.tuning == "last_layers":
-        freeze_below(model, settings.num_unfrozen_layers)
-        reference_model = _frozen_copy(model)
-        peft_model = None
-    else:
-        with warnings.catch_warnings():
-            # peft calls transformers by names that are about to go: no news for users.
-            warnings.simplefilter("ignore", FutureWarning)
-            peft_model = _with_adapters(settings, critic, model)
-        model = reference_model = peft_model.get_base_model()
-    lm = _causal_lm(settings, model).to(device)
-    if peft_model is None:
-        reference = Reference(_causal_lm(settings, reference_model).to(device))
-    else:
+    separate = _separate_critic(settings, critic, model) if critic.kind == "separate" else None
+    peft_model: PeftModel | None = None
+    if settings.tuning == "lora":
+        peft_model = add_adapters(settings, critic, model)
+        model = with_lean_adapters(peft_model.get_base_model())
+        turn_dropout_off(model)
+        lm = _causal_lm(settings, model).to(load_on)
         start = None if settings.adapter is None else REFERENCE
         reference = Reference(lm, partial(using_adapter, peft_model, start))
-    critic_module: nn.Module
-    if separate is not None:
-        critic_module = separate
-    elif critic.kind == "lora":
-        assert peft_model is not None
-        critic_module = LoraCritic(lm, partial(using_adapter, peft_model, CRITIC), CRITIC)
-        for parameter in critic_module.own_parameters():
-            parameter.requires_grad_(True)
     else:
-        critic_module = TrunkCritic(lm)
-    policy = ActorCritic(lm, critic_module.to(device), peft_model)
+        if settings.tuning == "last_layers":
+            freeze_below(model, settings.num_unfrozen_layers)
+        # The reference shares the weights that do not train.
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        frozen = copy.deepcopy(model, shared).requires_grad_(False).eval()
+        lm = _causal_lm(settings, model).to(load_on)
+        reference = Reference(_causal_lm(settings, frozen).to(load_on))
+    policy = ActorCritic(lm, _critic(critic, lm, separate, peft_model).to(load_on), peft_model)
     if settings.gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            _checkpoint_gradients(policy)
-    return LoadedPolicy(policy=policy.eval(), reference=reference, tokenizer=tokenizer)
+        _checkpoint_gradients(policy)
+    policy.eval()
+    check_head(lm)
+    check_frozen(lm, reference.lm)
+    shard(sharding, policy, reference, device, ranks)
+    return LoadedPolicy(policy=policy, reference=reference, tokenizer=tokenizer)
 
 
-def load_causal_lm(settings: PolicySettings, device: torch.device) -> Any:
+def load_causal_lm(settings: PolicySettings, device: torch.device) -> HFModel:
     """The causal LM of a model folder or hub name, weights in the settings' dtype."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    options: dict[str, object] = {"dtype": getattr(torch, settings.dtype)}
     if settings.quantize_4bit:
         options |= _four_bit(device)
-    return load_model(AutoModelForCausalLM, settings.model, settings.revision, **options)
+    model: HFModel = load_model(AutoModelForCausalLM, settings.model, settings.revision, **options)
+    return model
 
 
-def turn_dropout_off(model: nn.Module) -> None:
+def turn_dropout_off(model: nn.Module | HFModel) -> None:
     """Set every dropout probability to 0, so that the sampler and the update see one policy.
 
     That is modules, float attributes of modules (attention, layer drop), and the config that inner
     modules read while they run; the config that is saved stays as it was.
     """
     config = getattr(model, "config", None)
-    quiet: Any = copy.deepcopy(config)
+    quiet = copy.deepcopy(config)
     _zero_dropout(quiet)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         _zero_dropout(module)
         if module is not model and config is not None and vars(module).get("config") is config:
-            module.config = quiet
+            vars(module)["config"] = quiet
 
 
 def _zero_dropout(holder: object) -> None:
@@ -170,7 +124,7 @@ def _zero_dropout(holder: object) -> None:
             setattr(holder, name, 0.0)
 
 
-def freeze_below(model: Any, num_unfrozen: int) -> None:
+def freeze_below(model: HFModel, num_unfrozen: int) -> None:
     """Leave only the last blocks trainable; embeddings, final norm and LM head freeze too."""
     blocks = decoder_blocks(model)
     if num_unfrozen > len(blocks):
@@ -188,22 +142,15 @@ def check_head(lm: CausalLM) -> None:
 
     Raises PreflightError for an architecture that does something else to its logits.
     """
-    device = lm.model.get_output_embeddings().weight.device
-    ids = torch.arange(1, 5, device=device)[None] % lm.model.config.get_text_config().vocab_size
-    real = torch.ones_like(ids, dtype=torch.bool)
-    batch = TokenBatch(
-        prompt_ids=ids[:, :1],
-        prompt_mask=real[:, :1],
-        response_ids=ids[:, 1:],
-        response_mask=real[:, 1:],
-    )
+    batch = _trial_batch(lm, torch.ones(1, 4, dtype=torch.bool), num_prompt=1)
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], 1)
     with torch.no_grad():
         ours, _ = lm.logprobs(batch, lm.hidden(batch), 1.0, with_entropy=False)
-        inputs = {"input_ids": ids[:, :-1], "attention_mask": real[:, :-1].long()}
-        logits = lm.model(**inputs, use_cache=False).logits.to(ours.dtype)
-    theirs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    tolerance = 1e-3 if lm.model.dtype == torch.float32 and not lm.autocast else 0.1
-    if not torch.allclose(ours, theirs, atol=tolerance):
+        mask = torch.ones_like(ids[:, :-1])
+        output = lm.model(input_ids=ids[:, :-1], attention_mask=mask, use_cache=False)
+    log_probs = output.logits.to(ours.dtype).log_softmax(-1)
+    theirs = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if not torch.allclose(ours, theirs, atol=0.1 if _is_half(lm) else 1e-3):
         raise PreflightError(
             f"{type(lm.model).__name__} computes its logits in a way that Klippo does not know "
             f"(log-probs differ by {float((ours - theirs).abs().max()):.3g} nats); "
@@ -215,30 +162,23 @@ def check_frozen(*lms: CausalLM) -> None:
     """Make sure that leaving frozen blocks out changes nothing; else run them, with a warning."""
     if lms[0].frozen is None:
         return
-    device = lms[0].model.get_output_embeddings().weight.device
-    ids = torch.arange(1, 13, device=device).view(2, 6)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[0, 0] = real[1, 5] = False  # padding on both sides
-    batch = TokenBatch(
-        prompt_ids=ids[:, :3] % lms[0].model.config.get_text_config().vocab_size,
-        prompt_mask=real[:, :3],
-        response_ids=ids[:, 3:] % lms[0].model.config.get_text_config().vocab_size,
-        response_mask=real[:, 3:],
-    )
-    tolerance = 1e-5 if lms[0].model.dtype == torch.float32 and not lms[0].autocast else 0.05
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 0] = mask[1, 5] = False  # padding on both sides
+    batch = _trial_batch(lms[0], mask, num_prompt=3)
+    tolerance = 0.05 if _is_half(lms[0]) else 1e-5
     with torch.no_grad():
-        plain = [lm.hidden(batch) for lm in lms]
+        expected = [lm.hidden(batch) for lm in lms]
         try:
             known = lms[0].with_frozen_states(batch)
             for lm in lms:
-                lm.hidden(batch.rows(torch.tensor([1])))  # what blocks remember is of another batch
-            same = all(
+                lm.hidden(batch.rows(torch.tensor([1])))  # blocks may remember another batch
+            is_same = all(
                 torch.allclose(lm.hidden(known), hidden, atol=tolerance, rtol=tolerance)
-                for lm, hidden in zip(lms, plain, strict=True)
+                for lm, hidden in zip(lms, expected, strict=True)
             )
-        except Exception:  # what a model's code makes of blocks that are not its own
-            same = False
-    if not same:
+        except Exception:  # a model's code may do anything with blocks that are not its own
+            is_same = False
+    if not is_same:
         warnings.warn(
             f"{type(lms[0].model).__name__}: its frozen layers cannot be run once per rollout "
             "batch; they run in every pass, which takes longer and changes no number",
@@ -248,8 +188,24 @@ def check_frozen(*lms: CausalLM) -> None:
             lm.frozen = None
 
 
-def _causal_lm(settings: PolicySettings, model: Any) -> CausalLM:
-    """The model taken apart, with its frozen blocks where whole blocks are frozen."""
+def _trial_batch(lm: CausalLM, mask: Tensor, num_prompt: int) -> TokenBatch:
+    """Tokens 1, 2, ... in the shape of a mask (B, S)."""
+    device = lm.model.get_output_embeddings().weight.device
+    ids = torch.arange(1, mask.numel() + 1).view(mask.shape)
+    return TokenBatch(
+        prompt_ids=ids[:, :num_prompt] % lm.model.config.get_text_config().vocab_size,
+        prompt_mask=mask[:, :num_prompt],
+        response_ids=ids[:, num_prompt:] % lm.model.config.get_text_config().vocab_size,
+        response_mask=mask[:, num_prompt:],
+    ).to(device)
+
+
+def _is_half(lm: CausalLM) -> bool:
+    return lm.autocast or lm.model.dtype.itemsize < 4
+
+
+def _causal_lm(settings: PolicySettings, model: HFModel) -> CausalLM:
+    """The model split into trunk and head, with its frozen blocks if there are any."""
     frozen = None
     if settings.tuning == "last_layers":
         blocks = decoder_blocks(model)
@@ -258,90 +214,40 @@ def _causal_lm(settings: PolicySettings, model: Any) -> CausalLM:
     return CausalLM(model, autocast=settings.autocast, frozen=frozen)
 
 
-def _frozen_copy(model: Any) -> Any:
-    """A frozen copy that shares the weights which do not train."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False).eval()
-
-
-def _with_adapters(settings: PolicySettings, critic: CriticSettings, model: Any) -> Any:
-    """A PeftModel with the policy's adapter and, as needed, the reference's and the critic's."""
-    from peft import PeftModel, get_peft_model
-
-    if settings.adapter is None:
-        config = _lora_config(settings.lora, model)
-        with finding_layers("policy.lora", settings.lora.target_modules):
-            peft_model = get_peft_model(model, config, adapter_name=POLICY)
-    else:
-        path = resolve(settings.adapter)
-        _check_adapter(settings.adapter)
-        try:
-            peft_model = PeftModel.from_pretrained(
-                model, path, adapter_name=POLICY, is_trainable=True
-            )
-            peft_model.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
-        except LOADING_ERRORS as error:
-            told = str(error)
-            if "size mismatch" in told or "Target modules" in told:
-                raise PreflightError(
-                    f"policy.adapter={settings.adapter} is for another base than "
-                    f"policy.model={settings.model}: its matrices do not fit "
-                    f"({told.strip().splitlines()[-1].strip()}); name the base that it was "
-                    "trained on"
-                ) from error
-            raise not_loaded(f"policy.adapter={settings.adapter}", error) from error
-        # What the adapter's maker called the base need not be found here, nor by who loads the run.
-        for config in peft_model.peft_config.values():
-            config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
-    if critic.kind == "lora":
-        with finding_layers("critic.lora", critic.lora.target_modules):
-            peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
-    peft_model.set_adapter(POLICY)
-    turn_dropout_off(peft_model)
-    return peft_model
-
-
-def _check_adapter(name: str) -> None:
-    """Raise PreflightError for a folder or repository without an adapter's files."""
-    if find_file(name, "adapter_config.json") is None:
-        raise PreflightError(
-            f"policy.adapter={name} has no adapter_config.json; name a folder or a hub repository "
-            "that peft's save_pretrained wrote"
-        )
-    weights = ("adapter_model.safetensors", "adapter_model.bin")
-    if all(find_file(name, file) is None for file in weights):
-        raise PreflightError(
-            f"policy.adapter={name} has no adapter weights ({' or '.join(weights)}); save the "
-            "adapter again with save_pretrained"
-        )
-
-
-def _lora_config(settings: LoraSettings, model: Any) -> Any:
-    from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=settings.target_modules,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
+def _critic(
+    settings: CriticSettings,
+    lm: CausalLM,
+    separate: SeparateCritic | None,
+    peft_model: PeftModel | None,
+) -> TrunkCritic | LoraCritic | SeparateCritic:
+    if separate is not None:
+        return separate
+    if settings.kind == "trunk":
+        return TrunkCritic(lm)
+    assert peft_model is not None
+    critic = LoraCritic(lm, partial(using_adapter, peft_model, CRITIC), CRITIC)
+    for parameter in critic.own_parameters():
+        parameter.requires_grad_(True)
+    return critic
 
 
 def _separate_critic(
-    settings: PolicySettings, critic: CriticSettings, model: Any, classifier: Any | None
+    settings: PolicySettings, critic: CriticSettings, model: HFModel
 ) -> SeparateCritic:
     """A critic model: a copy of the policy's trunk, or another model's trunk and reward head."""
-    if classifier is None:
+    from transformers import AutoModelForSequenceClassification
+
+    if critic.model is None:
         trunk = copy.deepcopy(model.base_model).requires_grad_(True)
         return SeparateCritic(trunk, autocast=settings.autocast)
-    vocabulary = classifier.config.get_text_config().vocab_size
-    if vocabulary != model.config.get_text_config().vocab_size:
+    classifier: HFModel = load_model(
+        AutoModelForSequenceClassification, critic.model, dtype=torch.float32, num_labels=1
+    )
+    vocabularies = [x.config.get_text_config().vocab_size for x in (classifier, model)]
+    if vocabularies[0] != vocabularies[1]:
         raise PreflightError(
-            f"critic.model={critic.model} has a vocabulary of {vocabulary}, the policy one of "
-            f"{model.config.get_text_config().vocab_size}: a critic must read the policy's tokens"
+            f"critic.model={critic.model} has a vocabulary of {vocabularies[0]}, the policy one of "
+            f"{vocabularies[1]}: a critic must read the policy's tokens"
         )
     turn_dropout_off(with_lean_norms(classifier))
     head = getattr(classifier, "score", None)
@@ -353,8 +259,8 @@ def _separate_critic(
     return SeparateCritic(classifier.base_model, head, autocast=settings.autocast)
 
 
-def _four_bit(device: torch.device) -> dict[str, Any]:
-    """Options of from_pretrained for a 4-bit base, or a PreflightError where that cannot be."""
+def _four_bit(device: torch.device) -> dict[str, object]:
+    """Options of from_pretrained for a 4-bit base, or a PreflightError if that is impossible."""
     if device.type != "cuda":
         raise PreflightError(
             f"policy.quantize_4bit=true needs a CUDA GPU, and the device here is {device.type}; "
@@ -379,11 +285,10 @@ def _four_bit(device: torch.device) -> dict[str, Any]:
 
 def _checkpoint_gradients(policy: ActorCritic) -> None:
     """Recompute activations in the backward pass, under the adapter of the forward pass."""
-    options: dict[str, Any] = {"use_reentrant": False}
-    if policy.peft_model is not None:
-        options["context_fn"] = partial(checkpoint_contexts, policy.peft_model)
-    policy.lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if isinstance(policy.critic, SeparateCritic):
-        policy.critic.trunk.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+    options: dict[str, object] = {"use_reentrant": False}
+    with quiet_peft():
+        if isinstance(policy.critic, SeparateCritic):
+            policy.critic.trunk.gradient_checkpointing_enable(options)
+        if policy.peft_model is not None:
+            options["context_fn"] = partial(checkpoint_contexts, policy.peft_model)
+        policy.lm.model.gradient_checkpointing_enable(options)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from klippo.types import HFModel
 
-def with_lean_norms(model: Any) -> Any:
+
+def with_lean_norms(model: HFModel) -> HFModel:
     """The same model with a LeanRMSNorm in place of each norm whose code is that of Llama's.
 
     Mistral, Qwen and many others have it word for word. Weights stay the same parameters under the
@@ -21,7 +23,8 @@ def with_lean_norms(model: Any) -> Any:
     for module in model.modules():
         for name, child in module.named_children():
             if _is_llamas(child):
-                setattr(module, name, LeanRMSNorm(child.weight, child.variance_epsilon))
+                norm: Any = child
+                setattr(module, name, LeanRMSNorm(norm.weight, norm.variance_epsilon))
     return model
 
 

@@ -39,7 +39,7 @@ def save_model(policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path) -> No
 
 
 def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
-    """The value head as safetensors, and the critic's own trunk or adapter where it has one."""
+    """The value head as safetensors, and the critic's own trunk or adapter if it has one."""
     from safetensors.torch import save_file
 
     critic = policy.critic
@@ -52,7 +52,7 @@ def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
         stands_on = "the policy's base with this folder's adapter"
     else:
         stands_on = "the policy's trunk"
-    head = full_state(critic.head)  # type: ignore[arg-type]
+    head = full_state(critic.head)
     save_file(
         {name: tensor.contiguous().cpu() for name, tensor in head.items()},
         critic_dir / VALUE_HEAD_FILE,

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from klippo.errors import PreflightError
 from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.policy.adapters import PeftModel
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.critic import SeparateCritic
 from klippo.policy.settings import Sharding
 from klippo.ranks import Ranks
-from klippo.types import TokenBatch
+from klippo.types import HFModel, TokenBatch
 
 PASSES = ("hidden", "with_frozen_states", "logprobs", "loss", "exact_kl")
 """Methods of a CausalLM that compute with its weights."""
@@ -111,7 +112,7 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(_roots(module))
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor]:
+def full_state(module: nn.Module | HFModel | PeftModel) -> dict[str, Tensor]:
     """The module's `state_dict`, inside `full_weights`: PyTorch's own has this process's shards."""
     state = {name: weight.detach() for name, weight in module.named_parameters()}
     for prefix, child in module.named_modules():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from klippo.policy.actor_critic import ActorCritic
+from klippo.policy.adapters import LoraLayer, is_plain_lora
+from klippo.types import HFModel
 
 _BASE = "base_layer."
 _COPY = "modules_to_save."
@@ -26,8 +29,8 @@ class WeightChange:
 
 
 @torch.no_grad()
-def effective_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Name and value (float32) of each weight; where LoRA layers stand, W + scale * B A.
+def effective_weights(model: HFModel) -> Iterator[tuple[str, Tensor]]:
+    """Name and value (float32) of each weight; with LoRA layers, W + scale * B A.
 
     Names are those of the model without an adapter. Raises ValueError for adapters that are more
     than such a sum (DoRA, biases in the adapter).
@@ -36,10 +39,11 @@ def effective_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         if "lora_" in name or ".original_module." in name:
             continue
         value = parameter.float()
-        place, found, _ = name.rpartition("." + _BASE)
-        if found:
-            layer = model.get_submodule(place)
-            _check_plain(layer, place)
+        layer_name, is_in_layer, _ = name.rpartition("." + _BASE)
+        if is_in_layer:
+            layer: LoraLayer = model.get_submodule(layer_name)
+            if not is_plain_lora(layer):
+                raise ValueError(f"the adapter at {layer_name} is not plain LoRA")
             if name.endswith("weight"):
                 for adapter in layer.active_adapters:
                     value = value + layer.get_delta_weight(adapter).float()
@@ -47,17 +51,25 @@ def effective_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain_name(name: str) -> str:
-    before, found, after = name.replace(_BASE, "").partition(_COPY)
-    return before + after.partition(".")[2] if found else before
-
-
-def _check_plain(layer: Any, place: str) -> None:
-    if layer.lora_variant or any(layer.lora_bias.values()):
-        raise ValueError(f"the adapter at {place} is not plain LoRA")
+    before, is_copy, after = name.replace(_BASE, "").partition(_COPY)
+    return before + after.partition(".")[2] if is_copy else before
 
 
 @torch.no_grad()
-def weight_change(before: Any, after: Any) -> WeightChange:
+def merged_weights(policy: ActorCritic) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the causal LM with its adapter merged, one after the other.
+
+    Those of `effective_weights` (float32), and the buffers that a checkpoint holds; a head that is
+    tied to the embedding is not repeated. The policy's own weights stay as they are.
+    """
+    model = policy.lm.model
+    yield from effective_weights(model)
+    stored = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+
+
+@torch.no_grad()
+def weight_change(before: HFModel, after: HFModel) -> WeightChange:
     """Compare two models tensor by tensor.
 
     Raises ValueError, with the reason, for models whose weights do not have the same names and

@@ -12,9 +12,10 @@ from klippo.config.schema import RunConfig
 from klippo.errors import PreflightError
 from klippo.lengths import longest
 from klippo.policy.actor_critic import ActorCritic
+from klippo.policy.adapters import merged_adapters
 from klippo.policy.loading import LoadedPolicy
-from klippo.policy.merged import merged_adapters, merged_weights
 from klippo.policy.sharding import full_weights, is_sharded
+from klippo.policy.weights import merged_weights
 from klippo.ranks import Ranks
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
