@@ -38,8 +38,8 @@ def checks(**settings):
 def fire(one, step, **changes):
     """What fires in a step that is healthy but for `changes`."""
     row = HEALTHY | UPDATE | {key.replace("__", "/"): value for key, value in changes.items()}
-    alarms = one.look_at_rollout(step, {key: row[key] for key in row if key not in UPDATE})
-    return alarms + one.look_at_update(step, row)
+    alarms = one.check_rollout(step, {key: row[key] for key in row if key not in UPDATE})
+    return alarms + one.check_update(step, row)
 
 
 def after(number, one=None, **changes):
@@ -133,8 +133,8 @@ def test_responses_of_others_have_no_update_kl_and_no_critic_is_no_broken_one():
     }
     one = checks()
     far = given | {"policy/largest_update_kl_nats_per_token": 5.0, "value/explained_variance": -3.0}
-    assert one.look_at_rollout(0, far) == []
-    assert one.look_at_update(0, far) == []
+    assert one.check_rollout(0, far) == []
+    assert one.check_update(0, far) == []
 
 
 def test_a_rail_that_keeps_firing_is_news_once_and_again_after_a_rest():

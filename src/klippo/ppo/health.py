@@ -1,4 +1,4 @@
-"""health checks: what a step's metrics say when training has gone wrong, and what to change.
+"""Health checks: what a step's metrics say when training has gone wrong, and what to change.
 
 Metrics in, alarms out. The metrics are those of all processes, so each finds the same.
 """
@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from klippo.ppo.settings import HealthSettings, PPOSettings
 from klippo.types import Metrics
@@ -27,6 +27,17 @@ LOST_VARIANCE = 0.5
 """Explained variance that a critic had on average and lost in one step."""
 MORE_REPEATED = 0.25
 """Share of trigrams by which repetition must have grown since the start."""
+KL_PER_TOKEN = "kl per token"
+WATCHED = (
+    KL_PER_TOKEN,
+    "policy/entropy_nats",
+    "value/mean_squared_return",
+    "value/explained_variance",
+    "reward/score_sd",
+    "response/length_tokens",
+    "response/repeated_share",
+)
+"""Metrics of a rollout whose past the checks know."""
 
 
 @dataclass(slots=True)
@@ -47,40 +58,35 @@ class Track:
         self.largest = max(self.largest, value)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sight:
-    """All that a rule sees."""
+class Sight(NamedTuple):
+    """All that a check sees: this step's metrics, and the tracks of the steps before."""
 
     now: Metrics
     past: Mapping[str, Track]
-    """Of the steps before."""
     settings: HealthSettings
     ppo: PPOSettings
 
-    def start(self, key: str) -> float | None:
-        """How the metric began; None at the first step."""
-        track = self.past.get(key)
-        return statistics.fmean(track.start) if track is not None and track.start else None
+    def track(self, key: str) -> Track:
+        return self.past.get(key, Track())
 
 
-Rule = Callable[[Sight], str | None]
-"""What is wrong, with the value and the bound that it broke; None where nothing is."""
+Find = Callable[[Sight], str | None]
+"""What is wrong, with the value and the bound that it broke; None if nothing is."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """One health check."""
 
     name: str
     """The field of `HealthSettings` that has its action."""
-    rule: Rule
+    find: Find
     means: str
-    """What usually stands behind it."""
+    """What usually causes it."""
     remedy: str
     """Which settings to change."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Alarm:
     """A check that fired."""
 
@@ -89,7 +95,7 @@ class Alarm:
     action: str
     diagnosis: str
     is_new: bool
-    """It was quiet when it was last asked."""
+    """It was quiet when last asked."""
 
     @property
     def stops(self) -> bool:
@@ -99,65 +105,55 @@ class Alarm:
         return f"{self.check} at step {self.step}: {self.diagnosis}"
 
 
-def _reward_not_finite(see: Sight) -> str | None:
-    number = see.now.get("reward/num_not_finite", 0)
-    if number == 0:
-        return None
-    return f"{number:.0f} rewards of the batch were NaN or infinite and count as unscored"
+def _counted(key: str, text: str) -> Find:
+    """Fires when the metric is not 0."""
 
-
-def _minibatches(key: str, what: str) -> Rule:
-    def rule(see: Sight) -> str | None:
+    def find(see: Sight) -> str | None:
         number = see.now.get(key, 0)
-        if number == 0:
+        largest = see.now.get("policy/largest_ratio_mean", 0.0)
+        bounds = {"threshold": see.ppo.ratio_threshold, "largest": largest}
+        return text.format(number, **bounds) if number != 0 else None
+
+    return find
+
+
+def _since_start(
+    key: str, setting: str, text: str, is_broken: Callable[[float, float, float], bool]
+) -> Find:
+    """Compares a metric with what it was as the run began (NaN before that) and with a bound."""
+
+    def find(see: Sight) -> str | None:
+        now, begun = see.now.get(key, math.nan), see.track(key).start
+        start = statistics.fmean(begun) if begun else math.nan
+        bound = getattr(see.settings, setting)
+        if not is_broken(now, start, bound):
             return None
-        return f"{what} of {number:.0f} minibatches was NaN or infinite, and they were skipped"
+        return f"{text.format(now=now, start=start)} at the start; {setting}={bound:g}"
 
-    return rule
-
-
-def _ratio_explosion(see: Sight) -> str | None:
-    number = see.now.get("update/num_ratio_skips", 0)
-    if number == 0:
-        return None
-    return (
-        f"the mean ratio of {number:.0f} minibatches exceeded ppo.ratio_threshold="
-        f"{see.ppo.ratio_threshold:g} (largest {see.now['policy/largest_ratio_mean']:.3g}), and "
-        "they were skipped"
-    )
+    return find
 
 
 def _kl_of_the_update(see: Sight) -> str | None:
-    """Where others wrote the responses, that KL is the distance from them, and says nothing."""
-    moved = see.now.get("policy/largest_update_kl_nats_per_token", 0.0)
-    if "reward/score_mean" not in see.now or moved <= see.settings.max_kl_jump:
+    """For responses of others that KL is the distance from them, and says nothing."""
+    moved, bound = (
+        see.now.get("policy/largest_update_kl_nats_per_token", 0.0),
+        see.settings.max_kl_jump,
+    )
+    if "reward/score_mean" not in see.now or moved <= bound:
         return None
     return (
         f"within one update the policy moved by {moved:.3g} nats per token, more than "
-        f"max_kl_jump={see.settings.max_kl_jump:g}"
+        f"max_kl_jump={bound:g}"
     )
 
 
 def _kl_since_the_last_step(see: Sight) -> str | None:
-    before, now = see.past.get("kl per token"), see.now.get("kl per token")
-    if before is None or now is None or not before.recent:
-        return None
-    jump = now - before.recent[-1]
-    if not (jump > see.settings.max_kl_jump or math.isnan(jump)):
+    recent, now = see.track(KL_PER_TOKEN).recent, see.now.get(KL_PER_TOKEN)
+    if now is None or not recent or now - recent[-1] <= see.settings.max_kl_jump:
         return None
     return (
-        f"the KL to the reference is {now:.3g} nats per token, {jump:.3g} more than a step before; "
-        f"max_kl_jump={see.settings.max_kl_jump:g}"
-    )
-
-
-def _entropy_collapse(see: Sight) -> str | None:
-    now, start = see.now.get("policy/entropy_nats"), see.start("policy/entropy_nats")
-    if now is None or start is None or not now < see.settings.min_entropy_share * start:
-        return None
-    return (
-        f"entropy is {now:.3g} nats per token and was {start:.3g} at the start; "
-        f"min_entropy_share={see.settings.min_entropy_share:g}"
+        f"the KL to the reference is {now:.3g} nats per token, {now - recent[-1]:.3g} more than a "
+        f"step before; max_kl_jump={see.settings.max_kl_jump:g}"
     )
 
 
@@ -168,7 +164,7 @@ def _value_failure(see: Sight) -> str | None:
     explained = see.now["value/explained_variance"]
     if not (math.isfinite(error) and math.isfinite(explained)):
         return "the values are NaN or infinite"
-    squares = see.past.get("value/mean_squared_return", Track()).largest
+    squares = see.track("value/mean_squared_return").largest
     zero = max(squares, see.now["value/mean_squared_return"])
     if error > WORSE_THAN_NOTHING * zero > 0:
         return (
@@ -177,7 +173,7 @@ def _value_failure(see: Sight) -> str | None:
         )
     if explained < BROKEN_VARIANCE:
         return f"explained variance is {explained:.2f}, below {BROKEN_VARIANCE:g}"
-    recent = see.past.get("value/explained_variance", Track()).recent
+    recent = see.track("value/explained_variance").recent
     if len(recent) < MIN_RECENT:
         return None
     mean = statistics.fmean([*recent, explained][-NUM_RECENT:])
@@ -190,122 +186,116 @@ def _value_failure(see: Sight) -> str | None:
 
 
 def _reward_saturation(see: Sight) -> str | None:
-    now, start = see.now.get("reward/score_sd"), see.start("reward/score_sd")
     num_scored = see.now.get("reward/scored_share", 0) * see.ppo.batch_size
-    if now is None or num_scored < 2:
+    if num_scored < 2:
         return None
-    if now == 0:
+    if see.now["reward/score_sd"] == 0:
         return f"all {num_scored:.0f} scores of the batch are {see.now['reward/score_mean']:.4g}"
-    if start is None or not now < see.settings.min_spread_share * start:
-        return None
-    return (
-        f"the standard deviation of the scores is {now:.3g} and was {start:.3g} at the start; "
-        f"min_spread_share={see.settings.min_spread_share:g}"
-    )
+    return _spread_fell(see)
 
 
-def _length_drift(see: Sight) -> str | None:
-    now, start = see.now.get("response/length_tokens"), see.start("response/length_tokens")
-    bound = see.settings.max_length_factor
-    if now is None or start is None or start / bound <= now <= start * bound:
-        return None
-    return (
-        f"responses have {now:.1f} tokens and had {start:.1f} at the start; "
-        f"max_length_factor={bound:g}"
-    )
-
-
-def _repetition(see: Sight) -> str | None:
-    now = see.now.get("response/repeated_share")
-    start = see.start("response/repeated_share") or 0.0
-    bound = see.settings.max_repeated_share
-    if now is None or not (now > bound and now > start + MORE_REPEATED):
-        return None
-    return (
-        f"{now:.0%} of the trigrams of responses occurred in them before, and {start:.0%} at the "
-        f"start; max_repeated_share={bound:g}"
-    )
-
-
-_KL = {
+_spread_fell = _since_start(
+    "reward/score_sd",
+    "min_spread_share",
+    "the standard deviation of the scores is {now:.3g} and was {start:.3g}",
+    lambda now, start, bound: now < bound * start,
+)
+KL_EXPLOSION = {
     "name": "kl_explosion",
     "means": "the learning rate is too high, or the KL penalty too weak for this reward",
     "remedy": "lower optimizer.learning_rate, set ppo.target_kl (0.02), or raise kl.coef",
 }
-
 OF_ROLLOUT = (
     Check(
-        name="reward_not_finite",
-        rule=_reward_not_finite,
-        means="the reward divides by zero or overflows on some responses",
-        remedy="mend the reward, or let it return None for them",
+        "reward_not_finite",
+        _counted(
+            "reward/num_not_finite",
+            "{:.0f} rewards of the batch were NaN or infinite and count as unscored",
+        ),
+        "the reward divides by zero or overflows on some responses",
+        "fix the reward, or let it return None for them",
     ),
-    Check(rule=_kl_since_the_last_step, **_KL),
+    Check(find=_kl_since_the_last_step, **KL_EXPLOSION),
     Check(
-        name="entropy_collapse",
-        rule=_entropy_collapse,
-        means="the policy writes nearly the same whatever it draws, and finds nothing new",
-        remedy="raise kl.coef or ppo.entropy_coef, or lower optimizer.learning_rate",
-    ),
-    Check(
-        name="value_failure",
-        rule=_value_failure,
-        means="the critic is broken or on another scale than the reward, and advantages are noise",
-        remedy="lower optimizer.critic_learning_rate, set ppo.num_critic_warmup_steps or "
-        "score.normalize",
-    ),
-    Check(
-        name="reward_saturation",
-        rule=_reward_saturation,
-        means="the reward no longer tells responses apart, and whitened advantages are noise",
-        remedy="stop here, or use a finer reward; check that the reward is not being fooled",
+        "entropy_collapse",
+        _since_start(
+            "policy/entropy_nats",
+            "min_entropy_share",
+            "entropy is {now:.3g} nats per token and was {start:.3g}",
+            lambda now, start, bound: now < bound * start,
+        ),
+        "the policy writes nearly the same whatever it draws, and finds nothing new",
+        "raise kl.coef or ppo.entropy_coef, or lower optimizer.learning_rate",
     ),
     Check(
-        name="length_drift",
-        rule=_length_drift,
-        means="the reward pays for length (or for ending at once)",
-        remedy="add a length reward (kind: length), or set score.missing_eos",
+        "value_failure",
+        _value_failure,
+        "the critic is broken or on another scale than the reward, and advantages are noise",
+        "lower optimizer.critic_learning_rate, set ppo.num_critic_warmup_steps or score.normalize",
     ),
     Check(
-        name="repetition",
-        rule=_repetition,
-        means="the policy has found a phrase that the reward likes",
-        remedy="add a repetition reward (kind: repetition), or raise kl.coef",
+        "reward_saturation",
+        _reward_saturation,
+        "the reward no longer tells responses apart, and whitened advantages are noise",
+        "stop here, or use a finer reward; check that the reward is not being fooled",
+    ),
+    Check(
+        "length_drift",
+        _since_start(
+            "response/length_tokens",
+            "max_length_factor",
+            "responses have {now:.1f} tokens and had {start:.1f}",
+            lambda now, start, bound: now > start * bound or now < start / bound,
+        ),
+        "the reward pays for length (or for ending at once)",
+        "add a length reward (kind: length), or set score.missing_eos",
+    ),
+    Check(
+        "repetition",
+        _since_start(
+            "response/repeated_share",
+            "max_repeated_share",
+            "{now:.0%} of the trigrams of responses occurred in them before, and {start:.0%}",
+            lambda now, start, bound: now > bound and not now <= start + MORE_REPEATED,
+        ),
+        "the policy has found a phrase that the reward likes",
+        "add a repetition reward (kind: repetition), or raise kl.coef",
     ),
 )
-"""What a rollout shows, before anything is learnt from it: what the updates before have done."""
+"""Ask a rollout, before it is learnt from: it shows what earlier updates have done."""
 OF_UPDATE = (
     Check(
-        name="loss_not_finite",
-        rule=_minibatches("update/num_losses_not_finite", "the loss"),
-        means="weights, values or log-probs have overflowed",
-        remedy="lower optimizer.learning_rate, or use float32 (policy.dtype)",
+        "loss_not_finite",
+        _counted(
+            "update/num_losses_not_finite",
+            "the loss of {:.0f} minibatches was NaN or infinite, and they were skipped",
+        ),
+        "weights, values or log-probs have overflowed",
+        "lower optimizer.learning_rate, or use float32 (policy.dtype)",
     ),
     Check(
-        name="gradient_not_finite",
-        rule=_minibatches("update/num_gradients_not_finite", "a gradient"),
-        means="the backward pass overflows",
-        remedy="lower optimizer.learning_rate, or use float32 (policy.dtype)",
+        "gradient_not_finite",
+        _counted(
+            "update/num_gradients_not_finite",
+            "a gradient of {:.0f} minibatches was NaN or infinite, and they were skipped",
+        ),
+        "the backward pass overflows",
+        "lower optimizer.learning_rate, or use float32 (policy.dtype)",
     ),
     Check(
-        name="ratio_explosion",
-        rule=_ratio_explosion,
-        means="the policy left the batch that it learns from",
-        remedy="lower optimizer.learning_rate or ppo.num_epochs, or set ppo.target_kl (0.02)",
+        "ratio_explosion",
+        _counted(
+            "update/num_ratio_skips",
+            "the mean ratio of {:.0f} minibatches exceeded ppo.ratio_threshold={threshold:g} "
+            "(largest {largest:.3g}), and they were skipped",
+        ),
+        "the policy left the batch that it learns from",
+        "lower optimizer.learning_rate or ppo.num_epochs, or set ppo.target_kl (0.02)",
     ),
-    Check(rule=_kl_of_the_update, **_KL),
+    Check(find=_kl_of_the_update, **KL_EXPLOSION),
 )
-"""What an update says of itself."""
+"""Ask an update."""
 NAMES = tuple(dict.fromkeys(check.name for check in (*OF_ROLLOUT, *OF_UPDATE)))
-WATCHED = (
-    "kl per token",
-    "policy/entropy_nats",
-    "value/mean_squared_return",
-    "value/explained_variance",
-    "reward/score_sd",
-    "response/length_tokens",
-    "response/repeated_share",
-)
 
 
 @dataclass(slots=True)
@@ -321,7 +311,7 @@ class Record:
 
 
 class HealthMonitor:
-    """Looks at every step of a run, in order."""
+    """Checks every step of a run, in order."""
 
     def __init__(self, settings: HealthSettings, ppo: PPOSettings) -> None:
         self._settings = settings
@@ -330,23 +320,23 @@ class HealthMonitor:
         self._firing: set[str] = set()
         self._records: dict[str, Record] = {}
 
-    def look_at_rollout(self, step: int, metrics: Metrics) -> list[Alarm]:
+    def check_rollout(self, step: int, metrics: Metrics) -> list[Alarm]:
         """What the metrics of an `Experience` say, before the update."""
         now = dict(metrics)
         if metrics.get("response/length_tokens", 0) > 0 and "kl/sequence_nats" in metrics:
-            now["kl per token"] = metrics["kl/sequence_nats"] / metrics["response/length_tokens"]
-        alarms = self._look(step, now, OF_ROLLOUT, "rollout")
+            now[KL_PER_TOKEN] = metrics["kl/sequence_nats"] / metrics["response/length_tokens"]
+        alarms = self._run(step, now, OF_ROLLOUT, "rollout")
         for key in WATCHED:
             if key in now:
                 self._past.setdefault(key, Track()).take(now[key], is_healthy=not alarms)
         return alarms
 
-    def look_at_update(self, step: int, metrics: Metrics) -> list[Alarm]:
+    def check_update(self, step: int, metrics: Metrics) -> list[Alarm]:
         """What the metrics of a whole step say, after the update."""
-        return self._look(step, metrics, OF_UPDATE, "update")
+        return self._run(step, metrics, OF_UPDATE, "update")
 
     def record(self, check: str, step: int, action: str, diagnosis: str) -> None:
-        """Remember that a check fired; also one that spoke up elsewhere."""
+        """Remember that a check fired, here or elsewhere."""
         known = self._records.get(check)
         if known is None:
             self._records[check] = Record(action, step, step, 1, diagnosis)
@@ -366,28 +356,23 @@ class HealthMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Resume from what `state_dict` gave."""
         self._past = {key: Track(**track) for key, track in state["past"].items()}
         self._firing = set(state["firing"])
         self._records = {name: Record(**record) for name, record in state["fired"].items()}
 
-    def _look(self, step: int, now: Metrics, checks: Sequence[Check], when: str) -> list[Alarm]:
-        sight = Sight(now=now, past=self._past, settings=self._settings, ppo=self._ppo)
+    def _run(self, step: int, now: Metrics, checks: Sequence[Check], when: str) -> list[Alarm]:
+        sight = Sight(now, self._past, self._settings, self._ppo)
+        was_firing = set(self._firing)
+        self._firing -= {f"{check.name} ({when})" for check in checks}
         alarms = []
         for check in checks:
-            action = getattr(self._settings, check.name)
-            found = None if action == "off" else check.rule(sight)
-            key = f"{check.name} ({when})"
-            if found is None:
-                self._firing.discard(key)
-                continue
-            diagnosis = f"{found}. Usually {check.means}; {check.remedy}."
-            self.record(check.name, step, action, diagnosis)
-            is_new = key not in self._firing
-            self._firing.add(key)
-            alarms.append(
-                Alarm(
-                    check=check.name, step=step, action=action, diagnosis=diagnosis, is_new=is_new
-                )
-            )
+            action, key = getattr(self._settings, check.name), f"{check.name} ({when})"
+            problem = None if action == "off" else check.find(sight)
+            if problem is not None:
+                diagnosis = f"{problem}. Usually {check.means}; {check.remedy}."
+                is_new = key not in was_firing
+                self._firing.add(key)
+                self.record(check.name, step, action, diagnosis)
+                alarms.append(Alarm(check.name, step, action, diagnosis, is_new))
         return alarms

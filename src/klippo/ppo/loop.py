@@ -16,22 +16,22 @@ from klippo.types import Metrics, Rollout, RolloutSource, Scores
 class Recorder(Protocol):
     """What the loop tells the outside world."""
 
-    def at_step(self, step: int) -> None:
-        """Nothing of this step is done yet: the place for a checkpoint, and for ending early."""
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Weights and metrics change inside, and belong together."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times a part of the step."""
+    def before_step(self, step: int) -> None:
+        """Called before each step; may checkpoint, and may raise to stop."""
 
     def is_eval_step(self, step: int) -> bool: ...
 
     def evaluate(self, step: int) -> bool:
-        """Sample the fixed evaluation prompts with the policy as it is now; True ends the run."""
+        """Sample the fixed evaluation prompts with the current policy; True ends the run."""
 
-    def look(self, step: int, metrics: Metrics) -> None:
-        """What was sampled and scored is about to be learnt from: the place for ending instead."""
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times a phase of the step."""
+
+    def check_rollout(self, step: int, metrics: Metrics) -> None:
+        """Called before a scored rollout is learnt from; may raise to stop."""
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Weights and metrics change inside and belong together; a stop waits for its end."""
 
     def log(self, step: int, rollout: Rollout, metrics: Metrics) -> None: ...
 
@@ -42,24 +42,24 @@ def train(
     score: Callable[[Rollout], Scores],
     recorder: Recorder,
 ) -> None:
-    """Run PPO until `ppo.num_steps`, or until an evaluation says that it is enough.
+    """Run PPO until `ppo.num_steps`, or until an evaluation ends the run.
 
-    The policy is evaluated before, on the way and after.
+    The policy is evaluated before, during and after training.
     """
     for step in range(learner.num_steps_done, learner.ppo.num_steps):
-        recorder.at_step(step)
+        recorder.before_step(step)
         if recorder.is_eval_step(step) and recorder.evaluate(step):
             return
         with recorder.phase("generate"):
             rollout = source.next()
-        with recorder.phase("forward"):  # a judge's answers come in meanwhile
+        with recorder.phase("forward"):  # a judge answers meanwhile
             forward = learner.forward(rollout)
         with recorder.phase("score"):
             experience = learner.experience(rollout, score(rollout), forward)
-        recorder.look(step, experience.metrics)
-        with recorder.whole():
+        recorder.check_rollout(step, experience.metrics)
+        with recorder.updating():
             with recorder.phase("update"):
                 metrics = learner.learn(experience)
             recorder.log(step, rollout, metrics)
-    recorder.at_step(learner.num_steps_done)
+    recorder.before_step(learner.num_steps_done)
     recorder.evaluate(learner.num_steps_done)

@@ -23,11 +23,11 @@ class RunHealth:
 
     def check_rollout(self, step: int, metrics: Metrics) -> None:
         """Before the update of a step. Raises HealthError if the run should end."""
-        self._report(self._monitor.look_at_rollout(step, metrics))
+        self._report(self._monitor.check_rollout(step, metrics))
 
     def check_update(self, step: int, metrics: Metrics) -> None:
         """After the update of a step. Raises HealthError if the run should end."""
-        self._report(self._monitor.look_at_update(step, metrics))
+        self._report(self._monitor.check_update(step, metrics))
 
     def record(self, error: BaseException, step: int) -> None:
         """Remember an error that ended the run in a check's name before the check could see it."""

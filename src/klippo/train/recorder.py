@@ -144,10 +144,10 @@ class RunRecorder:
             self._lock.release()
             self._lock = None
 
-    def at_step(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         self.keeper.before_step(step)
 
-    def whole(self) -> AbstractContextManager[None]:
+    def updating(self) -> AbstractContextManager[None]:
         return self.keeper.updating()
 
     @contextmanager
@@ -252,7 +252,7 @@ class RunRecorder:
             ppo = ppo.model_copy(update={"micro_batch_size": ppo.batch_size})
         return parts_of(ppo, rollout.tokens)
 
-    def look(self, step: int, metrics: Metrics) -> None:
+    def check_rollout(self, step: int, metrics: Metrics) -> None:
         """Check the health of a rollout; if that ends the run, its line is written first.
 
         The run must not resume from the policy that wrote it.
