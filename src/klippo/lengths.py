@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from klippo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def longest(response_length: int | list[int]) -> int:
@@ -12,13 +15,15 @@ def longest(response_length: int | list[int]) -> int:
     return response_length if isinstance(response_length, int) else response_length[1]
 
 
-def context_length(model: Any) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens that the model's positions allow; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
 
 
-def room_for_prompts(model: Any, response_length: int | list[int], limit: int | None) -> int:
+def room_for_prompts(
+    model: PreTrainedModel, response_length: int | list[int], limit: int | None
+) -> int:
     """The longest prompt, in tokens, that leaves room for the longest response.
 
     Raises ConfigError if none does.

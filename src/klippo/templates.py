@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from klippo.errors import ConfigError
 
@@ -27,7 +26,7 @@ response, and no end token, as its reward models were trained (end_sequence_with
 _NAME = re.compile(r"\{(\w[\w .-]*)\}")
 
 
-def prompt_text(template: str, prompt: str, columns: Mapping[str, Any]) -> str:
+def prompt_text(template: str, prompt: str, columns: Mapping[str, object]) -> str:
     """What a policy reads: the template up to {response}, or all of it if it has none.
 
     `template` is a name or written out with {prompt} and any column. Raises ConfigError for an
@@ -37,7 +36,7 @@ def prompt_text(template: str, prompt: str, columns: Mapping[str, Any]) -> str:
     return _fill(before, columns, {"prompt": prompt})
 
 
-def full_text(template: str, prompt: str, response: str, columns: Mapping[str, Any]) -> str:
+def full_text(template: str, prompt: str, response: str, columns: Mapping[str, object]) -> str:
     """What a reward model reads: prompt and response in the template.
 
     Raises ConfigError as `prompt_text` does, and for a template without {response}.
@@ -63,7 +62,7 @@ def check_template(template: str) -> None:
     )
 
 
-def _written_out(template: str, columns: Mapping[str, Any]) -> str:
+def _written_out(template: str, columns: Mapping[str, object]) -> str:
     check_template(template)
     if template == "open-assistant":
         return _OPEN_ASSISTANT
@@ -73,7 +72,7 @@ def _written_out(template: str, columns: Mapping[str, Any]) -> str:
     return template
 
 
-def _fill(template: str, columns: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+def _fill(template: str, columns: Mapping[str, object], texts: Mapping[str, str]) -> str:
     """Replace every {name} in one pass: braces inside the texts stay as they are."""
 
     def value(match: re.Match[str]) -> str:

@@ -52,6 +52,18 @@ def test_every_value_knows_its_line_or_that_it_is_a_default(tmp_path):
     assert ("ppo.num_steps", 7, f"{path}:9") in show(loaded)
 
 
+def test_yaml_with_origins_has_each_behind_its_value_and_loads_again(tmp_path):
+    path = write(tmp_path, BASE + "ppo: {num_steps: 7}\noutput_dir: out\n", "a #b.yaml")
+    loaded = load_config(path, ["optimizer.betas=[0.8, 0.9]"])
+    text = to_yaml(loaded.config, loaded.origins)
+    lines = [line.split(maxsplit=3) for line in text.splitlines()]
+    assert ["num_steps:", "7", "#", f"{path}:9"] in lines
+    assert ["betas:", "#", "command", "line"] in lines
+    assert ["coef:", "0.05", "#", "default"] in lines
+    assert text.count("  # ") == len(loaded.origins)
+    assert load_config(write(tmp_path, text)).config == loaded.config
+
+
 def test_an_exponent_without_a_point_is_a_number(tmp_path):
     path = write(tmp_path, BASE + "optimizer: {learning_rate: 1e-5}\n")
     assert load_config(path).config.optimizer.learning_rate == 1e-5

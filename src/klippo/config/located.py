@@ -80,14 +80,14 @@ def dotted(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
-def flatten(value: Any, path: KeyPath = ()) -> dict[str, Any]:
+def flatten(value: object, path: KeyPath = ()) -> dict[str, Any]:
     """Dotted key -> value, of everything that is no mapping with something in it."""
     if isinstance(value, Mapping) and value:
         return {k: v for key, item in value.items() for k, v in flatten(item, (*path, key)).items()}
     return {dotted(path): value} if path else {}
 
 
-def locate(value: Any, origin: str) -> Located:
+def locate(value: object, origin: str) -> Located:
     """A Python value, all of one origin."""
     if isinstance(value, Mapping):
         return Located({str(k): locate(item, origin) for k, item in value.items()}, origin)
@@ -97,7 +97,7 @@ def locate(value: Any, origin: str) -> Located:
 
 
 # Scalars of YAML 1.2: type, pattern, first characters, how to read it.
-_SCALARS: list[tuple[str, str, str, Callable[[str], Any]]] = [
+_SCALARS: list[tuple[str, str, str, Callable[[str], object]]] = [
     ("null", r"~|null|Null|NULL|", "~nN\0", lambda _: None),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
     (
@@ -233,12 +233,12 @@ class _Reader:
         return Located(None, origin)
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: object) -> str:
     """A block of YAML that `read_yaml` reads back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
-def write_value(value: Any, limit: int | None = None) -> str:
+def write_value(value: object, limit: int | None = None) -> str:
     """One value on one line, as it could stand after `key=`; cut after `limit` characters."""
     flow = isinstance(value, dict | list | tuple)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from klippo.config.located import Located, Problem, read_yaml
 from klippo.config.walk import Section, by_kind, child
@@ -11,7 +10,7 @@ from klippo.config.walk import Section, by_kind, child
 COMMAND_LINE = "command line"
 
 
-def merge(base: Located, over: Located, annotation: Any = object) -> Located:
+def merge(base: Located, over: Located, annotation: object = object) -> Located:
     """`over` on top of `base`: mappings merge, everything else replaces.
 
     A section whose `kind` changes is replaced, for the keys of one kind mean nothing to another.

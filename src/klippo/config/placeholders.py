@@ -50,7 +50,7 @@ def reopened(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"output_dir": f"{start}{{rm_seed}}{end}" if seed else folder}
 
 
-def _fill(node: Located, path: KeyPath, seed: Any, problems: list[Problem]) -> Located:
+def _fill(node: Located, path: KeyPath, seed: object, problems: list[Problem]) -> Located:
     """The node with {seed} filled; without a seed every text that has it is a problem.
 
     The members of an ensemble keep {seed} for its `seeds`, and it reports its unfilled ones itself.
@@ -70,7 +70,7 @@ def _fill(node: Located, path: KeyPath, seed: Any, problems: list[Problem]) -> L
     )
 
 
-def _folder(text: str, words: dict[str, Any]) -> str:
+def _folder(text: str, words: dict[str, object]) -> str:
     """A run per reward-model seed: without {rm_seed} in it, the folder gets one inside."""
     rm_seed = words.get("rm_seed")
     if rm_seed is not None and "{rm_seed}" not in text:
@@ -79,7 +79,7 @@ def _folder(text: str, words: dict[str, Any]) -> str:
     return re.sub(r"\{(\w+)\}", lambda brace: str(words.get(brace[1], brace[0])), text)
 
 
-def _unfilled(folder: Located, words: dict[str, Any]) -> Iterator[Problem]:
+def _unfilled(folder: Located, words: dict[str, object]) -> Iterator[Problem]:
     *first, last = [f"{{{word}}}" for word in words]
     for word in sorted(set(re.findall(r"\{([^{}]*)\}", folder.value))):
         rule = f"output_dir={folder.value}: nothing fills {{{word}}}"

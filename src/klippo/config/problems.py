@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -72,7 +72,7 @@ def _problems_of(tries: list[ErrorDetails], tree: Located, schema: Section) -> l
             return [Problem(origin, f"{key}: unknown key; {_advice(field, schema)}")]
         case "missing" if isinstance(path[-1], int):  # a pair with one item
             pair = members(find(details["loc"][:-1], schema).annotation)[0]
-            rule = f"must have {len(pair.__args__)} items, not {len(value)}"
+            rule = f"must have {len(get_args(pair))} items, not {len(value)}"
             text = f"{dotted(path[:-1])}={write_value(value)}: {rule}"
             return [Problem(tree.origin_at(path[:-1]), text)]
         case "missing":
@@ -100,7 +100,7 @@ def _expected(details: ErrorDetails) -> str | None:
     return _EXPECTED.get(re.sub("_(type|parsing|from_float)$", "", details["type"]))
 
 
-def _rules(tries: list[ErrorDetails], annotation: Any) -> str:
+def _rules(tries: list[ErrorDetails], annotation: object) -> str:
     """What the value must be; if a union's member read it as its type, only that one's rule."""
     matched = [details for details in tries if _expected(details) is None]
     rules = dict.fromkeys(_rule(details, annotation) for details in matched or tries)
@@ -109,7 +109,7 @@ def _rules(tries: list[ErrorDetails], annotation: Any) -> str:
     return " or ".join(rules).replace(" or must be ", " or ")
 
 
-def _rule(details: ErrorDetails, annotation: Any) -> str:
+def _rule(details: ErrorDetails, annotation: object) -> str:
     kind, value = details["type"], details["input"]
     if expected := _expected(details):
         whole = kind == "int_type" and isinstance(value, float) and value.is_integer()
@@ -117,7 +117,7 @@ def _rule(details: ErrorDetails, annotation: Any) -> str:
             f", written as {value:.0f}" if whole and abs(value) < 2**53 else ""
         )
     if kind == "literal_error":
-        choices = [str(c) for m in members(annotation) for c in getattr(m, "__args__", ())]
+        choices = [str(c) for m in members(annotation) for c in get_args(m)]
         return choice_rule(str(value), choices)
     if kind in ("too_short", "too_long"):
         bound = "at least {min_length}" if kind == "too_short" else "at most {max_length}"
@@ -132,7 +132,7 @@ def _meaning(field: Field) -> str:
     return meaning.split(". ")[0] or "it has no default"
 
 
-def _broken_rule(line: str, path: KeyPath, annotation: Any, tree: Located) -> Problem:
+def _broken_rule(line: str, path: KeyPath, annotation: object, tree: Located) -> Problem:
     """A validator's message; if it begins with a key of the section, that key is at fault."""
     key = tuple(re.findall(r"\w+", line.partition("=")[0].partition(" ")[0]))
     if key and any(key[0] in section.model_fields for section in sections_of(annotation)):

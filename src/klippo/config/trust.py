@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from klippo.errors import ConfigError
 from klippo.hub import trust_code_of
@@ -35,7 +34,7 @@ def trust_code(config: Settings, flag: bool) -> None:
     trust_code_of(name for names in trusted.values() for name in names)
 
 
-def _trusted(value: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+def _trusted(value: object, path: str) -> Iterator[tuple[str, list[str]]]:
     """Each key that is true, and the models that it is about."""
     if isinstance(value, CodeSettings) and (names := value.trusted_models()):
         yield f"{path}.{KEY}", names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, NamedTuple, Union, get_args, get_origin
 
 from klippo.config.located import KeyPath
 from klippo.settings import Settings
@@ -18,11 +18,11 @@ class Field(NamedTuple):
     path: KeyPath
     section: Section | None
     """The settings class that holds the last key."""
-    annotation: Any
+    annotation: object
     """The type of the value."""
 
 
-def members(annotation: Any) -> list[Any]:
+def members(annotation: object) -> list[object]:
     """The members of a (nested) union without None; any other type alone."""
     origin = get_origin(annotation)
     if origin is Annotated:
@@ -32,12 +32,12 @@ def members(annotation: Any) -> list[Any]:
     return [] if annotation is NoneType else [annotation]
 
 
-def sections_of(annotation: Any) -> list[Section]:
+def sections_of(annotation: object) -> list[Section]:
     """The settings classes among `members`."""
     return [m for m in members(annotation) if isinstance(m, type) and issubclass(m, Settings)]
 
 
-def by_kind(annotation: Any) -> dict[str, Section]:
+def by_kind(annotation: object) -> dict[str, Section]:
     """`kind` -> settings class, if there are several to choose from; else empty."""
     sections = sections_of(annotation)
     if len(sections) < 2:
@@ -45,7 +45,7 @@ def by_kind(annotation: Any) -> dict[str, Section]:
     return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
 
-def child(annotation: Any, key: str | int, kind: object = None) -> Any:
+def child(annotation: object, key: str | int, kind: object = None) -> object:
     """The type of `key`'s value; `object` if the schema does not know the key."""
     kinds = by_kind(annotation)
     for member in [kinds.get(str(kind))] if kinds else members(annotation):
@@ -62,7 +62,7 @@ def find(loc: KeyPath, schema: Section) -> Field:
     """The field of a pydantic `loc`, which also names the union members that it tried."""
     path: KeyPath = ()
     section: Section | None = None
-    annotation: Any = schema
+    annotation: object = schema
     for step in loc:
         choices = members(annotation)
         if len(choices) > 1 and str(step).startswith("literal["):
@@ -82,7 +82,7 @@ def all_sections(schema: Section) -> Iterator[tuple[str, Section]]:
     """Every settings class with the name of its section, each reward kind once."""
     seen: set[Section] = set()
 
-    def walk(annotation: Any, name: str) -> Iterator[tuple[str, Section]]:
+    def walk(annotation: object, name: str) -> Iterator[tuple[str, Section]]:
         kinds = by_kind(annotation)
         for kind, section in kinds.items():
             if section not in seen:

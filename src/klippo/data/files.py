@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from klippo.errors import ConfigError
 
@@ -83,7 +83,7 @@ def shown(value: object, limit: int = 60) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:limit]!r}"
 
 
-def is_chat(value: object) -> bool:
+def is_chat(value: object) -> TypeGuard[list[dict[str, Any]]]:
     """Is it a list of chat messages?"""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
 

@@ -121,7 +121,7 @@ def _response(
     return ScoredResponse(row=row, name=name, text=text, reward=reward, **lists)
 
 
-def _numbers(value: Any, kind: type) -> list[Any] | None:
+def _numbers(value: object, kind: type) -> list[Any] | None:
     """A list of token ids or of log-probs (CSV files hold it as JSON text); None if it is none."""
     if isinstance(value, str):
         try:
@@ -129,10 +129,11 @@ def _numbers(value: Any, kind: type) -> list[Any] | None:
         except ValueError:
             return None
     allowed = int if kind is int else int | float
-    is_list = isinstance(value, list) and value
-    if not is_list or any(isinstance(x, bool) or not isinstance(x, allowed) for x in value):
+    if not isinstance(value, list) or any(
+        isinstance(x, bool) or not isinstance(x, allowed) for x in value
+    ):
         return None
-    return [kind(x) for x in value]
+    return [kind(x) for x in value] or None
 
 
 def leave_one_out(

@@ -212,7 +212,7 @@ def _response(row: Row, column: str) -> tuple[list[dict[str, Any]], str]:
     )
 
 
-def _number(row: Row, column: str, value: Any, alternative: str = "") -> float:
+def _number(row: Row, column: str, value: object, alternative: str = "") -> float:
     number = finite_number(value)
     if number is None:
         raise ConfigError(
