@@ -17,7 +17,6 @@ from klippo.train.dry_run_plan import (
     passed_caps,
     plan_run,
     texts_of,
-    with_ledger,
 )
 from tests.judge.server import FaultServer, ok
 
@@ -113,12 +112,12 @@ def test_what_an_earlier_run_spent_counts_against_the_caps(tmp_path: Path):
         judge(api={"cache": str(cache), "max_calls": 606}), output_dir=str(tmp_path / "run")
     )
     plan = plan_run(config, TEXTS)
-    assert with_ledger(plan).judges[0].spent.calls == 0
+    assert plan.judges[0].spent.calls == 0
     assert not cache.exists()
     store = Store(cache, config.output_dir)
     store.add(Spend(calls=4, tokens=50, nano_usd=6))
     store.close()
-    found = with_ledger(plan)
+    found = plan_run(config, TEXTS)
     assert found.judges[0].spent == Spend(calls=4, tokens=50, nano_usd=6)
     # 606 calls at worst are within the cap, and with 4 before they are not.
     assert passed_caps(plan) == []
@@ -181,20 +180,22 @@ def test_a_terminal_is_asked(write_config: Callable[..., Path], monkeypatch: pyt
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     answers = iter(["y", ""])
     monkeypatch.setattr("builtins.input", lambda *_: next(answers))
-    agree_to_cost(config, data_of(config), yes=False)
+    agree_to_cost(config, data_of(config))
     with pytest.raises(ConfigError, match="not started"):
-        agree_to_cost(config, data_of(config), yes=False)
+        agree_to_cost(config, data_of(config))
 
 
-@pytest.mark.parametrize(
-    ("api", "yes"),
-    [(DEAR, True), (DEAR | {"max_usd": 5}, False), ({}, False)],
-)
-def test_nobody_is_asked_about_little_or_after_a_yes(
-    write_config: Callable[..., Path], api: dict[str, Any], yes: bool
-):
+@pytest.mark.parametrize("api", [DEAR | {"max_usd": 5}, {}])
+def test_nobody_is_asked_about_little(write_config: Callable[..., Path], api: dict[str, Any]):
     config = load_config(write_config(reward=judge(api=api))).config
-    agree_to_cost(config, data_of(config), yes=yes)
+    agree_to_cost(config, data_of(config))
+
+
+def test_nobody_is_asked_after_a_yes(write_config: Callable[..., Path], cli: Cli, tmp_path: Path):
+    api = DEAR | {"cache": str(tmp_path / "judge.sqlite"), "max_attempts": 1}
+    code, _, err = cli("train", write_config(reward=judge(api=api)), "--yes")
+    assert code == 4, "the judge itself was asked, and cannot be reached"
+    assert "may cost" not in err
 
 
 def test_a_smaller_batch_alone_runs_a_recipe_and_the_dry_run_says_so(cli: Cli):

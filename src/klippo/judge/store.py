@@ -70,6 +70,9 @@ class Spend:
     def __sub__(self, other: Spend) -> Spend:
         return Spend(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def __mul__(self, times: int) -> Spend:
+        return Spend(*(times * number for number in astuple(self)))
+
     def __str__(self) -> str:
         return f"{self.calls} calls, {self.tokens} tokens and {self.nano_usd / 1e9:.4f} USD"
 

@@ -1,4 +1,4 @@
-"""What a run would do and cost, worked out from its config and the sizes of its data."""
+"""What a run would do and cost, from its config and the sizes of its data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from klippo.rewards.build import JUDGE_CACHE
 from klippo.rewards.settings import RewardSettings, SumSettings, ensembles
 
 ASK_ABOVE_USD = 5.0
-"""A run whose judges may cost more than this wants a yes."""
+"""A run whose judges may cost more than this must be confirmed."""
 CHARS_PER_TOKEN = 4
 """Of usual text."""
 BYTES_PER_TOKEN = 16
@@ -65,14 +65,10 @@ class JudgePlan:
     expected: Spend
     worst: Spend
     """Every call reserved as in the ledger, each question with all of its attempts."""
-    account: tuple[str, ...]
-    """Its cache, "" for the usual one, and whose budget; judges with the same one share it."""
-    spent: Spend = field(default_factory=Spend)
+    account: tuple[Path, str]
+    """Its cache and whose budget; judges with the same account share it."""
+    spent: Spend
     """What the account has spent before, by the ledger."""
-
-    @property
-    def has_prices(self) -> bool:
-        return self.settings.api.prices is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,43 +88,52 @@ class Plan:
     judges: Sequence[JudgePlan]
 
     @property
+    def accounts(self) -> list[list[JudgePlan]]:
+        """The judges by account."""
+        accounts: dict[tuple[Path, str], list[JudgePlan]] = {}
+        for judge in self.judges:
+            accounts.setdefault(judge.account, []).append(judge)
+        return list(accounts.values())
+
+    @property
     def possible_usd(self) -> float:
         """The most that the judges with known prices can cost; max_usd bounds it."""
         total = 0.0
-        for shared in _accounts(self.judges):
-            worst = sum(one.worst.nano_usd for one in shared) / 1e9
-            caps = [one.settings.api.max_usd for one in shared]
-            bound = max((cap for cap in caps if cap is not None), default=math.inf)
-            left = max(bound - shared[0].spent.nano_usd / 1e9, 0)
-            total += min(worst, math.inf if None in caps else left)
+        for judges in self.accounts:
+            caps = [judge.settings.api.max_usd for judge in judges]
+            cap = max(math.inf if cap is None else cap for cap in caps)
+            left = max(cap - judges[0].spent.nano_usd / 1e9, 0)
+            total += min(sum(judge.worst.nano_usd for judge in judges) / 1e9, left)
         return total
 
 
 def plan_run(config: RunConfig, texts: Texts) -> Plan:
-    """Counts, calls and costs, from the config and the sizes of the data's texts."""
+    """Counts, calls and costs, from the config, the sizes of the data's texts and the ledger."""
     ppo, evaluation = config.ppo, config.evaluation
     num_prompts = min(evaluation.num_prompts, texts.num_held_out or texts.num_train)
     num_evaluations = 1 + (1 if evaluation.every is None else -(-ppo.num_steps // evaluation.every))
     num_training = ppo.num_steps * ppo.batch_size
     num_evaluation = num_evaluations * num_prompts
     num_early_stop = num_evaluations * config.early_stop.gold_prompts
-    fresh = min(texts.num_train, num_training + (0 if texts.num_held_out else num_prompts)) + min(
-        texts.num_held_out, num_prompts
-    )
+    num_rows = min(texts.num_train, num_training + (0 if texts.num_held_out else num_prompts))
+    num_rows += min(texts.num_held_out, num_prompts)
     judges = []
     for name, settings in named_judges(config):
         is_gold = name.startswith("gold")
-        judged = num_evaluation + (num_early_stop if is_gold else num_training)
-        asked_once = num_prompts + config.early_stop.gold_prompts if is_gold else fresh
-        expected, worst = _cost(settings, config, texts, judged, asked_once)
-        whose = judge_label(settings) if is_gold else config.output_dir
+        num_judged = num_evaluation + (num_early_stop if is_gold else num_training)
+        num_references = num_prompts + config.early_stop.gold_prompts if is_gold else num_rows
+        expected, worst = _spend(settings, config, texts, num_judged, num_references)
+        cache = settings.api.cache
+        path = JUDGE_CACHE if cache is None else Path(cache).expanduser()
+        account = path, judge_label(settings) if is_gold else config.output_dir
         judges.append(
             JudgePlan(
                 name=name,
                 settings=settings,
                 expected=expected,
                 worst=worst,
-                account=(settings.api.cache or "", whose),
+                account=account,
+                spent=spent_in(*account),
             )
         )
     return Plan(
@@ -137,9 +142,9 @@ def plan_run(config: RunConfig, texts: Texts) -> Plan:
         num_evaluation=num_evaluation,
         num_early_stop=num_early_stop,
         num_measured=sum(
-            one.reference_size
-            for one in ensembles(config.reward)
-            if one.standardize == "start" and one.moments is None
+            ensemble.reference_size
+            for ensemble in ensembles(config.reward)
+            if ensemble.standardize == "start" and ensemble.moments is None
         ),
         num_optimizer_steps=ppo.num_steps * ppo.num_epochs * (ppo.batch_size // ppo.minibatch),
         judges=judges,
@@ -147,7 +152,7 @@ def plan_run(config: RunConfig, texts: Texts) -> Plan:
 
 
 def named_judges(config: RunConfig) -> Iterator[tuple[str, JudgeSettings]]:
-    """Every judge that a run asks, by its place in the config."""
+    """Every judge that a run asks, by its key in the config."""
 
     def within(name: str, reward: RewardSettings) -> Iterator[tuple[str, JudgeSettings]]:
         if isinstance(reward, JudgeSettings):
@@ -161,108 +166,79 @@ def named_judges(config: RunConfig) -> Iterator[tuple[str, JudgeSettings]]:
         yield from within("gold", config.gold)
 
 
-def _cost(
-    settings: JudgeSettings, config: RunConfig, texts: Texts, judged: int, references: int
+def _spend(
+    settings: JudgeSettings, config: RunConfig, texts: Texts, num_judged: int, num_references: int
 ) -> tuple[Spend, Spend]:
     """Expected and worst case of so many responses, and of references that are asked once."""
-    sizes = _Sizes(settings, config, texts)
-    is_difference = settings.mode == "difference"
+    judge = Judge(settings, _Nobody())
+    length, seen = config.rollout.response_length, settings.max_response_chars
+    low, high = (length, length) if isinstance(length, int) else length
+    mean_response = min(CHARS_PER_TOKEN * (low + high) // 2, seen)
+    mean_reference = min(texts.mean_reference, seen)
+    longest_response = min(BYTES_PER_TOKEN * high, BYTES_PER_CHAR * seen)
+    longest_reference = min(texts.longest_reference, BYTES_PER_CHAR * seen)
     orders = 2 if settings.mode == "pairwise" else 1
     num_probes = len(PROBES) if settings.probes else 0
     num_opening = (1 + num_probes) * orders  # one plain sample, then the probes
-    if is_difference:
+    if settings.mode == "difference":
         num_opening += 1 + (num_probes > 0)
-    votes = settings.votes
+        # A reference that fails is asked for again with the next response.
+        references = num_references, max(num_judged, num_references)
+    else:
+        references = 0, 0
+    short = (SHORT_CHARS, SHORT_CHARS, SHORT_CHARS)
+    # Sizes of prompt, response and reference, and how many: expected, then at worst.
+    questions = [
+        ((texts.mean_prompt, mean_response, mean_reference), num_judged * orders,
+         (texts.longest_prompt, longest_response, longest_reference), num_judged * orders),
+        ((texts.mean_prompt, mean_reference, 0), references[0],
+         (texts.longest_prompt, longest_reference, 0), references[1]),
+        (short, num_opening, short, num_opening),
+    ]  # fmt: skip
     expected, worst = Spend(), Spend()
-    for criterion in sizes.judge.criteria:
-        typical, most = sizes.typical(criterion), sizes.worst(criterion)
-        short = sizes.opening(criterion)
-        expected = _add(expected, typical["response"], judged * orders * votes)
-        worst = _add(worst, most["response"], judged * orders * votes)
-        if is_difference:
-            expected = _add(expected, typical["reference"], references * votes)
-            # One that fails on the way is asked for again with the next response.
-            worst = _add(worst, most["reference"], max(judged, references) * votes)
-        expected = _add(expected, short[0], num_opening * votes)
-        worst = _add(worst, short[1], num_opening * votes)
-    first = next(iter(sizes.judge.criteria))
-    worst = _add(worst, sizes.opening(first)[1], len(sizes.sources) - 1)
-    return expected, worst
+    for criterion in judge.criteria:
+        for typical, usual, longest, most in questions:
+            expected += _answered_at_once(judge, criterion, typical) * (usual * settings.votes)
+            worst += _every_attempt(judge, criterion, longest) * (most * settings.votes)
+    first = next(iter(judge.criteria))
+    return expected, worst + _every_attempt(judge, first, short) * (len(judge.sources) - 1)
 
 
-class _Sizes:
-    """What one question of one judge costs."""
+def _request(judge: Judge, criterion: str, source: Source, sizes: tuple[int, int, int]) -> Request:
+    prompt, response, reference = ("x" * size for size in sizes)
+    question = render(
+        judge.rubric,
+        Material(prompt=prompt, response=response, reference=reference),
+        INSTRUCTIONS[source, judge.settings.rationale],
+        criteria=judge.criteria[criterion],
+        max_chars=10**9,
+    )
+    return make_request(question.text, source, judge.settings)
 
-    def __init__(self, settings: JudgeSettings, config: RunConfig, texts: Texts) -> None:
-        self.settings = settings
-        self.judge = Judge(settings, _Nobody())
-        self.sources = self.judge.sources
-        self._meter = Meter(settings.api)
-        length = config.rollout.response_length
-        low, high = (length, length) if isinstance(length, int) else length
-        seen = settings.max_response_chars
-        self._mean_response = min(CHARS_PER_TOKEN * (low + high) // 2, seen)
-        self._longest_response = min(BYTES_PER_TOKEN * high, BYTES_PER_CHAR * seen)
-        self._mean_reference = min(texts.mean_reference, seen)
-        self._longest_reference = min(texts.longest_reference, BYTES_PER_CHAR * seen)
-        self._texts = texts
 
-    def typical(self, criterion: str) -> dict[str, Spend]:
-        """Of a question that is answered at once."""
-        prompt, reference = self._texts.mean_prompt, self._mean_reference
-        return {
-            "response": self._typical(criterion, prompt, self._mean_response, reference),
-            "reference": self._typical(criterion, prompt, reference, 0),
-        }
+def _answered_at_once(judge: Judge, criterion: str, sizes: tuple[int, int, int]) -> Spend:
+    source: Source = judge.sources[0] if len(judge.sources) == 1 else "json"
+    request = _request(judge, criterion, source, sizes)
+    read = len(request.messages[0]["content"]) // CHARS_PER_TOKEN
+    written = min(WRITTEN_TOKENS[judge.settings.rationale], request.max_tokens)
+    return Meter(judge.settings.api).spend(read, written)
 
-    def worst(self, criterion: str) -> dict[str, Spend]:
-        """Of a question that is paid at every attempt."""
-        prompt, reference = self._texts.longest_prompt, self._longest_reference
-        return {
-            "response": self._worst(criterion, prompt, self._longest_response, reference),
-            "reference": self._worst(criterion, prompt, reference, 0),
-        }
 
-    def opening(self, criterion: str) -> tuple[Spend, Spend]:
-        """Expected and worst case of the short texts at the start."""
-        short = (criterion, SHORT_CHARS, SHORT_CHARS, SHORT_CHARS)
-        return self._typical(*short), self._worst(*short)
-
-    def _question(self, criterion: str, source: Source, *chars: int) -> str:
-        prompt, response, reference = ("x" * num for num in chars)
-        return render(
-            self.judge.rubric,
-            Material(prompt=prompt, response=response, reference=reference),
-            INSTRUCTIONS[source, self.settings.rationale],
-            criteria=self.judge.criteria[criterion],
-            max_chars=10**9,
-        ).text
-
-    def _typical(self, criterion: str, *chars: int) -> Spend:
-        source: Source = self.sources[0] if len(self.sources) == 1 else "json"
-        question = self._question(criterion, source, *chars)
-        request = make_request(question, source, self.settings)
-        written = min(WRITTEN_TOKENS[self.settings.rationale], request.max_tokens)
-        read = len(question) // CHARS_PER_TOKEN
-        return self._meter.spend(read, written)
-
-    def _worst(self, criterion: str, *chars: int) -> Spend:
-        return max(
-            (self._all_attempts(criterion, source, *chars) for source in self.sources),
-            key=lambda spend: (spend.nano_usd, spend.tokens),
-        )
-
-    def _all_attempts(self, criterion: str, source: Source, *chars: int) -> Spend:
-        """The first answer is cut, and all others, with more tokens, are lost after being paid."""
-        settings = self.settings
-        request = make_request(self._question(criterion, source, *chars), source, settings)
-        api = settings.api
+def _every_attempt(judge: Judge, criterion: str, sizes: tuple[int, int, int]) -> Spend:
+    """The first answer is cut, and all others, with more tokens, are lost after being paid."""
+    api, meter = judge.settings.api, Meter(judge.settings.api)
+    spends = []
+    for source in judge.sources:
+        request = _request(judge, criterion, source, sizes)
         more = MORE_TOKENS * request.max_tokens
         body = WIRES[api.wire_format].body(api.model, request, more, Learned())
-        num_bytes = len(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
-        first = self._meter.worst(num_bytes, len(request.messages), request.max_tokens)
-        again = self._meter.worst(num_bytes, len(request.messages), more)
-        return _add(first, again, api.max_attempts - 1)
+        size = len(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
+        first, again = (
+            meter.worst(size, len(request.messages), tokens)
+            for tokens in (request.max_tokens, more)
+        )
+        spends.append(first + again * (api.max_attempts - 1))
+    return max(spends, key=lambda spend: (spend.nano_usd, spend.tokens))
 
 
 class _Nobody:
@@ -272,103 +248,70 @@ class _Nobody:
         raise AssertionError(f"a dry run calls no judge, not even for {request}")
 
 
-def _add(total: Spend, one: Spend, times: int) -> Spend:
-    return Spend(
-        calls=total.calls + times * one.calls,
-        tokens=total.tokens + times * one.tokens,
-        nano_usd=total.nano_usd + times * one.nano_usd,
-    )
-
-
-def _accounts(judges: Iterable[JudgePlan]) -> list[list[JudgePlan]]:
-    found: dict[tuple[str, ...], list[JudgePlan]] = {}
-    for one in judges:
-        found.setdefault(one.account, []).append(one)
-    return list(found.values())
-
-
 def passed_caps(plan: Plan) -> list[str]:
-    """A sentence for every cap that the run, with what was spent before, would pass, or could."""
-    told = []
-    for shared in _accounts(plan.judges):
-        expected = worst = shared[0].spent
-        for one in shared:
-            expected, worst = _add(expected, one.expected, 1), _add(worst, one.worst, 1)
-        for one in shared:
-            api = one.settings.api
+    """A sentence for every cap that the run, with what was spent before, would or could pass."""
+    sentences = []
+    for judges in plan.accounts:
+        expected = sum((judge.expected for judge in judges), judges[0].spent)
+        worst = sum((judge.worst for judge in judges), judges[0].spent)
+        for judge in judges:
+            api = judge.settings.api
             pairs: list[tuple[str, float | None, float, float]] = [
                 ("max_calls", api.max_calls, expected.calls, worst.calls),
                 ("max_tokens_total", api.max_tokens_total, expected.tokens, worst.tokens),
                 ("max_usd", api.max_usd, expected.nano_usd / 1e9, worst.nano_usd / 1e9),
             ]
             for name, cap, usual, most in pairs:
-                if cap is None or most <= cap:
-                    continue
-                will = "would be passed" if usual > cap else "could be passed in the worst case"
-                told.append(f"{one.name}: {name}={cap:g} {will}; the run then ends with code 5")
-    return told
+                if cap is not None and most > cap:
+                    how = "would be passed" if usual > cap else "could be passed in the worst case"
+                    sentences.append(
+                        f"{judge.name}: {name}={cap:g} {how}; the run then ends with code 5"
+                    )
+    return sentences
 
 
 def texts_of(config: RunConfig, data: Data) -> Texts:
     """Sizes of the data's prompts and references."""
-    rows, held_out = data
-    everything = [*rows, *held_out]
-    prompts = [row.prompt(config.data.prompt_columns) for row in everything]
-    columns = {
-        s.reference_column for _, s in named_judges(config) if s.reference_column is not None
-    }
-    references = [row.columns.get(name) for row in everything for name in columns]
+    rows = [*data[0], *data[1]]
+    columns = {s.reference_column for _, s in named_judges(config)} - {None}
+    prompts = [_as_text(row.prompt(config.data.prompt_columns)) for row in rows]
+    references = [_as_text(row.columns.get(name)) for row in rows for name in columns if name]
     return Texts(
-        num_train=len(rows),
-        num_held_out=len(held_out),
-        mean_prompt=round(statistics.fmean(len(_text(one)) for one in prompts)),
-        longest_prompt=max(_num_bytes(one) for one in prompts),
-        mean_reference=round(statistics.fmean([len(_text(one)) for one in references] or [0])),
-        longest_reference=max((_num_bytes(one) for one in references), default=0),
+        num_train=len(data[0]),
+        num_held_out=len(data[1]),
+        mean_prompt=round(statistics.fmean(map(len, prompts))),
+        longest_prompt=_most_bytes(prompts),
+        mean_reference=round(statistics.fmean(map(len, references or [""]))),
+        longest_reference=_most_bytes(references),
     )
 
 
-def _text(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _num_bytes(value: Any) -> int:
-    """Inside a body's JSON."""
-    return len(json.dumps(_text(value), ensure_ascii=False).encode("utf-8", "replace")) - 2
+def _most_bytes(texts: Iterable[str]) -> int:
+    """Of the longest text inside a body's JSON."""
+    bodies = (json.dumps(text, ensure_ascii=False).encode("utf-8", "replace") for text in texts)
+    return max((len(body) - 2 for body in bodies), default=0)
 
 
-def with_ledger(plan: Plan) -> Plan:
-    """The plan with what its accounts have spent before."""
-    judges = [replace(one, spent=_spent(one)) for one in plan.judges]
-    return replace(plan, judges=judges)
-
-
-def _spent(one: JudgePlan) -> Spend:
-    cache, account = one.account
-    return spent_in(Path(cache).expanduser() if cache else JUDGE_CACHE, account)
-
-
-def agree_to_cost(config: RunConfig, data: Data, *, yes: bool) -> None:
-    """Ask before a run whose judges may cost much. Raises ConfigError where the answer is no."""
-    if yes or not any(_costs(settings) for _, settings in named_judges(config)):
+def agree_to_cost(config: RunConfig, data: Data) -> None:
+    """Ask before a run whose judges may cost much. Raises ConfigError if the answer is no."""
+    if not any(any(settings.api.prices or ()) for _, settings in named_judges(config)):
         return
-    plan = with_ledger(plan_run(config, texts_of(config, data)))
-    most = plan.possible_usd
-    if most <= ASK_ABOVE_USD:
+    plan = plan_run(config, texts_of(config, data))
+    if plan.possible_usd <= ASK_ABOVE_USD:
         return
-    usual = sum(one.expected.nano_usd for one in plan.judges) / 1e9
-    told = f"the judges may cost up to {most:,.2f} USD (about {usual:,.2f} USD expected)"
+    usual = sum(judge.expected.nano_usd for judge in plan.judges) / 1e9
+    cost = f"he judges may cost up to {plan.possible_usd:,.2f} USD (about {usual:,.2f} expected)"
     if not sys.stdin.isatty():
         raise ConfigError(
-            f"{told}, more than {ASK_ABOVE_USD:g}, and there is no terminal to ask at; pass --yes, "
-            "or set a lower max_usd; --dry-run tells more"
+            f"t{cost}, more than {ASK_ABOVE_USD:g}, and there is no terminal to ask at; pass "
+            "--yes, or set a lower max_usd; --dry-run shows more"
         )
-    answer = Console(stderr=True).input(Text(f"T{told[1:]}. Train? [y/N] "))
+    answer = Console(stderr=True).input(Text(f"T{cost}. Train? [y/N] "))
     if answer.strip().lower() not in ("y", "yes"):
         raise ConfigError("not started; a lower max_usd or fewer steps cost less")
-
-
-def _costs(settings: JudgeSettings) -> bool:
-    return settings.api.prices is not None and any(settings.api.prices)

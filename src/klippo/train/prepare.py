@@ -90,7 +90,7 @@ def prepare(
     rows, held_out = _rows(config, given)
     logged = None if config.offline is None else read_logged(config, rows, held_out)
     if confirm_cost:
-        ranks.on_main(lambda: agree_to_cost(config, (rows, held_out), yes=False))
+        ranks.on_main(lambda: agree_to_cost(config, (rows, held_out)))
     if given.model is None:
         ranks.on_main(lambda: check_weights(config, device))
     reward = _reward(config, given, device, ranks)
