@@ -84,12 +84,12 @@ def test_token_ids_are_taken_as_they_were_sampled():
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        ({"reward": None}, "reward' holds nothing; a reward must be a finite number"),
-        ({"reward": math.nan}, "reward' holds float 'nan'; a reward must be a finite number"),
-        ({"reward": "eight"}, "'eight'; a reward must be a finite number"),
-        ({"reward": True}, "bool 'True'; a reward must be a finite number"),
-        ({"response": "  "}, "'  '; a response needs text"),
-        ({"response": None}, "nothing; a response needs text"),
+        ({"reward": None}, "reward' holds nothing where a finite number is needed; score"),
+        ({"reward": math.nan}, "reward' holds float 'nan' where a finite number is needed"),
+        ({"reward": "eight"}, "'eight' where a finite number is needed"),
+        ({"reward": True}, "bool 'True' where a finite number is needed"),
+        ({"response": "  "}, "'  ' where text is needed; fill"),
+        ({"response": None}, "nothing where text is needed; fill"),
         ({"response": ["a", "b"], "reward": [1.0]}, "'response' 2, 'reward' 1"),
         ({"response": ["a", "b"], "reward": 1.0}, "'response' 2, 'reward' no list"),
     ],

@@ -220,7 +220,7 @@ def test_a_bad_pair_is_refused_by_row_and_line(load, name):
         (
             [{"response": "a", "rating": [1, True]}],
             {"format": "ratings"},
-            r"column 'rating' holds bool 'True' where a number",
+            r"column 'rating' holds list '\[1, True\]' where a number",
         ),
         (
             [{"response": f"r{i}", "rating": 1} for i in range(4)],

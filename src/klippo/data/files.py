@@ -35,11 +35,21 @@ class Row:
     """The file or data set that it comes from."""
     first: int = 0
     """Number of its source's first row."""
+    index: int | None = None
+    """Of one response of a row that has several."""
 
     def __str__(self) -> str:
         """`reviews.jsonl, row 3 (line 4)`."""
         line = "" if self.line is None else f" (line {self.line})"
-        return f"{self.source}, row {self.number - self.first}{line}"
+        index = "" if self.index is None else f", response {self.index}"
+        return f"{self.source}, row {self.number - self.first}{line}{index}"
+
+    def unusable(self, column: str, needed: str, remedy: str) -> ConfigError:
+        """The error for what a column holds."""
+        value = shown(self.columns.get(column))
+        return ConfigError(
+            f"{self}: column {column!r} holds {value} where {needed} is needed; {remedy}"
+        )
 
     def require(self, column: str, setting: str) -> None:
         """Raises ConfigError if the data has no such column; `setting` is what names it."""
@@ -59,14 +69,11 @@ class Row:
         """
         if len(columns) == 1:
             return self.columns.get(columns[0])
-        texts = [(name, self.columns.get(name)) for name in columns]
-        for name, value in texts:
-            if not isinstance(value, str | None):
-                raise ConfigError(
-                    f"{self}: column {name!r} holds {shown(value)} where text is needed, to join "
-                    "it with the other prompt columns; convert it to text"
-                )
-        return "\n".join(text for _, text in texts if text) or None
+        for column in columns:
+            if not isinstance(self.columns.get(column), str | None):
+                remedy = "convert it to text, to join it with the other prompt columns"
+                raise self.unusable(column, "text", remedy)
+        return "\n".join(filter(None, map(self.columns.get, columns))) or None
 
     def prompt_key(self, columns: Sequence[str]) -> str:
         """Equal for rows with equal prompts."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from klippo.data.files import Row, finite_number, shown, source_of
+from klippo.data.files import Row, finite_number, source_of
 from klippo.data.settings import OfflineSettings
 from klippo.errors import ConfigError
 from klippo.types import BASELINE, Completion, LoggedResponse, Prompt, Tokenizer
@@ -19,12 +19,10 @@ class ScoredResponse:
     """One response of a row and its reward, before any tokenizer."""
 
     row: Row
-    name: str
-    """What messages call it: the row, and the index if the row has several."""
     text: str
     reward: float
-    token_ids: list[int] | None
-    logprobs: list[float] | None
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
 
 
 def read_responses(
@@ -47,7 +45,8 @@ def read_responses(
             columns[key] = name
     for key, name in columns.items():
         rows[0].require(name, "reward.column" if key == "reward" else f"offline.{key}_column")
-    responses = [response for row in rows for response in _responses(row, columns)]
+    names = list(columns.values())
+    responses = [_read(single, columns) for row in rows for single in _single(row, names)]
     if settings.duplicates == "keep":
         return responses
     first: dict[tuple[str, str], ScoredResponse] = {}
@@ -55,7 +54,7 @@ def read_responses(
         same = first.setdefault((one.row.prompt_key(prompt_columns), one.text), one)
         if same is not one and settings.duplicates == "error":
             raise ConfigError(
-                f"{one.name}: the same prompt and response as {same.name}; it would count twice: "
+                f"{one.row}: the same prompt and response as {same.row}; it would count twice: "
                 "remove one, or set offline.duplicates to keep or drop"
             )
     return list(first.values())
@@ -72,53 +71,39 @@ def refuse_equal_rewards(responses: Sequence[ScoredResponse], reward_column: str
         )
 
 
-def _responses(row: Row, columns: Mapping[str, str]) -> Iterator[ScoredResponse]:
-    values = {key: row.columns[name] for key, name in columns.items()}
-    if not isinstance(values["response"], list):
-        yield _response(row, str(row), columns, values)
+def _single(row: Row, columns: Sequence[str]) -> Iterator[Row]:
+    """The row, or one row for each response if its response column holds a list of them."""
+    values = {name: row.columns[name] for name in columns}
+    responses = values[columns[0]]
+    if not isinstance(responses, list):
+        yield row
         return
-    sizes = {
-        columns[key]: len(value) if isinstance(value, list) else None
-        for key, value in values.items()
-    }
+    sizes = {n: len(value) if isinstance(value, list) else "no list" for n, value in values.items()}
     if len(set(sizes.values())) > 1:
-        listed = ", ".join(
-            f"{name!r} {'no list' if size is None else size}" for name, size in sizes.items()
-        )
         raise ConfigError(
             f"{row}: a list of responses needs lists of the same length in its other columns; "
-            f"there are {listed}"
+            f"there are {', '.join(f'{name!r} {size}' for name, size in sizes.items())}"
         )
-    for i in range(len(values["response"])):
-        items = {key: value[i] for key, value in values.items()}
-        yield _response(row, f"{row}, response {i}", columns, items)
+    for i in range(len(responses)):
+        items = {name: value[i] for name, value in values.items()}
+        yield replace(row, columns={**row.columns, **items}, index=i)
 
 
-def _response(
-    row: Row, name: str, columns: Mapping[str, str], values: Mapping[str, Any]
-) -> ScoredResponse:
-    text, reward = values["response"], finite_number(values["reward"])
+def _read(row: Row, columns: Mapping[str, str]) -> ScoredResponse:
+    text = row.columns[columns["response"]]
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(
-            f"{name}: column {columns['response']!r} holds {shown(text)}; a response needs text: "
-            "fill or remove this row"
-        )
+        raise row.unusable(columns["response"], "text", "fill or remove this row")
+    reward = finite_number(row.columns[columns["reward"]])
     if reward is None:
-        raise ConfigError(
-            f"{name}: column {columns['reward']!r} holds {shown(values['reward'])}; a reward must "
-            "be a finite number: score or remove this row"
-        )
-    lists: dict[str, list[Any] | None] = {"token_ids": None, "logprobs": None}
-    for key, kind in (("token_ids", int), ("logprobs", float)):
+        raise row.unusable(columns["reward"], "a finite number", "score or remove this row")
+    lists: dict[str, list[Any]] = {}
+    for key, kind, what in (("token_ids", int, "token ids"), ("logprobs", float, "log-probs")):
         if key in columns:
-            lists[key] = _numbers(values[key], kind)
-            if lists[key] is None:
-                raise ConfigError(
-                    f"{name}: column {columns[key]!r} holds {shown(values[key])}; a list of "
-                    f"{'token ids' if kind is int else 'log-probs'}, one per response token, is "
-                    "needed"
-                )
-    return ScoredResponse(row=row, name=name, text=text, reward=reward, **lists)
+            numbers = _numbers(row.columns[columns[key]], kind)
+            if numbers is None:
+                raise row.unusable(columns[key], f"a list of {what}", "give one per response token")
+            lists[key] = numbers
+    return ScoredResponse(row=row, text=text, reward=reward, **lists)
 
 
 def _numbers(value: object, kind: type) -> list[Any] | None:
@@ -150,7 +135,7 @@ def leave_one_out(
     alone = [group[0] for group in groups.values() if len(group) == 1]
     if alone:
         raise ConfigError(
-            f"{alone[0].name}: the only response to its prompt ({len(alone)} of {len(groups)} "
+            f"{alone[0].row}: the only response to its prompt ({len(alone)} of {len(groups)} "
             "prompts have one alone), and offline.baseline=leave_one_out compares it with others; "
             "use baseline: value, or remove such rows"
         )
@@ -192,7 +177,7 @@ def log_responses(
         num_prompt, num_response = len(prompt.token_ids), len(completion.token_ids)
         if context is not None and num_prompt + num_response > context:
             raise ConfigError(
-                f"{response.name}: prompt and response are {num_prompt} + {num_response} tokens, "
+                f"{response.row}: prompt and response are {num_prompt} + {num_response} tokens, "
                 f"and the model's context is {context}; shorten or remove this row"
             )
         prompt = replace(prompt, meta=meta)
@@ -215,19 +200,19 @@ def _completion(
     unknown = [i for i in ids if not 0 <= i < len(tokenizer)]
     if unknown:
         raise ConfigError(
-            f"{response.name}: {unknown[0]} is no token of this tokenizer, which has "
+            f"{response.row}: {unknown[0]} is no token of this tokenizer, which has "
             f"{len(tokenizer)}; the ids must be those of the policy's own tokenizer"
         )
     logprobs = response.logprobs
     if logprobs is not None and len(logprobs) != len(ids):
         raise ConfigError(
-            f"{response.name}: {len(logprobs)} log-probs for {len(ids)} response tokens (the end "
+            f"{response.row}: {len(logprobs)} log-probs for {len(ids)} response tokens (the end "
             "token counts); log-probs need the tokens that were sampled: name them with "
             "offline.token_ids_column, or use behavior: start"
         )
     wrong = [x for x in logprobs or () if not math.isfinite(x) or x > 0]
     if wrong:
         raise ConfigError(
-            f"{response.name}: {wrong[0]} is no log-prob; log-probs are finite and at most 0"
+            f"{response.row}: {wrong[0]} is no log-prob; log-probs are finite and at most 0"
         )
     return Completion(token_ids=ids, finished=ids[-1] in stop_ids, logprobs=logprobs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from typing import Any
 
-from klippo.data.files import Row, finite_number, is_chat, shown, source_of
+from klippo.data.files import Row, finite_number, is_chat, source_of
 from klippo.data.rows import hold_out_units, load_sources
 from klippo.data.settings import PreferenceSettings
 from klippo.errors import ConfigError
@@ -161,8 +161,11 @@ def _pair(row: Row, settings: PreferenceSettings, prompt_columns: list[str]) -> 
                 f"{settings.chosen_column!r} is better, 2 that the other is: fix the row"
             )
         chosen, rejected = (chosen, rejected) if better == 1 else (rejected, chosen)
-    column = settings.margin_column
-    margin = None if column is None else _number(row, column, row.columns[column])
+    margin = None
+    if (column := settings.margin_column) is not None:
+        margin = finite_number(row.columns[column])
+        if margin is None:
+            raise row.unusable(column, "a number", "fix the row, or choose another column")
     return Pair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
 
 
@@ -171,10 +174,11 @@ def _rated(row: Row, settings: PreferenceSettings, prompt_columns: list[str]) ->
     prompt = _prompt(row, prompt_columns, before)
     column = settings.rating_column
     value = row.columns[column]
-    if isinstance(value, list) and not value:
-        raise ConfigError(f"{row}: column {column!r} holds no rating; fill or remove the row")
-    values = value if isinstance(value, list) else [value]
-    ratings = [_number(row, column, one, " or a list of numbers") for one in values]
+    values = map(finite_number, value if isinstance(value, list) else [value])
+    ratings = [rating for rating in values if rating is not None]
+    if not ratings or (isinstance(value, list) and len(ratings) < len(value)):
+        needed = "a number or a list of numbers"
+        raise row.unusable(column, needed, "fix the row, or choose another column")
     rating = sum(ratings) / len(ratings)
     if settings.rater == "one":
         rating = random.Random(f"{settings.seed}:rater:{row.number}").choice(ratings)
@@ -206,20 +210,8 @@ def _response(row: Row, column: str) -> tuple[list[dict[str, Any]], str]:
         before, text = value[:-1], value[-1].get("content")
     if isinstance(text, str) and text.strip():
         return before, text
-    raise ConfigError(
-        f"{row}: column {column!r} holds {shown(value)} where a response is needed (text, or chat "
-        "messages that end with it); fill or remove the row"
-    )
-
-
-def _number(row: Row, column: str, value: object, alternative: str = "") -> float:
-    number = finite_number(value)
-    if number is None:
-        raise ConfigError(
-            f"{row}: column {column!r} holds {shown(value)} where a number{alternative} is needed; "
-            "fix the row, or choose another column"
-        )
-    return number
+    needed = "a response (text, or chat messages that end with it)"
+    raise row.unusable(column, needed, "fill or remove the row")
 
 
 def _draw(

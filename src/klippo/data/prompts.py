@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klippo.data.files import Row, is_chat, shown, source_of
+from klippo.data.files import Row, is_chat, source_of
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.templates import prompt_text
@@ -130,9 +130,7 @@ def _render_text(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> str:
         remedy = "choose another data.prompt_column, or convert it to text"
         if is_chat(value):
             remedy = "for chat messages set data.format: chat"
-        raise ConfigError(
-            f"{row}: {_columns(settings)} holds {shown(value)} where text is needed; {remedy}"
-        )
+        raise row.unusable(settings.prompt_columns[0], "text", remedy)
     if settings.template is None:
         return value
     return prompt_text(settings.template, _bare(row, settings, tokenizer), row.columns)
@@ -157,10 +155,8 @@ def _messages(row: Row, settings: DataSettings) -> list[dict[str, str]]:
     if not is_chat(messages) or not all(
         isinstance(m.get(key), str) for m in messages for key in ("role", "content")
     ):
-        raise ConfigError(
-            f"{row}: {_columns(settings)} holds {shown(value)} where text or a list of "
-            '{"role": ..., "content": text} is needed'
-        )
+        needed = 'text or a list of {"role": ..., "content": text}'
+        raise row.unusable(settings.prompt_columns[0], needed, "convert it")
     if messages[-1]["role"] == "assistant":
         raise ConfigError(
             f"{row}: {_columns(settings)} ends with an assistant message, but the policy is to "

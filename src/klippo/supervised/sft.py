@@ -193,11 +193,8 @@ def _split(row: Row, settings: ExampleSettings) -> tuple[Row, str | None]:
     chat = messages if isinstance(messages, list) else []
     last = chat[-1] if len(chat) > 1 else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
-        raise ConfigError(
-            f"{row}: column {name!r} holds {shown(messages)}; with "
-            "response_column: null and format: chat it must be a list of messages that ends "
-            "with the assistant's"
-        )
+        needed = "a list of messages that ends with the assistant's"
+        raise row.unusable(name, needed, "fix the row, or set data.response_column")
     response = _filled(row, last.get("content"), "the assistant's last message")
     return replace(row, columns={**row.columns, name: chat[:-1]}), response
 
