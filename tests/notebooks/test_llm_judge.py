@@ -206,7 +206,7 @@ def test_the_run_leaves_a_report_and_a_model_that_loads(executed: Executed) -> N
 
     status = json.loads((executed.run / "run_status.json").read_text())
     assert status["num_steps_done"] == NUM_STEPS
-    assert "proxy reward" in (executed.run / "report.html").read_text()
+    assert '<th scope="row">reward</th>' in (executed.run / "report.html").read_text()
     assert "Verdict: " in executed.told("train")
     assert "The same prompts before and after" not in executed.told("train")  # num_shown is 0
     changes = [float(row[-1]) for row in executed.table("samples")]

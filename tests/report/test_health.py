@@ -26,7 +26,7 @@ def test_each_rail_stands_with_its_steps_and_diagnosis(make_run, page_of):
         "kl_explosion 4 steps from 3 to 9 warned the policy moved by 8.31 nats per token",
         "<b>⟨U+202E⟩",
         "loss_not_finite step 10 ended the run the loss of 4 minibatches was NaN",
-        "health checks kl_explosion (4 steps from 3 to 9); loss_not_finite (step 10)",
+        "Health checks kl_explosion (4 steps from 3 to 9); loss_not_finite (step 10)",
     ):
         assert told in page.text, told
     card = (run / "MODEL_CARD.md").read_text()
@@ -35,8 +35,8 @@ def test_each_rail_stands_with_its_steps_and_diagnosis(make_run, page_of):
 
 def test_a_quiet_run_says_so_and_an_old_one_says_nothing(make_run, page_of):
     quiet = [line | {"response/repeated_share": 0.0} for line in metric_lines(3)]
-    assert "health checks none fired" in page_of(make_run("quiet", metrics=quiet)).text
-    assert "health checks" not in page_of(make_run("old")).text
+    assert "Health checks none fired" in page_of(make_run("quiet", metrics=quiet)).text
+    assert "Health checks" not in page_of(make_run("old")).text
 
 
 def test_a_status_that_was_tampered_with_does_no_harm(make_run, page_of):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from klippo.report.text import duration, interval, number, visible
+from klippo.report.text import duration, number, visible, with_interval
 from tests.report.conftest import row
 
 HOSTILE = [
@@ -68,6 +68,6 @@ def test_numbers_read_well() -> None:
     assert number(float("nan")) == number(None) == "—"
     assert number(float("-inf")) == "\u2212∞"
     assert number(1234567.0, 0) == "1,234,567"
-    assert interval(-1.0, 2.0, signed=True) == "\u22121.00 to +2.00"
+    assert with_interval(0.5, -1.0, 2.0) == "+0.50 (\u22121.00 to +2.00)"
     assert duration(59.6) == "1 min 00 s"
     assert duration(3725) == "1 h 02 min"

@@ -53,7 +53,7 @@ def test_every_cause_that_the_code_gives_is_explained():
     import re
     from pathlib import Path
 
-    from klippo.report.judges import REMEDIES
+    from klippo.report.sections import REMEDIES
 
     docs = (Path(__file__).parents[2] / "docs/judge.md").read_text(encoding="utf-8")
     table = docs.split("## What can go wrong")[1].split("\n## ")[0]

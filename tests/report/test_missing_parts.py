@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from klippo.errors import ConfigError
-from klippo.report.card import END, START
+from klippo.report.page import END, START
 from klippo.report.reading import read_run
 from klippo.report.write import report
 from tests.report.conftest import noisy_rows, row
@@ -30,8 +30,8 @@ def test_a_run_with_one_evaluation_says_so(make_run, page_of) -> None:
 def test_a_run_without_gold_says_so_and_shows_the_proxy(make_run, page_of) -> None:
     text = page_of(make_run(rows=noisy_rows([0, 10, 20], 32))).text
     assert "not enough data There are no gold scores; klippo gold-eval adds them." in text
-    assert "proxy reward" in text
-    assert "Best, median and worst by proxy" in text
+    assert "Change (95% interval) In sd of before reward" in text
+    assert "Best, median and worst by reward" in text
 
 
 def test_a_run_without_anything_else_still_has_a_report(make_run, page_of) -> None:
@@ -49,15 +49,15 @@ def test_a_run_that_is_still_written_leaves_the_half_line_out(make_run, page_of)
         file.write_bytes(file.read_bytes()[:-9])
     text = page_of(run).text
     assert "Ended still being written, or killed without a word" in text
-    assert "The last line of metrics.jsonl is not whole yet and was left out." in text
-    assert "The last line of step-10.jsonl is not whole yet and was left out." in text
+    assert "The last line of metrics.jsonl is not complete yet; it was left out." in text
+    assert "The last line of step-10.jsonl is not complete yet; it was left out." in text
     assert "PPO steps 19 of 20" in text
 
 
 def test_steps_with_different_prompts_compare_the_prompts_that_both_have(make_run, page_of) -> None:
     rows = {0: [row(0, i) for i in range(9)], 10: [row(10, i, proxy=2.0) for i in range(5)]}
     text = page_of(make_run(rows=rows)).text
-    assert "proxy reward 0.00 2.00 +2.00" in text
+    assert "reward 0.00 2.00 +2.00" in text
 
 
 @pytest.mark.parametrize("state", ["done", "failed"])
@@ -65,7 +65,7 @@ def test_a_cut_line_is_one_error_with_file_and_line(state: str, make_run) -> Non
     run = make_run(rows=noisy_rows([0, 10], 8), state=state)
     file = run / "eval" / "step-10.jsonl"
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(ConfigError, match=rf"{file}, line 8: cut or broken"):
+    with pytest.raises(ConfigError, match=rf"{file}, line 8: broken JSON"):
         read_run(run)
 
 
@@ -75,7 +75,7 @@ def test_a_broken_line_in_the_middle_is_an_error_while_the_run_goes_on(make_run)
     lines = file.read_text().splitlines()
     lines[3] = lines[3][:20]
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ConfigError, match=r"step-0.jsonl, line 4: cut or broken"):
+    with pytest.raises(ConfigError, match=r"step-0.jsonl, line 4: broken JSON"):
         read_run(run)
 
 
@@ -97,8 +97,8 @@ def test_scores_that_are_missing_or_not_finite_are_counted_not_used(make_run, pa
     end = [row(10, i, proxy=1.0) for i in range(8)]
     end[0]["proxy"], end[1]["proxy"] = None, float("inf")
     text = page_of(make_run(rows={0: [row(0, i) for i in range(8)], 10: end})).text
-    assert "2 of 16 samples have no proxy score and count nowhere." in text
-    assert "proxy reward 0.00 1.00 +1.00" in text
+    assert "2 of 16 samples have no reward score and count nowhere." in text
+    assert "reward 0.00 1.00 +1.00" in text
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_command_prints_the_path_and_the_verdict(make_run, cli, tmp_path: Pa
     assert "made: improved." in out
     assert "other: not enough data." in out
     assert (tmp_path / "both.html").is_file()
-    assert (tmp_path / "both" / "proxy_over_steps.svg").is_file()
+    assert (tmp_path / "both" / "reward_over_steps.svg").is_file()
     assert cli("report", tmp_path)[0] == 2
 
 
@@ -151,7 +151,7 @@ def test_the_model_card_says_what_the_model_is_and_how_far_to_trust_it(make_run,
         "made-policy",
         "classifier made-proxy",
         "**Not enough data.**",
-        "| proxy reward |",
+        "| reward |",
         "No second opinion (gold) was asked",
         'AutoModelForCausalLM.from_pretrained("model")',
     ):

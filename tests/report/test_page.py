@@ -27,14 +27,14 @@ def test_key_figures_are_the_means_of_the_rows(make_run, page_of) -> None:
     run = make_run(rows={0: paired(0, start), 20: paired(20, end)})
     page = page_of(run)
     text = page.text
-    # proxy 1.5 -> 4.0, paired differences 2, 3, 1, 4: mean 2.5
-    assert "proxy reward 1.50 4.00 +2.50 (+2.09 to +2.91)" in text
-    assert "gold reward 0.25 1.50 +1.25" in text
+    # reward 1.5 -> 4.0, paired differences 2, 3, 1, 4: mean 2.5
+    assert "reward 1.50 4.00 +2.50 (+2.09 to +2.91)" in text
+    assert "gold 0.25 1.50 +1.25" in text
     assert "KL to the start (nats/response) 0.00 4.00 +4.00 (+4.00 to +4.00)" in text
     assert "ends by itself (share) 100% 100%" in text
     # sd at the start: sqrt(32 / 31 * 1.25) = 1.136; 2.5 / 1.136 = 2.20
     alts = [image["alt"] for image in page.named("img")]
-    assert any("proxy goes from 0.00 at step 0 to 2.20 sd at step 20" in alt for alt in alts)
+    assert any("reward goes from 0.00 at step 0 to 2.20 sd at step 20" in alt for alt in alts)
     assert any("KL to the start" in alt and "to 4.00 at step 20" in alt for alt in alts)
 
 
@@ -76,8 +76,8 @@ def test_what_ran_comes_from_the_run(make_run, page_of) -> None:
     for told in (
         "Config my-recipe",
         "Policy made-policy (tuning: full)",
-        "Proxy reward classifier made-proxy",
-        "Gold reward none",
+        "Reward classifier made-proxy",
+        "Gold none",
         "Prompts prompts.jsonl",
         "40 fixed prompts at step 0",
         "PPO steps 20 of 20, 320 episodes",
@@ -103,7 +103,7 @@ def test_a_run_that_went_on_says_after_which_steps_and_with_what(make_run, page_
     started = {"started": "2026-01-02T03:04:00+00:00", "resumed": resumed}
     (run / "started.json").write_text(json.dumps(started))
     text = page_of(run).text
-    assert "Went on after 4 steps; after 7 steps with num_threads=2 (was 1)" in text
+    assert "Resumed after 4 steps; after 7 steps with num_threads=2 (was 1)" in text
     assert "Took 20 s in PPO steps" in text, "not the day that it stood still"
 
 
@@ -185,9 +185,13 @@ def test_several_runs_are_compared(make_run, page_of) -> None:
     assert "kl.coef 0.05 0.5" in page.text
     assert "policy.model made-policy made-policy" not in page.text
     assert len(page.named("img")) >= 10
-    proxy = next(i["alt"] for i in page.named("img") if "proxy over PPO steps" in i["alt"])
-    assert "first goes" in proxy
-    assert "second goes" in proxy
+    reward = next(
+        i["alt"]
+        for i in page.named("img")
+        if "reward: change in sd of the start over PPO steps" in i["alt"]
+    )
+    assert "first goes" in reward
+    assert "second goes" in reward
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(make_run, page_of) -> None:

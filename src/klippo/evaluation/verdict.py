@@ -88,10 +88,10 @@ def _decide(
     if _direction(since) < 0 < _direction(proxy_since):
         return "over-optimised", (
             f"gold fell by {-since.mean:.2f} (95%: {-since.high:.2f} to {-since.low:.2f}) from its "
-            f"peak near step {peak_step} to step {last_step}, while the proxy went on rising by "
+            f"peak near step {peak_step} to step {last_step}, while the reward kept rising by "
             f"{proxy_since.mean:.2f}"
         )
-    reason = f"gold changed by {_signed(change)} from start to end, the proxy by {_signed(proxy)}"
+    reason = f"gold changed by {_signed(change)} from start to end, the reward by {_signed(proxy)}"
     if _direction(change):
         return "improved" if _direction(change) > 0 else "worse", reason
     if max(abs(change.low), abs(change.high)) <= SMALL_EFFECT * start_sd:

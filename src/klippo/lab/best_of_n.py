@@ -268,7 +268,7 @@ def _table(result: Mapping[str, Any]) -> Table:
     title = f"Best of n, {result['num_prompts']} prompts, {result['num_samples']} samples of each"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("picked by")
-    for name in ("n", "KL ≤", "proxy (95%)", "gold (95%)"):
+    for name in ("n", "KL ≤", "reward (95%)", "gold (95%)"):
         table.add_column(name, justify="right")
     for name, arm in result["arms"].items():
         for i, n in enumerate(result["ns"]):

@@ -15,7 +15,7 @@ from klippo.data.rows import as_rows
 from klippo.errors import ConfigError
 from klippo.lengths import room_for_prompts
 from klippo.ranks import choose_device
-from klippo.report.tables import clean
+from klippo.report.text import one_line
 from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.runs.models import OpenModel, open_model
 from klippo.types import Prompt
@@ -54,7 +54,9 @@ def generate(
                 [completion.token_ids for completion in completions], skip_special_tokens=True
             )
             for prompt, answer in zip(ready, answers, strict=True):
-                console.print(Text(clean(prompt.text), style="bold") + Text(f" → {clean(answer)}"))
+                console.print(
+                    Text(one_line(prompt.text), style="bold") + Text(f" → {one_line(answer)}")
+                )
     return 0
 
 

@@ -203,7 +203,7 @@ def _tell(run: History, console: Console) -> None:
     """Print proxy, gold and KL at every step, and the verdict."""
     num = len(run.prompt_ids)
     table = Table(title=f"The same {num} prompts at every step", title_justify="left")
-    for name in ("step", "proxy", "gold (95% interval)", "KL (nats/response)"):
+    for name in ("step", "reward", "gold (95% interval)", "KL (nats/response)"):
         table.add_column(name, justify="right")
     for i, step in enumerate(run.steps):
         gold = None if run.gold is None else _mean(run.gold[i])

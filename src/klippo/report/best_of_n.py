@@ -1,86 +1,101 @@
-"""Best-of-n as pictures: what picking by each proxy does to proxy and gold."""
+"""Plots of best-of-n: what picking by each reward does to that reward and to gold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from klippo.evaluation.scaling import Fit
-from klippo.report.style import LINES, MARKERS, PALETTE, STYLE, files_of, plot_label
-from klippo.runs.folder import write_bytes
+from klippo.report.reading import BestOfN, RunData
+from klippo.report.series import Series, distances, levels, series_of
+from klippo.report.style import (
+    INK,
+    STYLE,
+    Picture,
+    draw,
+    draw_law,
+    draw_points,
+    plot_label,
+    run_look,
+    write_figure,
+)
+from klippo.report.tables import SCORES
+from klippo.report.text import number
 
-DISTANCE = "sqrt(upper bound of KL / nats), bound = log n - (n - 1)/n"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DISTANCE = "√(upper bound of KL / nats), bound = log n − (n − 1)/n"
 
 
-def draw_best_of_n(result: Mapping[str, Any], fits: Mapping[str, Fit], path: Path) -> None:
-    """Gold (with the fitted law and its band) and proxy over distance, one colour per arm.
+def best_of_n_pictures(run: RunData) -> Iterator[Picture]:
+    """Best-of-n over its KL bound, beside what PPO reached."""
+    result = run.best_of_n
+    for key in ("gold", "proxy") if result is not None else ():
+        assert result is not None
+        if arms := {name: series_of(points) for name, points in result.curves(key).items()}:
+            yield _beside_ppo(run, key, result, arms)
 
-    `result` is what best_of_n.json holds. Writes `path` with the endings .png and .svg.
+
+def _beside_ppo(run: RunData, key: str, result: BestOfN, arms: Mapping[str, Series]) -> Picture:
+    ppo = levels(run, lambda row: row.get(key))
+    name = SCORES[key]
+
+    def paint(ax: Axes) -> None:
+        if ppo is not None:
+            look = {"color": INK, "marker": "o", "ls": "-", "label": "PPO (exact KL)"}
+            draw_points(ax, distances(run, ppo.steps), ppo, look)
+        for i, (arm, series) in enumerate(arms.items()):
+            look = run_look(i + 1) | {"ls": "--", "label": f"best of n: {plot_label(arm)}"}
+            draw_points(ax, np.sqrt(result.kl_bound), series, look)
+        ax.legend(loc="best")
+
+    ends = ", ".join(
+        f"{arm} ends at {number(series.mean[-1], signed=True)}" for arm, series in arms.items()
+    )
+    return draw(
+        f"best_of_n_{name}",
+        paint,
+        title=name,
+        x="√(KL / nats): best of n an upper bound, PPO exact",
+        caption=f"{name.capitalize()} of the best of n samples, n = 1 to {max(result.ns)}, over "
+        "the upper bound log n − (n − 1)/n of its KL, beside PPO over its exact KL. The two are "
+        "not comparable at equal KL alone: they move the policy in different ways.",
+        alt=f"Lines of {name} over the square root of KL. Best of n: {ends}.",
+    )
+
+
+def draw_best_of_n(content: Mapping[str, Any], laws: Mapping[str, Fit], path: Path) -> None:
+    """Gold (with the fitted law and its band) and the reward over distance, one colour per arm.
+
+    `content` is what best_of_n.json holds. Writes `path` with the endings .png and .svg.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in ("gold", "proxy") if any(kind in a for a in result["arms"].values())]
+    result = BestOfN.model_validate(content)
+    panels = {key: arms for key in ("gold", "proxy") if (arms := result.curves(key))}
+    d = np.sqrt(result.kl_bound)
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.5 * len(kinds), 3.8), layout="constrained")
-        axes = figure.subplots(1, len(kinds), squeeze=False)
-        figure.suptitle(
-            f"Best of n: {result['num_prompts']} prompts, {result['num_samples']} samples of each",
-            x=0.01, ha="left", fontweight="bold",
-        )  # fmt: skip
-        d = np.sqrt(result["kl_bound"])
-        for ax, kind in zip(axes[0], kinds, strict=True):
-            for i, (name, arm) in enumerate(result["arms"].items()):
-                is_fitted = kind == "gold" and name in fits and result["ns"][0] == 1
-                turn = i // len(PALETTE)  # the second arm of a colour has another marker
-                look = {
-                    "color": PALETTE[i % len(PALETTE)],
-                    "marker": MARKERS[(i + turn) % len(MARKERS)],
-                    "ls": LINES[turn % len(LINES)],
-                }
-                if kind in arm:
-                    _points(ax, d, arm[kind], look, plot_label(name), joined=not is_fitted)
-                if is_fitted:
-                    _law(ax, d, fits[name], arm[kind][0]["mean"], look)
-            ax.set(xlabel=DISTANCE, ylabel=f"{kind} score of the picked sample")
-            ax.set_title(f"{kind}, with 95% intervals over prompts")
-        axes[0][0].legend()
-        for ending, content in files_of(figure).items():
-            write_bytes(path.with_name(f"{path.name}.{ending}"), content)
-
-
-def _points(
-    ax: Any,
-    d: Any,
-    points: Sequence[Mapping[str, float | None]],
-    look: Mapping[str, Any],
-    label: str,
-    *,
-    joined: bool,
-) -> None:
-    distance, means, below, above = [], [], [], []
-    for x, point in zip(d, points, strict=True):
-        mean, low, high = point["mean"], point["low"], point["high"]
-        if mean is not None:
-            distance.append(x)
-            means.append(mean)
-            below.append(0.0 if low is None else mean - low)
-            above.append(0.0 if high is None else high - mean)
-    ax.errorbar(
-        distance, means, yerr=[below, above], ms=3.5, label=label,
-        lw=0.8 if joined else 0, elinewidth=0.8, capsize=2, **look,
-    )  # fmt: skip
-
-
-def _law(ax: Any, d: Any, law: Fit, start: float | None, look: Mapping[str, Any]) -> None:
-    """The fitted gain, lifted to the first point, and its 95% band."""
-    if start is None or not math.isfinite(law.alpha.value):
-        return
-    fine = np.linspace(0, float(d[-1]), 100)
-    low, high = law.band(fine)
-    ax.plot(fine, start + law(fine), color=look["color"], ls=look["ls"], lw=1.4)
-    ax.fill_between(fine, start + low, start + high, color=look["color"], alpha=0.12, lw=0)
+        figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
+        title = f"Best of n: {result.num_prompts} prompts, {result.num_samples} samples of each"
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (key, arms) in zip(axes, panels.items(), strict=True):
+            for i, (name, points) in enumerate(arms.items()):
+                series, look = series_of(points), run_look(i)
+                law = laws.get(name) if key == "gold" and result.ns[0] == 1 else None
+                width = 0.8 if law is None else 0
+                label = plot_label(name)
+                draw_points(ax, d, series, look | {"lw": width, "ms": 3.5, "label": label})
+                if law is not None and math.isfinite(law.alpha.value):
+                    line = {key: look[key] for key in ("color", "ls")}
+                    draw_law(ax, law, float(d[-1]), line, start=float(series.mean[0]))
+            ax.set(xlabel=DISTANCE, ylabel=f"{SCORES[key]} of the picked sample")
+            ax.set_title(f"{SCORES[key]}, with 95% intervals over prompts")
+        axes[0].legend()
+        write_figure(figure, path)

@@ -1,11 +1,11 @@
 """Several models beside each other, against the same one before: tables for the terminal.
 
-They fit 100 columns; where there are more than three models, they are split.
+They fit 100 columns; more than three models are split over several tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +13,7 @@ from rich.text import Text
 from klippo.evaluation.comparison import Answer, Comparison, Duel, Group, OutputChange
 from klippo.evaluation.statistics import Estimate, PairedComparison
 from klippo.policy.weights import WeightChange
-from klippo.report.tables import clean
+from klippo.report.text import number, one_line, with_interval
 
 PER_TABLE = 3
 MAX_CHARS = 400
@@ -34,158 +34,149 @@ def comparison_tables(
 
     `lower` names judges whose rubric has its good end at 0, for a note.
     """
-    groups = list(dict.fromkeys(key for one in comparisons for key in one.groups))
     for start in range(0, len(comparisons), PER_TABLE):
-        part = comparisons[start : start + PER_TABLE]
-        whole = {one.name: one.whole for one in part}
-        num = max(group.num_prompts for group in whole.values())
-        yield _measures(f"Before and after, {num} prompts", whole, lower)
-        if any(group.duels for group in whole.values()):
-            yield _duels("After against before, compared directly", whole)
-        yield _movement(part)
-        for key in groups:
-            own = {one.name: one.groups[key] for one in part if key in one.groups}
-            num = max(group.num_prompts for group in own.values())
-            yield _measures(f"{key}: {num} prompts", own, ())
-            if any(group.duels for group in own.values()):
-                yield _duels(f"{key}: compared directly", own)
+        shown = comparisons[start : start + PER_TABLE]
+        everything = {one.name: one.whole for one in shown}
+        yield _measures("Before and after, {} prompts", everything, lower)
+        yield from _duels("After against before, compared directly", everything)
+        yield _movement(shown)
+        for key in dict.fromkeys(key for one in comparisons for key in one.groups):
+            groups = {one.name: one.groups[key] for one in shown if key in one.groups}
+            if groups:
+                yield _measures(f"{key.replace('{', '{{')}: {{}} prompts", groups, ())
+                yield from _duels(f"{key}: compared directly", groups)
+
+
+def _table(title: str, names: Iterable[str], *, no_wrap: bool = True) -> Table:
+    """A first column of row names, and one right-aligned column per name."""
+    table = Table(title=Text(title), title_justify="left", caption_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(name), justify="right", no_wrap=no_wrap)
+    return table
 
 
 def _measures(title: str, groups: Mapping[str, Group], lower: Sequence[str]) -> Table:
-    names = list(dict.fromkeys(name for group in groups.values() for name in group.measures))
-    table = _table(title, ["", "before"])
-    if len(groups) == 1:
-        (label,) = groups
-        for head in (_short(label, 24), "difference\n(95% interval)", "in sd of\nbefore"):
-            table.add_column(Text(head), justify="right", no_wrap=True)
-    else:
-        for label in groups:
-            table.add_column(Text(_short(label, MAX_NAME)), justify="right", no_wrap=True)
+    """One column per model; the only one has columns of its own for the difference."""
+    title = title.format(max(group.num_prompts for group in groups.values()))
+    names = dict.fromkeys(name for group in groups.values() for name in group.measures)
+    alone = len(groups) == 1
+    models = [_short(label, 24 if alone else MAX_NAME) for label in groups]
+    more = ["difference\n(95% interval)", "in sd of\nbefore"] if alone else []
+    table = _table(title, ["before", *models, *more])
     for name in names:
-        found = [group.measures.get(name) for group in groups.values()]
-        start = next(one.before.mean for one in found if one is not None)
-        cells = [Text(NAMES.get(name, name)), Text(_figure(name, start))]
-        table.add_row(*cells, *(_alone if len(groups) == 1 else _beside)(name, found))
-    notes = []
-    if len(groups) > 1:
-        notes.append("Below each mean: difference from before (95% interval).")
+        compared = [group.measures.get(name) for group in groups.values()]
+        start = next(one.before.mean for one in compared if one is not None)
+        cells = (cell for one in compared for cell in _after(name, one, alone))
+        table.add_row(NAMES.get(name, Text(name)), _figure(name, start), *cells)
     flipped = [name for name in names if name in lower]
+    notes = [] if alone else ["Below each mean: difference from before (95% interval)."]
     if flipped:
         notes.append(
-            f"{', '.join(flipped)}: a reward, so more is better; the judge's own scale is turned."
+            f"{', '.join(flipped)}: a reward, so more is better; the judge's scale is flipped."
         )
     table.caption = " ".join(notes) or None
     return table
 
 
-def _alone(name: str, found: Sequence[PairedComparison | None]) -> list[Text]:
-    """The columns of the only model."""
-    (one,) = found
-    assert one is not None
-    is_reward = name not in NAMES and one.before_sd > 0
-    in_sd = f"{one.difference_in_sd:+.2f}" if is_reward else ""
-    return [Text(_figure(name, one.after.mean)), _difference(name, one.difference), Text(in_sd)]
-
-
-def _beside(name: str, found: Sequence[PairedComparison | None]) -> list[Text]:
-    """One column per model, in two lines."""
-    return [
-        Text("")
-        if one is None
-        else Text(f"{_figure(name, one.after.mean)}\n") + _difference(name, one.difference)
-        for one in found
-    ]
+def _after(name: str, compared: PairedComparison | None, alone: bool) -> list[Text]:
+    """Mean and difference: three cells, or one of two lines beside other models."""
+    if compared is None:
+        return [Text("")]
+    mean = _figure(name, compared.after.mean)
+    difference = _difference(name, compared.difference)
+    if not alone:
+        return [Text(f"{mean}\n") + difference]
+    is_reward = name not in NAMES and compared.before_sd > 0
+    in_sd = number(compared.difference_in_sd, signed=True) if is_reward else ""
+    return [Text(mean), difference, Text(in_sd)]
 
 
 def _figure(name: str, value: float) -> str:
-    if name in SHARES:
-        return f"{100 * value:.1f}"
-    return f"{value:.1f}" if name == "length" else f"{value:.2f}"
+    return number(value * _scale(name), 1 if name in NAMES else 2)
+
+
+def _scale(name: str) -> int:
+    return 100 if name in SHARES else 1
 
 
 def _difference(name: str, difference: Estimate) -> Text:
-    """Bold where the interval is on one side of zero; of one prompt there is no interval."""
-    digits = 2 if name not in NAMES else 1
-    scale = 100 if name in SHARES else 1
-    mean, low, high = (scale * x for x in (difference.mean, difference.low, difference.high))
+    """Bold if the interval excludes zero; a single prompt has no interval."""
+    digits = 1 if name in NAMES else 2
+    values = (difference.mean, difference.low, difference.high)
+    mean, low, high = (_scale(name) * value for value in values)
     if difference.num == 1:
-        return Text(f"{mean:+.{digits}f}")
-    text = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-    return Text(text, style="bold" if difference.excludes_zero else "")
+        return Text(number(mean, digits, signed=True))
+    style = "bold" if difference.excludes_zero else ""
+    return Text(with_interval(mean, low, high, digits), style=style)
 
 
-def _duels(title: str, groups: Mapping[str, Group]) -> Table:
-    names = list(dict.fromkeys(name for group in groups.values() for name in group.duels))
-    table = _table(title, [""])
-    for label in groups:
-        table.add_column(Text(_short(label, MAX_NAME)), justify="right", no_wrap=True)
+def _duels(title: str, groups: Mapping[str, Group]) -> Iterator[Table]:
+    names = dict.fromkeys(name for group in groups.values() for name in group.duels)
+    if not names:
+        return
+    table = _table(title, [_short(label) for label in groups])
     rows: dict[str, Callable[[Duel], str]] = {
         "wins (%, 95% interval)": lambda one: _percent(one.win_rate),
         "won / drawn / lost": lambda one: f"{one.num_won} / {one.num_drawn} / {one.num_lost}",
         "orders disagree (%)": lambda one: (
-            "" if one.turned_share is None else f"{100 * one.turned_share:.0f}"
+            "" if one.turned_share is None else number(100 * one.turned_share, 0)
         ),
         "without a verdict": lambda one: str(one.num_unjudged),
     }
     for name in names:
+        duels = [group.duels.get(name) for group in groups.values()]
         for row, show in rows.items():
-            found = [group.duels.get(name) for group in groups.values()]
-            cells = [Text("" if one is None else show(one)) for one in found]
+            cells = ["" if duel is None else show(duel) for duel in duels]
             table.add_row(Text(f"{name}: {row}"), *cells)
     table.caption = (
         "Asked in both orders; a draw counts as half a win. Equal answers are draws, unasked."
     )
-    return table
+    yield table
 
 
 def _percent(rate: Estimate) -> str:
-    return f"{100 * rate.mean:.0f} ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
+    return with_interval(100 * rate.mean, 100 * rate.low, 100 * rate.high, 0, signed=False)
 
 
-def _movement(part: Sequence[Comparison]) -> Table:
+def _movement(comparisons: Sequence[Comparison]) -> Table:
     """The sanity test: did weights, probabilities and answers change at all, and how far?"""
-    table = _table("How far it moved from before", [""])
-    for one in part:
-        table.add_column(Text(_short(one.name, MAX_NAME)), justify="right")
-    rows: dict[str, Callable[[Comparison], str]] = {
-        "identical answers": lambda one: f"{one.num_identical} of {one.whole.num_prompts}",
-        "weights: relative change (L2)": lambda one: (
-            f"{one.weights.relative:.2g}"
-            if isinstance(one.weights, WeightChange)
-            else _not_comparable(one.weights)
-        ),
-        "weights: tensors that changed": lambda one: (
-            f"{one.weights.num_changed} of {one.weights.num_tensors}"
-            if isinstance(one.weights, WeightChange)
-            else ""
-        ),
-        "exact KL from before (nats/answer)": lambda one: (
-            _interval(one.outputs.kl)
-            if isinstance(one.outputs, OutputChange)
-            else _not_comparable(one.outputs)
-        ),
-        "|change of log p| (nats/token)": lambda one: (
-            _interval(one.outputs.logprob) if isinstance(one.outputs, OutputChange) else ""
-        ),
-        "word frequencies: distance": lambda one: f"{one.words.distance:.3f}",
-        "  by chance (95% below)": lambda one: (
-            f"{one.words.by_chance:.3f} ({one.words.chance_limit:.3f})"
-        ),
-        "  p": lambda one: f"{one.words.p_value:.3f}",
-    }
-    for name, show in rows.items():
-        table.add_row(Text(name), *(Text(show(one)) for one in part))
+    names = [_short(one.name) for one in comparisons]
+    table = _table("How far it moved from before", names, no_wrap=False)
+    columns = [_movement_cells(one) for one in comparisons]
+    for name in columns[0]:
+        table.add_row(name, *(Text(column[name]) for column in columns))
     return table
+
+
+def _movement_cells(one: Comparison) -> dict[str, str]:
+    weights, outputs, words = one.weights, one.outputs, one.words
+    changed = relative = kl = logprob = ""
+    if isinstance(weights, WeightChange):
+        relative = f"{weights.relative:.2g}"
+        changed = f"{weights.num_changed} of {weights.num_tensors}"
+    else:
+        relative = f"not comparable: {weights}"
+    if isinstance(outputs, OutputChange):
+        kl, logprob = _interval(outputs.kl), _interval(outputs.logprob)
+    else:
+        kl = f"not comparable: {outputs}"
+    return {
+        "identical answers": f"{one.num_identical} of {one.whole.num_prompts}",
+        "weights: relative change (L2)": relative,
+        "weights: tensors that changed": changed,
+        "exact KL from before (nats/answer)": kl,
+        "|change of log p| (nats/token)": logprob,
+        "word frequencies: distance": number(words.distance, 3),
+        "  by chance (95% below)": f"{words.by_chance:.3f} ({words.chance_limit:.3f})",
+        "  p": number(words.p_value, 3),
+    }
 
 
 def _interval(value: Estimate) -> str:
     if value.num == 1:
         return f"{value.mean:.3g}"
     return f"{value.mean:.3g} ({value.low:.3g} to {value.high:.3g})"
-
-
-def _not_comparable(reason: str) -> str:
-    return f"not comparable: {reason}"
 
 
 def answers_table(
@@ -202,7 +193,7 @@ def answers_table(
             if id in side:
                 scores = "  ".join(_scores(side[id], rewards))
                 said = Text(_cut(side[id].text)) + Text(f"\n{scores}" if scores else "", "dim")
-                table.add_row(Text(_short(name, MAX_NAME)), said)
+                table.add_row(Text(_short(name)), said)
     return table
 
 
@@ -210,20 +201,13 @@ def _scores(answer: Answer, rewards: Sequence[str]) -> Iterator[str]:
     for name in rewards:
         if name in answer.values:
             value = answer.values[name]
-            yield f"{name} unscored" if value is None else f"{name} {value:+.2f}"
+            yield f"{name} unscored" if value is None else f"{name} {number(value, signed=True)}"
 
 
 def _cut(text: str) -> str:
-    text = clean(text)
+    text = one_line(text)
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"
 
 
-def _short(name: str, width: int) -> str:
+def _short(name: str, width: int = MAX_NAME) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
-
-
-def _table(title: str, left: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for i, name in enumerate(left):
-        table.add_column(name, justify="right" if i else "left")
-    return table

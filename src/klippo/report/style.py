@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from klippo.evaluation.history import Floats
 from klippo.report.text import visible
+from klippo.runs.folder import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
+
+    from klippo.evaluation.scaling import Fit
+    from klippo.report.series import Series
 
 INK, BLUE, ORANGE, GREY = "#222222", "#0072b2", "#d55e00", "#8a8a8a"
-COLOURS = {"proxy": BLUE, "gold": ORANGE}
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is faint on white.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
+PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
@@ -42,13 +54,20 @@ DOTS_PER_INCH = 150
 MAX_LABEL = 40
 STEP = "PPO step"
 
+Look = dict[str, Any]
+"""Colour, marker and line, as matplotlib names them."""
+LOOKS: Mapping[str, Look] = {
+    "proxy": {"color": BLUE, "marker": "o"},
+    "gold": {"color": ORANGE, "marker": "s"},
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
     """One plot, ready to be written and shown."""
 
     name: str
-    """Of its files, without ending."""
+    """Name of its files, without ending."""
     caption: str
     """What it shows, in a sentence or two."""
     alt: str
@@ -56,21 +75,25 @@ class Picture:
     svg: bytes
     png: bytes
 
+    def write(self, folder: Path) -> None:
+        """Both files."""
+        write_bytes(folder / f"{self.name}.svg", self.svg)
+        write_bytes(folder / f"{self.name}.png", self.png)
 
-def run_style(index: int, num_runs: int) -> dict[str, Any]:
-    """Colour, marker and line of the i-th run; a single run is blue."""
-    if num_runs == 1:
-        return {"color": BLUE, "marker": "o"}
+
+def run_look(index: int) -> Look:
+    """The look of the i-th run or arm; the next one of the same colour has another marker."""
+    turn = index // len(PALETTE)
     return {
         "color": PALETTE[index % len(PALETTE)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "ls": LINES[index // len(PALETTE) % len(LINES)],
+        "marker": MARKERS[(index + turn) % len(MARKERS)],
+        "ls": LINES[turn % len(LINES)],
     }
 
 
 def draw(
     name: str,
-    paint: Callable[[Any], None],
+    paint: Callable[[Axes], None],
     *,
     title: str,
     x: str,
@@ -91,22 +114,29 @@ def draw(
         if x == STEP:
             ax.xaxis.set_major_locator(whole_numbers())
         paint(ax)
-        return Picture(name=name, caption=caption, alt=alt, **files_of(figure))
+        svg, png = render(figure)
+    return Picture(name=name, caption=caption, alt=alt, svg=svg, png=png)
 
 
-def whole_numbers() -> Any:
+def whole_numbers() -> Locator:
     """Ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10])
 
 
-def files_of(figure: Any) -> dict[str, bytes]:
+def render(figure: Figure) -> tuple[bytes, bytes]:
     """The figure as SVG and PNG; the same figure gives the same bytes."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return {"svg": svg.getvalue(), "png": png.getvalue()}
+    return svg.getvalue(), png.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write `path` with the endings .svg and .png; its name may have dots of its own."""
+    for ending, content in zip(("svg", "png"), render(figure), strict=True):
+        write_bytes(path.with_name(f"{path.name}.{ending}"), content)
 
 
 def plot_label(text: str) -> str:
@@ -116,3 +146,22 @@ def plot_label(text: str) -> str:
         text = "…" + text[-MAX_LABEL + 1 :]
     text = text.replace("\\", "\N{REVERSE SOLIDUS OPERATOR}").replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def draw_points(ax: Axes, x: Floats, series: Series, look: Look) -> None:
+    """Means with error bars; an infinite or unknown interval has none."""
+    below, above = (
+        np.where(np.isfinite(half), half, 0.0)
+        for half in (series.mean - series.low, series.high - series.mean)
+    )
+    ax.errorbar(x, series.mean, yerr=[below, above], capsize=2, elinewidth=0.9, **look)
+
+
+def draw_law(ax: Axes, law: Fit, farthest: float, look: Look, start: float = 0.0) -> Floats:
+    """The fitted gain above `start` with its 95% band; returns the line's heights."""
+    d = np.linspace(0, farthest, 160)
+    height = start + law(d)
+    low, high = law.band(d)
+    ax.plot(d, height, lw=1.3, **look)
+    ax.fill_between(d, start + low, start + high, color=look["color"], alpha=0.15, lw=0)
+    return height

@@ -1,4 +1,4 @@
-"""Foreign text and numbers in a form that is safe and clear to read.
+"""Foreign text and numbers in a form that is safe and easy to read.
 
 Model output is hostile until proven otherwise: it may hold terminal codes, marks that reorder a
 line, or megabytes of one letter.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
-from typing import Any
 
 MAX_CHARACTERS = 4000
 JOINERS = "\u200c\u200d"
@@ -18,16 +18,15 @@ MINUS = "\u2212"
 
 
 def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """The text with every character that could act made visible: `\\x1b` becomes `⟨U+001B⟩`.
+    """Make every character visible that could act: `\\x1b` becomes `⟨U+001B⟩`.
 
-    Line breaks and tabs stay. Broken surrogates become U+FFFD. Longer than `limit` is cut, with a
-    remark that says so.
+    Line breaks and tabs stay, broken surrogates become U+FFFD, and a remark says where a text
+    longer than `limit` was cut.
     """
     text = text.replace("\r\n", "\n")
-    cut = text[:limit]
-    shown = "".join(map(_shown, cut))
-    if len(text) > len(cut):
-        shown += f" … (cut: {len(cut):,} of {len(text):,} characters)"
+    shown = "".join(map(_shown, text[:limit]))
+    if len(text) > limit:
+        shown += f" … (cut: {limit:,} of {len(text):,} characters)"
     return shown
 
 
@@ -44,8 +43,26 @@ def _shown(ch: str) -> str:
     return ch
 
 
+def one_line(text: str) -> str:
+    """Foreign text on one line: no control characters, white space folded."""
+    kept = (
+        " " if ch.isspace() else ch
+        for ch in text
+        if ch.isspace() or unicodedata.category(ch)[0] != "C"
+    )
+    return " ".join("".join(kept).split())
+
+
+def escape_markdown(text: str) -> str:
+    """Foreign text as harmless Markdown on one line."""
+    text = one_line(text)
+    for special in "\\`*_|[]":
+        text = text.replace(special, "\\" + special)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
-    """`+0.58` with a proper minus; an em dash for what is not known."""
+    """`+0.58` with a proper minus sign; an em dash if the value is unknown."""
     if value is None or math.isnan(value):
         return "—"
     if math.isinf(value):
@@ -56,9 +73,17 @@ def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str
     return text.replace("-", MINUS)
 
 
-def interval(low: float, high: float, digits: int = 2, *, signed: bool = False) -> str:
-    """`+0.41 to +0.75`."""
-    return f"{number(low, digits, signed=signed)} to {number(high, digits, signed=signed)}"
+def with_interval(
+    value: float, low: float, high: float, digits: int = 2, *, signed: bool = True
+) -> str:
+    """`+0.58 (+0.41 to +0.75)`."""
+    middle, low_end, high_end = (number(x, digits, signed=signed) for x in (value, low, high))
+    return f"{middle} ({low_end} to {high_end})"
+
+
+def with_minus(text: str) -> str:
+    """Proper minus signs for the hyphens before numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", MINUS, text)
 
 
 def share(value: float | None) -> str:
@@ -77,8 +102,6 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {second:02} s" if minutes else f"{second} s"
 
 
-def plain_value(value: Any) -> str:
-    """A config value as one writes it."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+def plain_value(value: object) -> str:
+    """A config value as people write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,10 +1,8 @@
-"""The stage behind `klippo report`: run folders to one HTML file, plots and a model card."""
+"""Write the report of run folders: one HTML file, plots as files, and a model card."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -12,15 +10,17 @@ from rich.text import Text
 
 from klippo.errors import ConfigError, KlippoError
 from klippo.evaluation.samples import SampleRow
-from klippo.report.card import CARD_FILE, card
-from klippo.report.content import RunView, view
-from klippo.report.page import groups, render
+from klippo.report.figures import pictures
+from klippo.report.page import card, page
 from klippo.report.reading import read_runs
-from klippo.report.tables import clean, compare_rows, markdown
-from klippo.report.text import visible
-from klippo.runs.folder import write_text, writing
+from klippo.report.series import mean_phases
+from klippo.report.tables import before_after_markdown, compare_rows
+from klippo.report.text import one_line, visible
+from klippo.report.view import RunView, view
+from klippo.runs.folder import write_text
 
 REPORT_FILE = "report.html"
+CARD_FILE = "MODEL_CARD.md"
 BEFORE_AFTER_FILE = "before_after.md"
 
 
@@ -35,7 +35,7 @@ def report(
     file = output or (paths[0] / REPORT_FILE if len(paths) == 1 else Path(REPORT_FILE))
     console = Console(soft_wrap=True, highlight=False)
     for run in write_report(paths, file, best_of_n, console):
-        name = f"{clean(run.data.label)}: " if len(paths) > 1 else ""
+        name = f"{one_line(run.data.label)}: " if len(paths) > 1 else ""
         console.print(Text(f"{name}{run.verdict.outcome}. {run.reason}"))
     console.print(Text(f"Report: {visible(str(file))}"))
     return 0
@@ -49,15 +49,15 @@ def write_report(
     Raises ConfigError for what cannot be read, StorageError for what cannot be written.
     """
     views = [view(run) for run in read_runs(paths, best_of_n)]
-    sections = groups(views)
+    laws = {(run.data.label, key): law for run in views for key, law in run.laws.items()}
+    phases = {run.data.label: mean_phases(run.data) for run in views}
+    sections = pictures([run.data for run in views], laws, phases)
     folder = file.with_suffix("") if file.suffix else file.with_name(file.name + "-plots")
-    for section in sections.values():
-        for picture in section.pictures:
-            _write_bytes(folder / f"{picture.name}.svg", picture.svg)
-            _write_bytes(folder / f"{picture.name}.png", picture.png)
+    for picture in (picture for section in sections.values() for picture in section):
+        picture.write(folder)
     if len(views) == 1:
         _write_card(views[0], paths[0] / CARD_FILE, console)
-    write_text(file, render(views, sections, version("klippo")))
+    write_text(file, page(views, sections))
     return views
 
 
@@ -70,24 +70,13 @@ def _write_card(run: RunView, path: Path, console: Console | None) -> None:
         console.print(Text(f"{path} lost the marks around its figures, and was left as it is."))
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_bytes(content)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
 def write_figures(
     run: Path, evaluations: Mapping[int, Sequence[SampleRow]]
 ) -> dict[str, dict[str, float]]:
-    """before_after.md of a run; returns the figures for run_status.json."""
+    """Write before_after.md of a run; returns the figures for run_status.json."""
     before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
     compared = compare_rows(before, after)
-    write_text(run / BEFORE_AFTER_FILE, markdown(compared, before, after))
+    write_text(run / BEFORE_AFTER_FILE, before_after_markdown(compared, before, after))
     return {
         key: {
             "before": result.before.mean,
@@ -103,14 +92,14 @@ def write_figures(
 
 
 def refresh_report(run: Path, console: Console) -> list[RunView]:
-    """Write the run's report and say where; the run is whole without it."""
+    """Write a run's report and say where; a failure is reported and changes nothing else."""
     try:
         views = write_report([run], run / REPORT_FILE, console=console)
     except Exception as error:
         known = isinstance(error, KlippoError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        told = f"There is no report: {reason}. `klippo report {run}` tries again."
-        console.print(Text(told), soft_wrap=True)
+        text = f"There is no report: {reason}. `klippo report {run}` tries again."
+        console.print(Text(text), soft_wrap=True)
         return []
     console.print(Text(f"Report: {run / REPORT_FILE}"), soft_wrap=True)
     return views

@@ -22,7 +22,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from klippo.errors import ConfigError, StorageError
-from klippo.types import Metrics
 
 STATUS_FILE = "run_status.json"
 CONFIG_FILE = "config.yaml"
@@ -177,11 +176,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a run's metrics.jsonl."""
-    return read_rows(path / METRICS_FILE)
-
-
 def evaluation_files(path: Path) -> dict[int, Path]:
     """The evaluations of a run, given its folder or its eval/, by step.
 
@@ -205,30 +199,54 @@ def evaluation_files(path: Path) -> dict[int, Path]:
 class BrokenLineError(ConfigError):
     """A line of a JSON-lines file that is no JSON object."""
 
-    def __init__(self, path: Path, line: int, problem: str, *, is_last: bool) -> None:
+    def __init__(self, path: Path, line: int, problem: str, *, is_last: bool = False) -> None:
         remedy = (
             "the file was cut while it was written; remove that line, the rows before it are whole"
             if is_last
-            else "mend or remove that line"
+            else "fix or remove that line"
         )
         super().__init__(f"{path}, line {line}: {problem}; {remedy}")
         self.line = line
         self.is_last = is_last
+        """Whether it is the last line and its end is missing."""
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line that is not empty.
+
+    Raises ConfigError for a file that cannot be read, BrokenLineError for what is no object.
+    """
+    try:
+        # Not splitlines: a response may hold characters that it takes for the end of a line.
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            is_last = number == len(lines)
+            raise BrokenLineError(path, number, "broken JSON", is_last=is_last) from None
+        if not isinstance(row, dict):
+            raise BrokenLineError(path, number, "no JSON object")
+        yield number, row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file. Raises BrokenLineError for a line that is no object."""
-    lines = path.read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            last = number == len(lines)
-            raise BrokenLineError(path, number, "broken JSON", is_last=last) from None
-        if not isinstance(row, dict):
-            raise BrokenLineError(path, number, "no JSON object", is_last=False)
-        rows.append(row)
-    return rows
+    """The rows of a JSON-lines file. Raises what `numbered_rows` does."""
+    return [row for _, row in numbered_rows(path)]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError."""
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({str(error)[:120]})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds {type(value).__name__}, not an object")
+    return value

@@ -55,7 +55,7 @@ def _keep_before(file: Path, step: int) -> set[int]:
         try:
             row_step = int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):
-            raise BrokenLineError(file, number, "no line of a step", is_last=False) from None
+            raise BrokenLineError(file, number, "no line of a step") from None
         if row_step >= step:
             break
         steps.add(row_step)

@@ -27,9 +27,9 @@ from klippo.lab.held_out import held_out, own_prompts
 from klippo.lengths import longest
 from klippo.report.members import (
     ENSEMBLE,
+    LEGEND,
     MemberFigures,
     draw_reliability,
-    members_markdown,
     members_table,
     pair_figures,
     together_lines,
@@ -257,15 +257,18 @@ class _Members:
     ) -> None:
         beside = self.config.output_dir
         write_text(Path(f"{beside}_members.json"), json.dumps(figures, indent=2) + "\n")
-        text = "".join(f"\n{line}\n" for line in lines)
-        write_text(Path(f"{beside}_members.md"), f"# {name}\n\n{members_markdown(members)}{text}")
+        title = f"{name}: {len(self._units)} held-out pairs"
+        table = members_table(title, members).markdown()
+        text = "\n\n".join([f"# {name}", table.rstrip(), LEGEND, *lines])
+        write_text(Path(f"{beside}_members.md"), text + "\n")
         if self._units:
             path = Path(f"{beside}_reliability")
             with writing(path):
                 draw_reliability(members, path, f"{name}: {len(self._units)} pairs")
 
     def _show(self, name: str, members: list[MemberFigures], lines: list[str]) -> None:
-        self.console.print(members_table(f"{name}: {len(self._units)} held-out pairs", members))
+        title = f"{name}: {len(self._units)} held-out pairs"
+        self.console.print(members_table(title, members).for_terminal())
         if not self._units:
             lines.append(
                 "Nothing was held out, so nothing says how good they are; "

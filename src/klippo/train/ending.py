@@ -17,7 +17,7 @@ from klippo.evaluation.statistics import PairedComparison
 from klippo.lab.gold_eval import add_gold, gold_found, gold_missing
 from klippo.policy.sharding import full_weights, is_sharded
 from klippo.ranks import PeerError, Ranks, explaining_peers
-from klippo.report.offline import NOTHING_SAMPLED
+from klippo.report.series import NOTHING_SAMPLED
 from klippo.report.tables import MEASURES, change_table, compare_rows, samples_table
 from klippo.report.write import refresh_report, write_figures
 from klippo.runs.checkpoints import Checkpoints
@@ -76,7 +76,7 @@ def conclude(recorder: RunRecorder) -> Outcome:
         )
         if number := session.config.evaluation.num_shown:
             console.print(samples_table(before[:number], after[:number]))
-        console.print(change_table(dict(outcome.compared), len(before)))
+        console.print(change_table(outcome.compared, len(before)).for_terminal())
         console.print(sentence(outcome.compared), soft_wrap=True)
         details["before_after"] = write_figures(folder.path, evaluations)
         details |= {"gold": gold} if gold else {}
