@@ -193,7 +193,7 @@ def test_a_cut_file_is_named_with_its_line(cli, recorded, counting):
     assert f"{file}, line 20: broken JSON; the file was cut while it was written; remove" in err
     assert calls(counting) == []
     file.write_bytes(whole.replace(b'{"step": 2', b"{'step': 2", 1))
-    assert f"{file}, line 1: broken JSON; mend" in cli("gold-eval", recorded, f"{counting}:good")[2]
+    assert f"{file}, line 1: broken JSON; fix" in cli("gold-eval", recorded, f"{counting}:good")[2]
 
 
 def test_of_a_run_that_goes_on_the_whole_files_are_scored(cli, recorded, counting):
