@@ -26,8 +26,8 @@ from klippo.ranks import Ranks
 from klippo.rewards import judged
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.judged import judge_metrics
-from klippo.rewards.penalties import LengthPenalty
 from klippo.rewards.resolve import begin_with, close_source, resolve_scores
+from klippo.rewards.simple import LengthPenalty
 from klippo.types import Rollout
 from tests.judge.fakes import FakeJudge, settings
 from tests.judge.servers import api, serving

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -13,9 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 from klippo.errors import ConfigError, PreflightError
 from klippo.rewards import stored
+from klippo.rewards.build import build_reward
 from klippo.rewards.classifier import ClassifierReward
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.ensemble import EnsembleReward
+from klippo.rewards.resolve import resolve_scores
 from klippo.rewards.scorers import Stack
 from klippo.rewards.settings import ClassifierSettings, EnsembleSettings
 from klippo.rewards.stored import StoredReward
@@ -108,6 +111,29 @@ def test_an_architecture_that_cannot_be_batched_still_works():
 
 
 @IN_FLOAT64
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_uwo_divides_its_variance_by_the_ddof_of_the_settings(folders, ddof):
+    _root, found = folders
+    members = [str(found[f"gpt2_{seed}"]) for seed in (1, 2, 3)]
+    settings = EnsembleSettings.model_validate(
+        {
+            "kind": "ensemble",
+            "members": members,
+            "standardize": "none",
+            "objective": "UWO",
+            "uwo_weight": 10.0,
+            "ddof": ddof,
+        }
+    )
+    source = build_reward(settings, device=torch.device("cpu"))
+    scores = resolve_scores(source, make_rollout(RESPONSES, prompts=PROMPTS))
+    raw = np.stack([alone(folder).double().numpy() for folder in members])
+    expected = raw.mean(0) - 10.0 * np.var(raw, axis=0, ddof=ddof)
+    other = raw.mean(0) - 10.0 * np.var(raw, axis=0, ddof=1 - ddof)
+    np.testing.assert_allclose(scores.reward.numpy(), expected, rtol=0, atol=1e-5)
+    assert np.abs(expected - other).max() > 1e-3
+
+
 def test_each_member_reads_text_through_its_own_tokenizer(folders):
     _root, found = folders
     scores = ensemble([found["gpt2_1"], found["llama"]]).score(

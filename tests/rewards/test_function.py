@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from klippo.errors import ConfigError, RewardError
-from klippo.rewards.function import FunctionReward
-from klippo.rewards.loading import load_function
+from klippo.rewards.function import FunctionReward, load_function
 from klippo.rewards.resolve import resolve_scores
 
 from .conftest import make_rollout
@@ -226,8 +225,8 @@ def test_a_function_that_is_not_there_is_refused(spec, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1\ny = 1 / 0\n", r"ZeroDivisionError: division by zero at .*broken\.py:2; mend"),
-        ("def f(:\n", r"SyntaxError: .* at .*broken\.py:1; mend"),
+        ("x = 1\ny = 1 / 0\n", r"ZeroDivisionError: division by zero at .*broken\.py:2; fix it"),
+        ("def f(:\n", r"SyntaxError: .* at .*broken\.py:1; fix it"),
         ("import no_such_thing\n", r"No module named 'no_such_thing' at .*broken\.py:1"),
     ],
 )

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
 from klippo.rewards.settings import LengthSettings
+from klippo.rewards.simple import LengthPenalty, RepetitionPenalty
 from tests.tolerance import float32_approx
 
 from .conftest import make_rollout

@@ -12,7 +12,7 @@ import torch
 
 from klippo import hub
 from klippo.lab.reward_names import classifiers_in, digest_of, functions_in
-from klippo.rewards.loading import load_function
+from klippo.rewards.function import load_function
 from klippo.rewards.settings import RewardSettings
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
 from klippo.types import Prompt

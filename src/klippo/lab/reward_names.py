@@ -22,21 +22,21 @@ from klippo.judge.security import read_key
 from klippo.judge.settings import JudgeSettings
 from klippo.rewards import stored
 from klippo.rewards.classifier import find_label
-from klippo.rewards.function import FunctionReward
-from klippo.rewards.loading import load_function
-from klippo.rewards.rendering import Renderer
+from klippo.rewards.function import FunctionReward, load_function
+from klippo.rewards.reading import Reader
 from klippo.rewards.settings import (
     ClassifierSettings,
     EnsembleSettings,
     FunctionSettings,
     RewardSettings,
     SumSettings,
+    leaves,
 )
 from klippo.settings import Settings
 
 _YAML = re.compile(r"(.+\.ya?ml)(?::([^:/]+))?")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-_NO_MATTER = {"kind", "model", "batch_size", "trust_remote_code"}
+NO_MATTER = {"kind", "model", "batch_size", "trust_remote_code"}
 """What does not change a classifier's scores, or stands in its name already."""
 
 
@@ -67,8 +67,7 @@ def reward_named(
         settings = FunctionSettings(kind="function", function=name)
     else:
         settings = ClassifierSettings(kind="classifier", model=name)
-    models = isinstance(settings, ClassifierSettings | EnsembleSettings)
-    if batch_size is not None and models:
+    if batch_size is not None and isinstance(settings, ClassifierSettings | EnsembleSettings):
         settings = settings.model_copy(update={"batch_size": batch_size})
     if is_alpacafarm:
         if not isinstance(settings, ClassifierSettings):
@@ -108,15 +107,13 @@ def _valid(schema: type[Any], key: str, tree: Located) -> Any:
 
 
 def _section(path: Path, key: str | None) -> RewardSettings:
-    found = rewards_in(path)
-    names = ", ".join(found)
-    if key is None:
-        if len(found) == 1:
-            return next(iter(found.values()))
+    sections = rewards_in(path)
+    names = ", ".join(sections)
+    if key is None and len(sections) > 1:
         raise ConfigError(f"{path}: holds several rewards ({names}); say which, as in {path}:NAME")
-    if key not in found:
+    if key is not None and key not in sections:
         raise ConfigError(f"{path}:{key}: there is no reward section {key!r}; there are {names}")
-    return found[key]
+    return sections[next(iter(sections)) if key is None else key]
 
 
 def reward_label(settings: RewardSettings) -> str:
@@ -126,7 +123,7 @@ def reward_label(settings: RewardSettings) -> str:
     if isinstance(settings, JudgeSettings):
         return judge_label(settings)
     if isinstance(settings, ClassifierSettings):
-        given = settings.model_dump(exclude_defaults=True, exclude=_NO_MATTER)
+        given = settings.model_dump(exclude_defaults=True, exclude=NO_MATTER)
         told = ", ".join(f"{key}: {value}" for key, value in given.items())
         return settings.model + (f" ({told})" if told else "")
     name: str = settings.kind
@@ -139,43 +136,28 @@ def reward_label(settings: RewardSettings) -> str:
 
 def digest_of(settings: RewardSettings) -> str:
     """Eight hex digits of everything in the settings but batch sizes."""
-    text = json.dumps(_without_batch_sizes(settings.model_dump(mode="json")), sort_keys=True)
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    text = re.sub(r'"batch_size": \d+, ', "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _without_batch_sizes(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_batch_sizes(v) for k, v in value.items() if k != "batch_size"}
-    return [_without_batch_sizes(v) for v in value] if isinstance(value, list) else value
 
 
 def classifiers_in(settings: RewardSettings) -> Iterator[ClassifierSettings]:
     """Every model that a reward reads."""
-    if isinstance(settings, ClassifierSettings):
-        yield settings
-    elif isinstance(settings, EnsembleSettings):
-        yield from settings.classifiers()
-    elif isinstance(settings, SumSettings):
-        for part in settings.parts.values():
-            yield from classifiers_in(part.reward)
+    for one in leaves(settings):
+        if isinstance(one, EnsembleSettings):
+            yield from one.classifiers()
+        elif isinstance(one, ClassifierSettings):
+            yield one
 
 
-def functions_in(settings: RewardSettings) -> Iterator[str]:
+def functions_in(settings: RewardSettings) -> list[str]:
     """Every function that a reward calls."""
-    if isinstance(settings, FunctionSettings):
-        yield settings.function
-    elif isinstance(settings, SumSettings):
-        for part in settings.parts.values():
-            yield from functions_in(part.reward)
+    return [one.function for one in leaves(settings) if isinstance(one, FunctionSettings)]
 
 
-def judges_in(settings: RewardSettings) -> Iterator[JudgeSettings]:
+def judges_in(settings: RewardSettings) -> list[JudgeSettings]:
     """Every judge that a reward asks."""
-    if isinstance(settings, JudgeSettings):
-        yield settings
-    elif isinstance(settings, SumSettings):
-        for part in settings.parts.values():
-            yield from judges_in(part.reward)
+    return [one for one in leaves(settings) if isinstance(one, JudgeSettings)]
 
 
 def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None) -> None:
@@ -198,9 +180,7 @@ def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None)
 
 
 def _check_scale(settings: RewardSettings) -> None:
-    if not isinstance(settings, SumSettings):
-        return
-    for name, part in settings.parts.items():
+    for name, part in settings.parts.items() if isinstance(settings, SumSettings) else ():
         if part.normalize:
             raise ConfigError(
                 f"part {name}: normalize=true moves the scale from batch to batch, and scores that "
@@ -236,12 +216,10 @@ def _check_model(settings: ClassifierSettings) -> None:
         except hub.LOADING_ERRORS as error:
             raise hub.not_loaded(name, error) from error
         find_label(settings.label, config, name)
-    known = stored.read(name, revision) or stored.StoredReward()
-    template = settings.template or known.template or (kind.template if kind else None)
-    Renderer(
+    Reader(
         name,
         hub.load_tokenizer(name, revision),
-        template=template or "{prompt}{response}",
+        template=stored.template_of(settings, None if kind is None else kind.template),
         response_only=settings.reads == "response",
     )
 
@@ -255,9 +233,4 @@ def _check_moments(settings: EnsembleSettings) -> None:
             "reward; use stored or none, or write down moments"
         )
     for one in settings.classifiers():
-        known = stored.read(one.model, one.revision)
-        if known is None or known.mean is None or known.sd is None:
-            raise ConfigError(
-                f"ensemble member {one.model} has no stored mean and standard deviation; train it "
-                "with klippo reward-model and `reference`, or set standardize: none"
-            )
+        stored.moments_of(one)

@@ -24,7 +24,7 @@ from klippo.evaluation.history import Floats
 from klippo.evaluation.samples import known, prompt_of, rest_of_prompt, rollout_of
 from klippo.lab.reward_names import functions_in, reward_label
 from klippo.rewards.build import build_reward
-from klippo.rewards.loading import load_function
+from klippo.rewards.function import load_function
 from klippo.rewards.resolve import resolve_scores
 from klippo.rewards.settings import LengthSettings, RepetitionSettings, RewardSettings, SumSettings
 from klippo.rollouts.collate import collate

@@ -13,14 +13,12 @@ from klippo.judge.settings import JudgeSettings
 from klippo.ranks import Ranks, warn
 from klippo.rewards import settings as kinds
 from klippo.rewards.classifier import ClassifierReward
-from klippo.rewards.column import ColumnReward
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.ensemble import EnsembleReward
-from klippo.rewards.function import FunctionReward
+from klippo.rewards.function import FunctionReward, load_function
 from klippo.rewards.judged import Nobody
-from klippo.rewards.loading import load_function
-from klippo.rewards.penalties import LengthPenalty, RepetitionPenalty
 from klippo.rewards.resolve import wait_for
+from klippo.rewards.simple import ColumnReward, LengthPenalty, RepetitionPenalty
 from klippo.types import RewardSource
 
 

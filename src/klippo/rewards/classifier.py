@@ -20,7 +20,6 @@ from klippo.rewards import stored
 from klippo.rewards.reading import Reader, check_max_tokens, context_of
 from klippo.rewards.scorers import architecture, load_scorer
 from klippo.rewards.settings import ClassifierSettings
-from klippo.rewards.stored import StoredReward
 from klippo.types import Prompt, Rollout, Scores, Tokenizer
 
 
@@ -48,15 +47,11 @@ class ClassifierReward:
         model = loaded.model
         self.scorer = loaded.module.to(self.device)
         self.width = int(getattr(model.config.get_text_config(), "hidden_size", 1))
-        self.stored = stored.read(name, settings.revision) or StoredReward()
         context = context_of(model, tokenizer)
         self.reader = Reader(
             name,
             tokenizer,
-            template=settings.template
-            or self.stored.template
-            or loaded.template
-            or "{prompt}{response}",
+            template=stored.template_of(settings, loaded.template),
             response_only=settings.reads == "response",
             max_tokens=check_max_tokens(name, settings.max_tokens, context),
             prompt_column=prompt_column,

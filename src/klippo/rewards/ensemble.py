@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from klippo.errors import ConfigError
+from klippo.rewards import stored
 from klippo.rewards.classifier import ClassifierReward, score_together
 from klippo.rewards.scorers import Stack
 from klippo.rewards.settings import EnsembleSettings, MomentsSettings
@@ -133,19 +134,8 @@ class EnsembleReward:
             return _as_tensors(settings.moments)
         if settings.standardize == "start":
             return None
-        means, sds = [], []
-        for member in self.members:
-            mean, sd = member.stored.mean, member.stored.sd
-            if mean is None or sd is None:
-                raise ConfigError(
-                    f"ensemble member {member.settings.model} has no stored mean and standard "
-                    "deviation, and members on different scales cannot be compared; train it with "
-                    "klippo reward-model and `reference`, set standardize: start to measure them "
-                    "when the run begins, or standardize: none"
-                )
-            means.append(mean)
-            sds.append(sd)
-        return _as_tensors(MomentsSettings(mean=means, sd=sds))
+        means, sds = zip(*(stored.moments_of(one.settings) for one in self.members), strict=True)
+        return _as_tensors(MomentsSettings(mean=list(means), sd=list(sds)))
 
 
 def _as_tensors(moments: MomentsSettings) -> tuple[Tensor, Tensor]:

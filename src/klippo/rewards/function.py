@@ -1,10 +1,16 @@
-"""A Python function as the reward."""
+"""A Python function as the reward, and finding it by its name."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import importlib.util
 import inspect
+import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +18,7 @@ import torch
 from klippo.errors import ConfigError, RewardError
 from klippo.types import Rollout, Scores
 
-ALWAYS_THERE = ("prompts", "responses", "token_ids")
+ALWAYS_GIVEN = ("prompts", "responses", "token_ids")
 
 
 class FunctionReward:
@@ -24,69 +30,88 @@ class FunctionReward:
     called as one of the first three is not passed.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
-        """`name` is for messages. Raises ConfigError when the function needs unnamed arguments."""
+    def __init__(self, function: Callable[..., object], name: str | None = None) -> None:
+        """`name` is for messages. Raises ConfigError if the function takes an argument by position.
+
+        Without a signature (some built-ins have none) it gets all arguments.
+        """
         self._function = function
         self._name = name or str(getattr(function, "__qualname__", repr(function)))
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             type(function).__call__
         )
-        self._takes_all, self._takes, self._needs = _parameters(function, self._name)
+        self._takes_all = True
+        self._takes: dict[str, bool] = {}
+        """Name of an argument -> whether it is required."""
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:
+            return
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        for p in parameters:
+            if p.kind is p.POSITIONAL_ONLY and p.default is p.empty:
+                raise ConfigError(
+                    f"reward function {self._name} takes {p.name!r} by position only; it is called "
+                    "with keyword arguments: prompts, responses, token_ids and the data's columns"
+                )
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                self._takes[p.name] = p.default is p.empty
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ConfigError when the function needs an argument that these columns do not give."""
-        there = [*ALWAYS_THERE, *(c for c in columns if c not in ALWAYS_THERE)]
-        missing = [name for name in self._needs if name not in there]
-        if missing:
-            raise ConfigError(
-                f"reward function {self._name} needs the argument {missing[0]!r}, and there are "
-                f"only {', '.join(there)}; rename it, give it a default, or add the column to the "
-                "data"
-            )
+        given = [*ALWAYS_GIVEN, *(c for c in columns if c not in ALWAYS_GIVEN)]
+        for name, is_required in self._takes.items():
+            if is_required and name not in given:
+                raise ConfigError(
+                    f"reward function {self._name} needs the argument {name!r}, and there are only "
+                    f"{', '.join(given)}; rename it, give it a default, or add the column to the "
+                    "data"
+                )
 
     def score(self, rollout: Rollout) -> Scores | Awaitable[Scores]:
         """reward: (B,) float32, NaN where the function returned None; awaitable if it is async.
 
-        Where it returned NaN or an infinite number, `not_finite` says so. Raises RewardError when
+        If it returned NaN or an infinite number, `not_finite` says so. Raises RewardError when
         the function raises, or returns something else than B numbers (or None); ConfigError when it
-        needs an argument that is not there.
+        needs an argument that is not given.
         """
         arguments = self._arguments(rollout)
         if self._is_async:  # not called before it is awaited, so that no coroutine is left behind
-            return self._score_when_ready(lambda: self._function(**arguments), rollout)
+            return self._score_when_ready(arguments, rollout)
+        returned = self._call(arguments)
+        if inspect.isawaitable(returned):
+            return self._score_when_ready(returned, rollout)
+        return self._scores(returned, rollout)
+
+    def _call(self, arguments: Mapping[str, object]) -> object:
         try:
-            returned = self._function(**arguments)
+            return self._function(**arguments)
         except Exception as error:
             raise self._raised(error) from error
-        if inspect.isawaitable(returned):
-            return self._score_when_ready(lambda: returned, rollout)
-        return self._scores(returned, rollout)
 
     async def _score_when_ready(
-        self, call: Callable[[], Awaitable[Any]], rollout: Rollout
+        self, waiting: Mapping[str, object] | Awaitable[object], rollout: Rollout
     ) -> Scores:
+        returned = self._call(waiting) if isinstance(waiting, Mapping) else waiting
         try:
-            returned = await call()
+            if inspect.isawaitable(returned):
+                returned = await returned
         except Exception as error:
             raise self._raised(error) from error
         return self._scores(returned, rollout)
 
-    def _arguments(self, rollout: Rollout) -> dict[str, Any]:
+    def _arguments(self, rollout: Rollout) -> dict[str, object]:
         columns = list(dict.fromkeys(name for prompt in rollout.prompts for name in prompt.meta))
         self.check_columns(columns)
-        arguments: dict[str, Any] = {
-            name: [prompt.meta.get(name) for prompt in rollout.prompts]
-            for name in columns
-            if self._takes_all or name in self._takes
+        given: dict[str, object] = {
+            name: [prompt.meta.get(name) for prompt in rollout.prompts] for name in columns
         }
-        given = {
-            "prompts": [prompt.text for prompt in rollout.prompts],
-            "responses": list(rollout.responses),
-            "token_ids": rollout.response_token_ids(),
-        }
-        return arguments | {
-            name: values for name, values in given.items() if self._takes_all or name in self._takes
-        }
+        given["prompts"] = [prompt.text for prompt in rollout.prompts]
+        given["responses"] = list(rollout.responses)
+        given["token_ids"] = rollout.response_token_ids()
+        if self._takes_all:
+            return given
+        return {name: values for name, values in given.items() if name in self._takes}
 
     def _scores(self, returned: Any, rollout: Rollout) -> Scores:
         if isinstance(returned, torch.Tensor):
@@ -103,10 +128,18 @@ class FunctionReward:
         values: list[float] = []
         not_finite: dict[int, str] = {}
         for row, value in enumerate(returned):
-            number = float("nan") if value is None else self._number(value, row, rollout)
+            where = f"for row {row} (prompt {_shown(rollout.prompts[row].text)})"
+            try:
+                if isinstance(value, str | bytes):
+                    raise TypeError
+                number = float("nan") if value is None else float(value)
+            except (TypeError, ValueError, OverflowError):
+                raise self._refused(
+                    f"returned {_shown(value)} {where}; a number is needed"
+                ) from None
             if value is not None and not abs(number) <= torch.finfo(torch.float32).max:
                 not_finite[row] = (
-                    f"reward function {self._name} returned {number} {_where(rollout, row)}; "
+                    f"reward function {self._name} returned {number} {where}; "
                     "return None for a response that cannot be scored"
                 )
                 number = float("nan")
@@ -115,57 +148,97 @@ class FunctionReward:
         reward = torch.tensor(values, dtype=torch.float32, device=device)
         return Scores(reward=reward, not_finite=not_finite)
 
-    def _number(self, value: Any, row: int, rollout: Rollout) -> float:
-        try:
-            if isinstance(value, str | bytes):
-                raise TypeError
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise self._refused(
-                f"returned {_shown(value)} {_where(rollout, row)}; a number is needed"
-            ) from None
-
     def _refused(self, what: str) -> RewardError:
         return RewardError(f"reward function {self._name} {what}")
 
     def _raised(self, error: Exception) -> RewardError:
         code = getattr(inspect.unwrap(self._function), "__code__", None)
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if code is not None and f.filename == code.co_filename]
-        site = (own or list(frames))[-1]
+        inside = [f for f in frames if code is not None and f.filename == code.co_filename]
+        site = (inside or list(frames))[-1]
         return self._refused(
-            f"raised {type(error).__name__}: {error} at {site.filename}:{site.lineno}; mend it "
+            f"raised {type(error).__name__}: {error} at {site.filename}:{site.lineno}; fix it "
             "there, or return None for responses that cannot be scored"
         )
 
 
-def _parameters(function: Callable[..., Any], name: str) -> tuple[bool, set[str], list[str]]:
-    """Whether it takes any argument, the names it takes, and the names it cannot do without."""
-    try:
-        parameters: Sequence[inspect.Parameter] = [*inspect.signature(function).parameters.values()]
-    except ValueError:  # some built-ins have no signature
-        return True, set(), []
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    for parameter in parameters:
-        if (
-            parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-            and parameter.default is inspect.Parameter.empty
-        ):
-            raise ConfigError(
-                f"reward function {name} takes {parameter.name!r} by position only; it is called "
-                "with keyword arguments: prompts, responses, token_ids and the data's columns"
-            )
-    return (
-        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
-        {p.name for p in parameters if p.kind in named},
-        [p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty],
-    )
-
-
-def _where(rollout: Rollout, row: int) -> str:
-    return f"for row {row} (prompt {_shown(rollout.prompts[row].text)})"
-
-
-def _shown(value: Any, limit: int = 60) -> str:
+def _shown(value: object, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def load_function(spec: str) -> Callable[..., object]:
+    """The callable behind `package.module:name` or `path/to/file.py:name`.
+
+    Modules are looked for in the working directory too; a file may import its neighbours.
+    Raises ConfigError when the file, the module or the name is missing, or is not callable.
+    """
+    home, _, name = spec.rpartition(":")
+    if not home or not name:
+        raise ConfigError(
+            f"function {spec!r} must look like package.module:name or path/to/file.py:name"
+        )
+    is_file = home.endswith(".py") or "/" in home
+    function: object = _load_file(Path(home).expanduser()) if is_file else _load_module(home)
+    for part in name.split("."):
+        if not hasattr(function, part):
+            public = [key for key in getattr(function, "__dict__", ()) if not key.startswith("_")]
+            near = difflib.get_close_matches(part, public, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; check the name"
+            raise ConfigError(f"function {spec!r}: {home} has no {name!r}{hint}")
+        function = getattr(function, part)
+    if not callable(function):
+        raise ConfigError(f"function {spec!r}: it is {type(function).__name__}, not a function")
+    return function
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(
+            f"function file {path} does not exist (looked in {Path.cwd()}); check the path"
+        )
+    path = path.resolve()
+    name = f"klippo_function_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise ConfigError(f"function file {path} is not Python; name a file that ends in .py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses and pickle look a function's module up there
+    _add_to_path(path.parent)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise _broken(str(path), error) from error
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    _add_to_path(Path.cwd())
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (name == missing or name.startswith(missing + ".")):
+            raise ConfigError(
+                f"there is no module {missing!r}, neither installed nor in {Path.cwd()}; "
+                "install it, or name a file: path/to/file.py:name"
+            ) from None
+        raise _broken(name, error) from error
+
+
+def _add_to_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _broken(name: str, error: Exception) -> ConfigError:
+    if isinstance(error, SyntaxError):
+        site = f"{error.filename}:{error.lineno}"
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        outside = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+        site = f"{outside[-1].filename}:{outside[-1].lineno}" if outside else name
+    return ConfigError(
+        f"{name} cannot be imported: {type(error).__name__}: {error} at {site}; fix it there"
+    )

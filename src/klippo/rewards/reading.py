@@ -9,9 +9,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from klippo.errors import ConfigError
-from klippo.rewards.rendering import Renderer
+from klippo.errors import ConfigError, PreflightError
+from klippo.templates import full_text
 from klippo.types import Prompt, Tokenizer
+
+CHAT = "chat"
 
 
 class Reader:
@@ -29,19 +31,27 @@ class Reader:
     ) -> None:
         """`name` is the model's, for messages; longer texts than `max_tokens` lose their start.
 
-        `prompt_column` names the data's column with the prompt, which `template: chat` reads.
-        Raises PreflightError or ConfigError when the template cannot work.
+        `prompt_column` holds the prompt without the policy's chat template, for `template: chat`.
+        Raises ConfigError for a template without the response, PreflightError for `chat` if the
+        tokenizer has no chat template.
         """
         self.tokenizer = tokenizer
         self.tokenizer.truncation_side = "left"
         self.max_tokens = max_tokens
-        self._renderer = Renderer(
-            name,
-            tokenizer,
-            template=template,
-            response_only=response_only,
-            prompt_column=prompt_column,
-        )
+        self._is_chat = template == CHAT and not response_only
+        self._template = "{response}" if response_only else template
+        self._prompt_column = prompt_column
+        if self._is_chat and not getattr(tokenizer, "chat_template", None):
+            raise PreflightError(
+                f"reward model {name}: template=chat needs a tokenizer with a chat "
+                "template, and this one has none; write the template out, with {prompt} and "
+                "{response}"
+            )
+        if not self._is_chat and "{" in self._template and "{response}" not in self._template:
+            raise ConfigError(
+                f"reward model {name}: template={self._template!r} does not contain "
+                "{response}, so every response would get the same score; add it"
+            )
         adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self._added_bos = (adds_bos and tokenizer.bos_token) or ""
         self.key = json.dumps([_identity(tokenizer), template, response_only, max_tokens])
@@ -49,7 +59,16 @@ class Reader:
 
     def texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[str]:
         """What the model sees, as text."""
-        return [self._renderer.render(p, r) for p, r in zip(prompts, responses, strict=True)]
+        return [self._render(p, r) for p, r in zip(prompts, responses, strict=True)]
+
+    def _render(self, prompt: Prompt, response: str) -> str:
+        """A template of the data around the prompt is left out of {prompt}."""
+        if self._is_chat:
+            answer = {"role": "assistant", "content": response}
+            messages = [*prompt.conversation(self._prompt_column), answer]
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        content = prompt.text if prompt.content is None else prompt.content
+        return full_text(self._template, content, response, prompt.meta)
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         """Token ids as the model saw them in training, and which texts were cut from the left."""
@@ -65,10 +84,9 @@ class Reader:
         """Ids of each text, never with two BOS tokens: chat templates write one of their own."""
         if not texts:
             return []
-        is_chat = self._renderer.is_chat
         encoded = self.tokenizer(
-            list(texts) if is_chat else [text.removeprefix(self._added_bos) for text in texts],
-            add_special_tokens=not is_chat,
+            [text if self._is_chat else text.removeprefix(self._added_bos) for text in texts],
+            add_special_tokens=not self._is_chat,
             truncation=limit is not None,
             max_length=limit,
             verbose=False,
@@ -91,16 +109,13 @@ def check_max_tokens(name: str, wanted: int | None, context: int | None) -> int 
 
 def context_of(model: Any, tokenizer: Tokenizer) -> int | None:
     """The most tokens that a model's positions and its tokenizer allow (None: no limit)."""
-    limits = [n for n in (tokenizer.model_max_length,) if n is not None and n < 1_000_000]
-    text_config = model.config.get_text_config()
-    limits += [n for n in (getattr(text_config, "max_position_embeddings", None),) if n is not None]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and n < 1_000_000]
     for name, module in model.named_modules():
-        if (
-            name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
             # RoBERTa's kind counts positions from behind the padding's own.
-            limits.append(module.num_embeddings - module.padding_idx - 1)
+            limits.append(module.num_embeddings - padding - 1)
     return min(limits, default=None)
 
 

@@ -240,10 +240,15 @@ PartSettings.model_rebuild()
 SumSettings.model_rebuild()
 
 
+def leaves(settings: RewardSettings | None) -> Iterator[RewardSettings]:
+    """Every reward in these settings that is no sum."""
+    if isinstance(settings, SumSettings):
+        for term in settings.parts.values():
+            yield from leaves(term.reward)
+    elif settings is not None:
+        yield settings
+
+
 def ensembles(settings: RewardSettings | None) -> Iterator[EnsembleSettings]:
     """Every ensemble in a reward's settings."""
-    if isinstance(settings, EnsembleSettings):
-        yield settings
-    if isinstance(settings, SumSettings):
-        for part in settings.parts.values():
-            yield from ensembles(part.reward)
+    return (one for one in leaves(settings) if isinstance(one, EnsembleSettings))

@@ -27,8 +27,8 @@ from klippo.ppo.diagnostics import BehaviorCheck, check_behavior, diagnose
 from klippo.ppo.experience import Experience, Forward, build_experience
 from klippo.ppo.learner import Learner
 from klippo.ranks import Ranks
-from klippo.rewards.column import ColumnReward
 from klippo.rewards.settings import ColumnSettings
+from klippo.rewards.simple import ColumnReward
 from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.sources import LoggedSource
 from klippo.tensors.estimators import RunningMoments
