@@ -1,4 +1,4 @@
-"""Rule 24 and beyond: each health check on metrics made by hand."""
+"""Each health check on metrics made by hand."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def after(number, one=None, **changes):
         ("repetition", {"response__repeated_share": 0.51}, "51% of the trigrams"),
     ],
 )
-def test_a_fault_fires_the_rail_of_its_name_in_the_same_step(name, changes, words):
+def test_a_fault_fires_the_check_of_its_name_in_the_same_step(name, changes, words):
     one = after(5)
     changes = {key.replace("/", "__"): value for key, value in changes.items()}
     alarms = fire(one, 5, **changes)
@@ -120,6 +120,12 @@ def test_a_critic_that_starts_at_zero_is_no_failure_and_one_that_stays_bad_is():
     assert "explained variance is -0.25 on average of late" in alarms[4][0].diagnosis
 
 
+def test_repetition_fires_at_the_first_step_too():
+    (alarm,) = fire(checks(), 0, response__repeated_share=0.6)
+    assert "60% of the trigrams" in alarm.diagnosis
+    assert "and 0% at the start" in alarm.diagnosis
+
+
 def test_a_batch_without_reward_does_not_condemn_the_critic():
     """The scale is that of the largest returns so far, not those of a batch where all is 0."""
     quiet = {"value__mean_squared_return": 0.0, "value__mean_squared_error": 0.3}
@@ -137,7 +143,7 @@ def test_responses_of_others_have_no_update_kl_and_no_critic_is_no_broken_one():
     assert one.check_update(0, far) == []
 
 
-def test_a_rail_that_keeps_firing_is_news_once_and_again_after_a_rest():
+def test_a_check_that_keeps_firing_is_news_once_and_again_after_a_rest():
     one = after(3)
     news = [
         [alarm.is_new for alarm in fire(one, 3 + i, policy__entropy_nats=entropy)]
@@ -155,7 +161,7 @@ def test_a_step_with_an_alarm_is_not_how_the_run_began():
         assert "was 3 at the start" in alarm.diagnosis
 
 
-def test_rails_that_went_on_from_their_state_say_what_the_others_say():
+def test_checks_that_resumed_from_their_state_say_what_the_others_say():
     one = after(4)
     fire(one, 4, policy__entropy_nats=0.1)
     other = checks()
@@ -172,7 +178,7 @@ def test_off_is_quiet_and_stop_says_so():
     assert alarm.stops
 
 
-def test_every_rail_has_its_action_and_names_settings_to_change():
+def test_every_check_has_its_action_and_names_settings_to_change():
     assert set(HealthSettings.model_fields) >= set(NAMES)
     assert len(NAMES) == 10
     for check in (*OF_ROLLOUT, *OF_UPDATE):

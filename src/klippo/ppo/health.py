@@ -118,13 +118,20 @@ def _counted(key: str, text: str) -> Find:
 
 
 def _since_start(
-    key: str, setting: str, text: str, is_broken: Callable[[float, float, float], bool]
+    key: str,
+    setting: str,
+    text: str,
+    is_broken: Callable[[float, float, float], bool],
+    unknown: float = math.nan,
 ) -> Find:
-    """Compares a metric with what it was as the run began (NaN before that) and with a bound."""
+    """Compares a metric with a bound and with what it was as the run began, `unknown` before that.
+
+    No number exceeds NaN.
+    """
 
     def find(see: Sight) -> str | None:
         now, begun = see.now.get(key, math.nan), see.track(key).start
-        start = statistics.fmean(begun) if begun else math.nan
+        start = statistics.fmean(begun) if begun else unknown
         bound = getattr(see.settings, setting)
         if not is_broken(now, start, bound):
             return None
@@ -256,7 +263,8 @@ OF_ROLLOUT = (
             "response/repeated_share",
             "max_repeated_share",
             "{now:.0%} of the trigrams of responses occurred in them before, and {start:.0%}",
-            lambda now, start, bound: now > bound and not now <= start + MORE_REPEATED,
+            lambda now, start, bound: now > max(bound, start + MORE_REPEATED),
+            unknown=0.0,
         ),
         "the policy has found a phrase that the reward likes",
         "add a repetition reward (kind: repetition), or raise kl.coef",
