@@ -85,7 +85,7 @@ def test_a_saved_policy_reloads_with_the_same_log_probs(tmp_path, kind, family):
     torch.testing.assert_close(logprobs_of(again), output.logprobs, **FLOAT64)
 
 
-def test_the_saved_config_keeps_its_dropout(tmp_path):  # rule 6: off in the run, not in the model
+def test_the_saved_config_keeps_its_dropout(tmp_path):  # off in the run, not in the model
     saved(tmp_path, "trunk", gpt2(resid_pdrop=0.25))
     assert json.loads((tmp_path / "model/config.json").read_text())["resid_pdrop"] == 0.25
 
@@ -104,7 +104,7 @@ def test_a_saved_adapter_reloads_on_its_base_and_stands_alone(tmp_path, kind, fa
     assert all("critic" not in name and "reference" not in name for name in names)
 
 
-def test_a_policy_started_from_an_adapter_saves_its_own_adapter_alone(tmp_path):  # rule 15
+def test_a_policy_started_from_an_adapter_saves_its_own_adapter_alone(tmp_path):
     saved(tmp_path / "first", "trunk_lora")
     policy = load(
         llama(), critic=LORA_CRITIC, tuning="lora", adapter=str(tmp_path / "first/model")

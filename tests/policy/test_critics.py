@@ -1,4 +1,4 @@
-"""Rule 26: three critics, where they start and what they train."""
+"""Three critics, where they start and what they train."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ CRITICS = {
 
 
 @pytest.mark.parametrize("kind", CRITICS)
-def test_every_new_value_head_starts_at_exactly_zero(kind):  # rule 26
+def test_every_new_value_head_starts_at_exactly_zero(kind):
     critic, tuning = CRITICS[kind]
     policy = load(llama(), critic=critic, tuning=tuning).policy
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_every_new_value_head_starts_at_exactly_zero(kind):  # rule 26
 
 
 @pytest.mark.parametrize("kind", CRITICS)
-def test_policy_and_critic_weights_are_told_apart_and_each_counted_once(kind):  # rule 26
+def test_policy_and_critic_weights_are_told_apart_and_each_counted_once(kind):
     critic, tuning = CRITICS[kind]
     policy = load(gpt2(), critic=critic, tuning=tuning).policy
     of_policy, of_critic = policy.trainable()
@@ -69,7 +69,7 @@ def reward_model(folder, vocab_size=VOCABULARY):
     return model
 
 
-def test_a_critic_from_a_reward_model_keeps_its_head_and_reads_its_scores(tmp_path):  # rule 26
+def test_a_critic_from_a_reward_model_keeps_its_head_and_reads_its_scores(tmp_path):
     model = reward_model(tmp_path).double()
     critic = CriticSettings(kind="separate", model=str(tmp_path))
     policy = load(llama(), critic=critic).policy.double()
@@ -90,7 +90,7 @@ def test_a_critic_of_another_vocabulary_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", CRITICS)
-def test_values_alone_equal_those_of_the_whole_pass_and_spare_the_policy(kind):  # rule 26
+def test_values_alone_equal_those_of_the_whole_pass_and_spare_the_policy(kind):
     critic, tuning = CRITICS[kind]
     policy = load(llama(), critic=critic, tuning=tuning).policy
     of_policy, of_critic = policy.trainable()
@@ -104,7 +104,7 @@ def test_values_alone_equal_those_of_the_whole_pass_and_spare_the_policy(kind): 
 
 
 @pytest.mark.parametrize("kind", ["lora", "separate", "separate_lora"])
-def test_a_critic_of_its_own_leaves_the_policys_distribution_alone(kind):  # rule 26
+def test_a_critic_of_its_own_leaves_the_policys_distribution_alone(kind):
     critic, tuning = CRITICS[kind]
     model = llama()
     expected = {
@@ -122,7 +122,7 @@ def test_a_critic_of_its_own_leaves_the_policys_distribution_alone(kind):  # rul
         torch.testing.assert_close(logprobs[i, : len(own)], own, **FLOAT64)
 
 
-def test_the_trunk_critics_loss_also_trains_the_trunk():  # rule 26
+def test_the_trunk_critics_loss_also_trains_the_trunk():
     policy = load(gpt2()).policy
     disturb(policy.critic.parameters(), scale=0.5)
     policy(TOKENS, 1.0).values.square().sum().backward()

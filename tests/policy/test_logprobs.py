@@ -1,4 +1,4 @@
-"""Rules 1, 2, 4, 6 and 10: log-probs and values of the training forward.
+"""Log-probs and values of the training forward.
 
 B sequences, P prompt tokens, T response tokens, V vocabulary.
 """
@@ -77,7 +77,7 @@ def padded(tokens, left, right, filler):
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (5, 0), (0, 4), (3, 2)])
 @pytest.mark.parametrize("filler", [EOS, 7])
 def test_log_probs_and_values_do_not_depend_on_padding_or_company(family, left, right, filler):
-    # rules 1 and 2: the pad token may be EOS, and EOS stands inside a prompt
+    # the pad token may be EOS, and EOS stands inside a prompt
     policy = policy_with_values(FAMILIES[family]())
     tokens = make_rollout(RAGGED).tokens
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_log_probs_and_values_do_not_depend_on_padding_or_company(family, left, 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_log_probs_are_the_models_own_at_the_position_before_each_token(family, temperature):
-    # rules 4 and 22; the oracle is one unpadded row through model(...).logits
+    # the oracle is one unpadded row through model(...).logits
     model = FAMILIES[family]()
     policy = load(model).policy
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_log_probs_are_the_models_own_at_the_position_before_each_token(family, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_through_the_chunked_head_are_those_of_the_dense_model(family):  # rules 4 and 10
+def test_gradients_through_the_chunked_head_are_those_of_the_dense_model(family):
     model = FAMILIES[family]()
     policy = load(model).policy
     policy(make_rollout(RAGGED).tokens, 0.8).logprobs.sum().backward()
@@ -125,7 +125,7 @@ def test_gradients_through_the_chunked_head_are_those_of_the_dense_model(family)
     assert_same_tensors(ours, gradients(model), **FLOAT64)
 
 
-def test_logits_of_a_whole_batch_never_exist(monkeypatch):  # rule 10, through the whole model
+def test_logits_of_a_whole_batch_never_exist(monkeypatch):  # through the whole model
     vocabulary, budget = 500, 1000
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
     loaded = load(gpt2(vocab_size=vocabulary))
@@ -141,7 +141,7 @@ def test_logits_of_a_whole_batch_never_exist(monkeypatch):  # rule 10, through t
     assert seen.largest < 8 * 20 * vocabulary
 
 
-def test_values_are_read_where_the_token_is_emitted_and_one_further():  # rules 4, 9 and 18
+def test_values_are_read_where_the_token_is_emitted_and_one_further():
     model = gpt2()
     policy = policy_with_values(model)
     head = policy.critic.head
@@ -179,7 +179,7 @@ UNUSUAL_HEADS = {
 
 
 @pytest.mark.parametrize("architecture", UNUSUAL_HEADS)
-def test_scaled_and_capped_logits_are_understood(architecture):  # rule 4
+def test_scaled_and_capped_logits_are_understood(architecture):
     torch.manual_seed(0)
     model = UNUSUAL_HEADS[architecture]().double().eval()
     policy = load(model).policy
@@ -193,7 +193,7 @@ def test_scaled_and_capped_logits_are_understood(architecture):  # rule 4
 
 
 @pytest.mark.parametrize("change", ["shift one token", "square", "mixture"])
-def test_an_architecture_with_other_logits_is_refused(change):  # rule 4
+def test_an_architecture_with_other_logits_is_refused(change):
     model = gpt2()
     forward = model.forward
 
@@ -249,7 +249,7 @@ DROPOUTS = {
 
 
 @pytest.mark.parametrize("architecture", DROPOUTS)
-def test_two_forwards_in_training_mode_are_identical(architecture):  # rule 6
+def test_two_forwards_in_training_mode_are_identical(architecture):
     torch.manual_seed(0)
     model = DROPOUTS[architecture]()
     before = model.config.to_dict()
@@ -265,7 +265,7 @@ def test_two_forwards_in_training_mode_are_identical(architecture):  # rule 6
     assert model.config.to_dict() == before, "the config that gets saved stays the user's"
 
 
-def test_a_loaded_policy_and_its_adapters_have_no_dropout(tmp_path):  # rule 6
+def test_a_loaded_policy_and_its_adapters_have_no_dropout(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5, target_modules="all-linear")

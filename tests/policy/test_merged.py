@@ -59,7 +59,7 @@ def test_one_product_gives_the_logits_of_three(family, tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_very_weights_come_back(family, fails, tmp_path):  # rule 15
+def test_the_very_weights_come_back(family, fails, tmp_path):
     loaded = moved(family, tmp_path)
     policy, tokens = loaded.policy, make_rollout(RAGGED).tokens
 

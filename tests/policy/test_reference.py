@@ -1,4 +1,4 @@
-"""Rules 13 and 15: the reference is the policy at step 0, and stays it.
+"""The reference is the policy at step 0, and stays it.
 
 B sequences, T response tokens.
 """
@@ -72,7 +72,7 @@ def start(kind, family, tmp_path, critic=None):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", STARTS)
-def test_the_reference_is_the_start_before_and_after_training(kind, family, tmp_path):  # rule 15
+def test_the_reference_is_the_start_before_and_after_training(kind, family, tmp_path):
     loaded, copied = start(kind, family, tmp_path)
     tokens = make_rollout(RAGGED).tokens
     expected = logprobs_of(copied)
@@ -91,7 +91,7 @@ def test_the_reference_is_the_start_before_and_after_training(kind, family, tmp_
 
 
 @pytest.mark.parametrize("kind", STARTS)
-def test_exact_kl_is_the_full_vocabulary_sum_against_a_frozen_copy(kind, tmp_path):  # rule 13
+def test_exact_kl_is_the_full_vocabulary_sum_against_a_frozen_copy(kind, tmp_path):
     loaded, copied = start(kind, "gpt2", tmp_path)
     disturb(loaded.policy.trainable()[0], scale=0.2)
     rollout = make_rollout(RAGGED, temperature=0.8)
@@ -116,7 +116,7 @@ def test_exact_kl_is_the_full_vocabulary_sum_against_a_frozen_copy(kind, tmp_pat
             assert rows[i]["kl_k1_nats"] == pytest.approx(k1, **FLOAT64_APPROX)
 
 
-def test_frozen_layers_are_held_once(tmp_path):  # rule 15: last_layers costs no second model
+def test_frozen_layers_are_held_once(tmp_path):  # last_layers costs no second model
     loaded, _ = start("last_layers", "gpt2", tmp_path)
     mine = dict(loaded.policy.lm.model.named_parameters())
     reference = dict(loaded.reference.lm.model.named_parameters())
@@ -138,7 +138,7 @@ def adapter_state(policy):
 
 
 @pytest.mark.parametrize("name", [REFERENCE, CRITIC, None])
-def test_an_exception_under_another_adapter_puts_everything_back(tmp_path, name):  # rule 15
+def test_an_exception_under_another_adapter_puts_everything_back(tmp_path, name):
     policy = start("adapter", "llama", tmp_path, LORA_CRITIC)[0].policy
     before = adapter_state(policy)
     assert before[:3] == (POLICY, {False}, {(POLICY,)})
@@ -155,7 +155,7 @@ def test_an_exception_under_another_adapter_puts_everything_back(tmp_path, name)
     assert adapter_state(policy) == before
 
 
-def test_an_exception_inside_the_reference_puts_everything_back(tmp_path, monkeypatch):  # rule 15
+def test_an_exception_inside_the_reference_puts_everything_back(tmp_path, monkeypatch):
     loaded, _ = start("adapter", "llama", tmp_path, LORA_CRITIC)
     before = adapter_state(loaded.policy)
 
@@ -168,7 +168,7 @@ def test_an_exception_inside_the_reference_puts_everything_back(tmp_path, monkey
     assert adapter_state(loaded.policy) == before
 
 
-def test_policy_critic_and_reference_adapters_each_keep_their_own_weights(tmp_path):  # rule 15
+def test_policy_critic_and_reference_adapters_each_keep_their_own_weights(tmp_path):
     loaded, _ = start("adapter", "gpt2", tmp_path, LORA_CRITIC)
     of_policy, of_critic = loaded.policy.trainable()
     names = {id(p): name for name, p in loaded.policy.named_parameters()}
@@ -183,7 +183,6 @@ def test_policy_critic_and_reference_adapters_each_keep_their_own_weights(tmp_pa
 
 
 def test_the_critic_adapter_learns_from_values_and_the_policy_adapter_from_log_probs():
-    # rules 15 and 26
     policy = load(llama(), critic=LORA_CRITIC, tuning="lora").policy
     disturb([p for group in policy.trainable() for p in group])
     tokens = make_rollout(RAGGED).tokens
@@ -203,7 +202,7 @@ def test_the_critic_adapter_learns_from_values_and_the_policy_adapter_from_log_p
     assert not any(p.requires_grad or p.grad is not None for p in base)
 
 
-def test_reference_passes_leave_no_gradients_and_no_changed_weights():  # rule 15
+def test_reference_passes_leave_no_gradients_and_no_changed_weights():
     loaded = load(llama(), critic=LORA_CRITIC, tuning="lora")
     before = weights(loaded.policy)
     assert not loaded.reference.logprobs(make_rollout(RAGGED).tokens, 1.0).requires_grad

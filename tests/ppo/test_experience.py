@@ -1,4 +1,4 @@
-"""Rules 7-9, 11, 12, 16, 17, 27: from a scored rollout to what PPO learns from.
+"""From a scored rollout to what PPO learns from.
 
 B sequences, T response tokens.
 """
@@ -65,7 +65,7 @@ def learnt_gradients(one, rollout, reward):
 
 @pytest.mark.parametrize("micro", [None, 1, 2])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_the_first_minibatch_sees_the_policy_that_sampled(setup, micro):  # rule 7
+def test_the_first_minibatch_sees_the_policy_that_sampled(setup, micro):
     tuning, critic = SETUPS[setup]
     options = {"num_unfrozen_layers": 1} if tuning == "last_layers" else {}
     one = learner(
@@ -85,7 +85,6 @@ def test_the_first_minibatch_sees_the_policy_that_sampled(setup, micro):  # rule
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("setup", SETUPS)
 def test_half_precision_policies_learn_on_policy_with_float32_heads_and_adapters(setup, precision):
-    # rules 4 and 7
     tuning, critic = SETUPS[setup]
     model = llama().bfloat16() if precision == "bfloat16" else llama().float()
     loaded = load(
@@ -110,7 +109,7 @@ def test_half_precision_policies_learn_on_policy_with_float32_heads_and_adapters
     [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_tokens": 18}],
     ids=str,
 )
-def test_old_log_probs_do_not_depend_on_the_micro_batch(micro):  # rules 2 and 7
+def test_old_log_probs_do_not_depend_on_the_micro_batch(micro):
     loaded = load(llama())
     rollout, scores = make_rollout(RAGGED, temperature=0.7), Scores(reward=REWARD)
     options = {"bootstrap_truncated": True}
@@ -123,7 +122,7 @@ def test_old_log_probs_do_not_depend_on_the_micro_batch(micro):  # rules 2 and 7
 
 
 @pytest.mark.parametrize("trailing", [0, 3])
-def test_without_kl_the_one_reward_stands_on_the_last_real_token(trailing):  # rule 11
+def test_without_kl_the_one_reward_stands_on_the_last_real_token(trailing):
     rows = [*RAGGED, ([4], [3] * (6 + trailing))]
     reward = torch.cat([REWARD, torch.tensor([7.0])])
     one = learner(kl={"coef": 0.0})
@@ -134,14 +133,14 @@ def test_without_kl_the_one_reward_stands_on_the_last_real_token(trailing):  # r
         assert not rewards[i, len(response) :].any()
 
 
-def test_a_score_of_zero_is_not_a_missing_score():  # rules 11 and 17
+def test_a_score_of_zero_is_not_a_missing_score():
     one = learner(kl={"coef": 0.0})
     experience = one.experience(make_rollout(RAGGED), Scores(reward=torch.zeros(4)))
     assert experience.num_scored == 4
     assert not experience.token_rewards.any()
 
 
-def test_each_tokens_reward_is_minus_beta_times_k1_and_the_score_comes_last():  # rule 12
+def test_each_tokens_reward_is_minus_beta_times_k1_and_the_score_comes_last():
     one = learner(kl={"coef": 0.3})
     experience = one.experience(make_rollout(RAGGED), Scores(reward=REWARD))
     assert not experience.token_rewards.requires_grad
@@ -159,10 +158,10 @@ def test_each_tokens_reward_is_minus_beta_times_k1_and_the_score_comes_last():  
         )
         for i, (_, response) in enumerate(RAGGED)
     ]
-    assert experience.sequence_kl == pytest.approx(sum(totals) / 4, **FLOAT64_APPROX)  # rule 13
+    assert experience.sequence_kl == pytest.approx(sum(totals) / 4, **FLOAT64_APPROX)
 
 
-def test_the_kl_in_the_loss_leaves_rewards_alone_and_pulls_with_k2():  # rule 12
+def test_the_kl_in_the_loss_leaves_rewards_alone_and_pulls_with_k2():
     rollout = make_rollout(RAGGED)
     options = {"ppo": {"value_coef": 0.0}, "optimizer": {"max_grad_norm": None}}
     one = learner(kl={"coef": 0.3, "placement": "loss"}, **options)
@@ -209,11 +208,11 @@ def shaped(scores=SCORES, finished=FINISHED, moments=None, **settings):
         ),
     ],
 )
-def test_scores_are_shaped_in_one_documented_order(settings, expected):  # rules 16 and 17
+def test_scores_are_shaped_in_one_documented_order(settings, expected):
     assert shaped(**settings) == expected
 
 
-def test_running_normalisation_comes_after_the_missing_end_and_before_the_scale():  # rule 17
+def test_running_normalisation_comes_after_the_missing_end_and_before_the_scale():
     moments = RunningMoments()
     got = shaped(
         moments=moments, missing_eos="replace", missing_eos_value=0.0, normalize=True, scale=10.0
@@ -226,7 +225,7 @@ def test_running_normalisation_comes_after_the_missing_end_and_before_the_scale(
     assert moments.count == 3
 
 
-def test_score_whitening_keeps_the_mean_and_sets_the_spread():  # rule 17
+def test_score_whitening_keeps_the_mean_and_sets_the_spread():
     got = shaped(scores=torch.tensor([1.0, 3.0, NAN, 5.0]).double(), whiten=True)
     spread = math.sqrt(8 / 3 + 1e-8)
     expected = [3 - 2 / spread, 3, 3 + 2 / spread]
@@ -234,7 +233,7 @@ def test_score_whitening_keeps_the_mean_and_sets_the_spread():  # rule 17
     assert got[2] is None
 
 
-def test_a_missing_end_is_judged_by_the_response_alone():  # rule 16
+def test_a_missing_end_is_judged_by_the_response_alone():
     rows = [([3, EOS], [4, 5]), ([3], [4, EOS])]
     one = learner(kl={"coef": 0.0}, score={"missing_eos": "replace", "missing_eos_value": -9.0})
     rewards = one.experience(make_rollout(rows), Scores(reward=REWARD[:2])).token_rewards
@@ -256,7 +255,7 @@ def of_unscored_row(rows, logprobs):
     return one, *learnt_gradients(one, make_rollout(rows, logprobs=logprobs), UNSCORED)
 
 
-def test_nothing_in_an_unscored_row_moves_a_gradient_or_a_statistic():  # rule 17
+def test_nothing_in_an_unscored_row_moves_a_gradient_or_a_statistic():
     one, gradient, metrics = of_unscored_row(RAGGED, BEHAVIOR)
     changed = [BEHAVIOR[0], [-7.0, -0.1, -3.0], BEHAVIOR[2], BEHAVIOR[3]]
     two, other_gradient, other_metrics = of_unscored_row(OTHER_ROW, changed)
@@ -271,7 +270,7 @@ def test_nothing_in_an_unscored_row_moves_a_gradient_or_a_statistic():  # rule 1
         assert metrics[name] == pytest.approx(other_metrics[name], **FLOAT64_APPROX), name
 
 
-def test_an_unscored_row_is_as_if_it_were_not_there():  # rule 17
+def test_an_unscored_row_is_as_if_it_were_not_there():
     _, gradient, metrics = of_unscored_row(RAGGED, BEHAVIOR)
     kept = [0, 2, 3]
     one = learner(**EVERYTHING_ON)
@@ -283,20 +282,20 @@ def test_an_unscored_row_is_as_if_it_were_not_there():  # rule 17
         assert metrics[name] == pytest.approx(without[name], **FLOAT64_APPROX), name
 
 
-def test_garbage_log_probs_of_an_engine_in_an_unscored_row_do_not_reach_the_gradient():  # rule 17
+def test_garbage_log_probs_of_an_engine_in_an_unscored_row_do_not_reach_the_gradient():
     broken = [BEHAVIOR[0], [NAN] * 6, BEHAVIOR[2], BEHAVIOR[3]]
     gradient = of_unscored_row(RAGGED, broken)[1]
     assert all(g.isfinite().all() for g in gradient.values())
 
 
-def test_parts_of_an_unscored_row_stay_out_of_the_means():  # rules 17 and 27
+def test_parts_of_an_unscored_row_stay_out_of_the_means():
     one = learner()
     parts = {"style": torch.tensor([1.0, 100.0, 2.0, 3.0])}
     metrics = one.experience(make_rollout(RAGGED), Scores(reward=UNSCORED, parts=parts)).metrics
     assert metrics["reward/part/style"] == pytest.approx(2.0)
 
 
-def test_a_batch_without_any_score_changes_no_weight():  # rule 17
+def test_a_batch_without_any_score_changes_no_weight():
     one = learner()
     before = [p.detach().clone() for p in one.policy.parameters()]
     metrics = one.learn(one.experience(make_rollout(RAGGED), Scores(reward=REWARD * NAN)))
@@ -306,7 +305,7 @@ def test_a_batch_without_any_score_changes_no_weight():  # rule 17
     assert not [name for name, value in metrics.items() if math.isnan(value)]
 
 
-def test_a_cut_response_is_terminal_unless_bootstrapped():  # rules 9 and 18
+def test_a_cut_response_is_terminal_unless_bootstrapped():
     # lambda 0 and gamma 1: the last token's return is its reward plus V of the state after it.
     rows = [([3], [4, 5, 6]), ([3], [4, 5, EOS]), ([2, 2], [7])]  # cut, finished, cut
     scores = Scores(reward=REWARD[:3])
@@ -328,7 +327,7 @@ def test_a_cut_response_is_terminal_unless_bootstrapped():  # rules 9 and 18
         assert float(bootstrapped.returns[i, last]) == pytest.approx(expected, **FLOAT64_APPROX)
 
 
-def test_the_engines_mismatch_is_logged_in_nats_per_token():  # rule 8
+def test_the_engines_mismatch_is_logged_in_nats_per_token():
     one, rollout = learner(), make_rollout(RAGGED)
     old = one.experience(rollout, Scores(reward=REWARD)).old_logprobs
     shift = [0.1, -0.3, 0.2, 0.0]
@@ -343,7 +342,7 @@ def test_the_engines_mismatch_is_logged_in_nats_per_token():  # rule 8
     assert unscored["engine/logprob_mismatch_nats"] == pytest.approx(expected, **rounding)
 
 
-def test_truncated_importance_weights_multiply_the_policy_loss():  # rule 8
+def test_truncated_importance_weights_multiply_the_policy_loss():
     old = learner().experience(make_rollout(RAGGED), Scores(reward=REWARD)).old_logprobs
     ratios = [0.5, 1.5, 4.0, 1.0]  # pi_old / pi_engine, row by row; capped at 2
     own = [(old[i, : len(r)] - math.log(ratios[i])).tolist() for i, (_, r) in enumerate(RAGGED)]
@@ -367,21 +366,21 @@ def test_truncated_importance_weights_multiply_the_policy_loss():  # rule 8
         torch.testing.assert_close(gradient[name], expected, **FLOAT64, msg=name)
 
 
-def test_without_a_cap_the_engines_log_probs_change_nothing_in_the_loss():  # rule 8
+def test_without_a_cap_the_engines_log_probs_change_nothing_in_the_loss():
     one = learner()
     rollout = make_rollout(RAGGED, logprobs=BEHAVIOR)
     assert one.experience(rollout, Scores(reward=REWARD)).weights is None
 
 
 @pytest.mark.parametrize("own", [-9.0, NAN])
-def test_a_mismatch_past_its_limit_stops_the_run(own):  # rule 8
+def test_a_mismatch_past_its_limit_stops_the_run(own):
     logprobs = [[own] * len(response) for _, response in RAGGED]
     one = learner(ppo={"max_logprob_mismatch": 0.5})
     with pytest.raises(DivergedError, match=r"more than ppo\.max_logprob_mismatch=0\.5"):
         one.experience(make_rollout(RAGGED, logprobs=logprobs), Scores(reward=REWARD))
 
 
-def test_metrics_of_a_batch_are_masked_means_in_their_units():  # rule 27
+def test_metrics_of_a_batch_are_masked_means_in_their_units():
     one = learner(kl={"coef": 0.0})
     rollout = make_rollout(RAGGED)
     experience = one.experience(rollout, Scores(reward=UNSCORED))

@@ -1,4 +1,4 @@
-"""Rules 38 to 41: PPO on responses that were logged before."""
+"""PPO on responses that were logged before."""
 
 import dataclasses
 import math

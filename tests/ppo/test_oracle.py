@@ -1,4 +1,4 @@
-"""Rule 28: on a toy that can be enumerated, PPO finds the optimum that theory gives."""
+"""On a toy that can be enumerated, PPO finds the optimum that theory gives."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Rule 29: a whole PPO step against a double loop in float64, written from the papers.
+"""A whole PPO step against a double loop in float64, written from the papers.
 
 The oracle knows tokens, scores and the model's logits; it shares no code with Klippo. Schulman et
 al. 2017 (1707.06347) eq. 7, Schulman et al. 2016 (1506.02438) eq. 16, Ziegler et al. 2019

@@ -1,4 +1,4 @@
-"""Rules 17, 19, 23, 24, 25: two processes do what one does, on real process groups.
+"""Two processes do what one does, on real process groups.
 
 The weights are float64: in float32 AdamW divides gradients that are almost zero by themselves, so
 that rounding alone moves weights apart by up to a learning rate.

@@ -42,7 +42,7 @@ MICRO_BATCHES = [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch
 
 
 @pytest.mark.parametrize("micro", MICRO_BATCHES, ids=str)
-def test_gradients_do_not_depend_on_the_micro_batch(micro):  # rule 23
+def test_gradients_do_not_depend_on_the_micro_batch(micro):
     options = {"optimizer": UNCLIPPED, "kl": {"placement": "loss", "coef": 0.2}}
     whole, metrics = learnt_gradients(
         learner(ppo={"entropy_coef": 0.1}, **options), ROLLOUT, REWARD
@@ -54,7 +54,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(micro):  # rule 23
         assert split_metrics[name] == pytest.approx(metrics[name], **FLOAT64_APPROX), name
 
 
-def test_every_token_of_the_step_weighs_the_same():  # rule 23
+def test_every_token_of_the_step_weighs_the_same():
     # Rows of 4, 6, 1 and 3 tokens: the gradient is that of the mean over 14 tokens.
     options = {"ppo": {"micro_batch_size": 1, "value_coef": 0.0}, "optimizer": UNCLIPPED}
     one = learner(**options)
@@ -72,7 +72,7 @@ def test_every_token_of_the_step_weighs_the_same():  # rule 23
         torch.testing.assert_close(gradient[name], expected, **FLOAT64, msg=name)
 
 
-def test_the_entropy_bonus_raises_the_entropy():  # rule 22
+def test_the_entropy_bonus_raises_the_entropy():
     one = learner(
         ppo={"entropy_coef": 10.0, "value_coef": 0.0, "num_epochs": 5}, optimizer=UNCLIPPED
     )
@@ -93,7 +93,7 @@ def same_state(left, right):
 
 @pytest.mark.parametrize("shift", [-5.0, NAN])
 @pytest.mark.parametrize("threshold", [10.0, None])
-def test_a_minibatch_beyond_the_ratio_explosion_is_truly_skipped(shift, threshold):  # rule 24
+def test_a_minibatch_beyond_the_ratio_explosion_is_truly_skipped(shift, threshold):
     one = learner(ppo={"ratio_threshold": threshold})
     run(one)  # momentum from an honest step
     before, state = weights(one.policy), optimizer_state(one)
@@ -111,7 +111,7 @@ def test_a_minibatch_beyond_the_ratio_explosion_is_truly_skipped(shift, threshol
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():  # rule 24
+def test_a_gradient_that_is_not_finite_moves_nothing():
     one = learner()
     run(one)
     before, state = weights(one.policy), optimizer_state(one)
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():  # rule 24
     assert metrics["update/num_gradients_not_finite"] == 1
 
 
-def test_a_loss_that_is_not_finite_moves_nothing():  # rule 24
+def test_a_loss_that_is_not_finite_moves_nothing():
     one = learner()
     before = weights(one.policy)
     experience = one.experience(ROLLOUT, SCORES)
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_moves_nothing():  # rule 24
     assert metrics["update/num_gradients_not_finite"] == 0
 
 
-def test_the_ratio_threshold_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():  # rule 24
+def test_the_ratio_threshold_looks_at_the_masked_mean_ratio_and_not_at_single_tokens():
     one = learner(ppo={"ratio_threshold": 10.0})
     experience = one.experience(ROLLOUT, SCORES)
     old = experience.old_logprobs.clone()
@@ -148,7 +148,7 @@ def test_the_ratio_threshold_looks_at_the_masked_mean_ratio_and_not_at_single_to
     assert metrics["update/num_skipped_minibatches"] == 1
 
 
-def test_the_update_kl_is_that_of_the_policy_that_sampled_from_the_new_one():  # rules 12 and 27
+def test_the_update_kl_is_that_of_the_policy_that_sampled_from_the_new_one():
     one = learner()
     experience = one.experience(ROLLOUT, SCORES)
     metrics = run(one, experience, old_logprobs=experience.old_logprobs - 0.5)
@@ -158,7 +158,7 @@ def test_the_update_kl_is_that_of_the_policy_that_sampled_from_the_new_one():  #
     assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(0.5), **FLOAT64_APPROX)
 
 
-def test_only_the_bad_minibatch_is_skipped():  # rules 24 and 27
+def test_only_the_bad_minibatch_is_skipped():
     one = learner(ppo={"ratio_threshold": 10.0, "minibatch_size": 1, "num_epochs": 3})
     experience = one.experience(ROLLOUT, SCORES)
     old = experience.old_logprobs.clone()
@@ -178,7 +178,7 @@ def test_only_the_bad_minibatch_is_skipped():  # rules 24 and 27
         ({"num_epochs": 2, "minibatch_size": 1}, 8),
     ],
 )
-def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(settings, steps):  # rule 27
+def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(settings, steps):
     one, counted = learner(ppo=settings), []
     one.optimizer.adam.register_step_post_hook(lambda *_: counted.append(1))
     metrics = run(one)
@@ -186,7 +186,7 @@ def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(settings, ste
     assert one.num_steps_done == 1
 
 
-def test_every_row_is_visited_once_in_each_epoch(monkeypatch):  # rule 27
+def test_every_row_is_visited_once_in_each_epoch(monkeypatch):
     seen, rows = [], Experience.rows
 
     def watched(self, index):
@@ -200,7 +200,7 @@ def test_every_row_is_visited_once_in_each_epoch(monkeypatch):  # rule 27
     assert len({str(epoch) for epoch in epochs}) > 1, "the order changes between epochs"
 
 
-def test_the_passes_end_once_the_target_kl_is_passed():  # rule 25
+def test_the_passes_end_once_the_target_kl_is_passed():
     options = {"optimizer": {"learning_rate": 0.05}}
     passes = {"num_epochs": 6, "ratio_threshold": None}
     free = run(learner(ppo=passes, **options))
@@ -212,7 +212,7 @@ def test_the_passes_end_once_the_target_kl_is_passed():  # rule 25
     assert never["update/num_optimizer_steps"] == 6
 
 
-def test_the_global_gradient_norm_is_clipped_and_reported_unclipped():  # rule 25
+def test_the_global_gradient_norm_is_clipped_and_reported_unclipped():
     free, free_metrics = learnt_gradients(learner(optimizer=UNCLIPPED), ROLLOUT, REWARD * 100)
     norm = math.sqrt(sum(float(g.square().sum()) for g in free.values()))
     limited = learner(optimizer={"max_grad_norm": 0.01})
@@ -225,7 +225,7 @@ def test_the_global_gradient_norm_is_clipped_and_reported_unclipped():  # rule 2
         torch.testing.assert_close(clipped[name], free[name] * scale, **FLOAT64)
 
 
-def test_adam_follows_its_settings():  # rule 25
+def test_adam_follows_its_settings():
     one = learner(optimizer={"critic_learning_rate": 5e-3})
     assert [group["lr"] for group in one.optimizer.adam.param_groups] == [1e-3, 5e-3]
     assert {group["eps"] for group in one.optimizer.adam.param_groups} == {1e-5}
@@ -244,7 +244,7 @@ def test_adam_follows_its_settings():  # rule 25
         ({"schedule": "cosine"}, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0, 0]),
     ],
 )
-def test_the_learning_rate_follows_its_schedule(settings, expected):  # rule 25; 4 PPO steps
+def test_the_learning_rate_follows_its_schedule(settings, expected):  # 4 PPO steps
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     schedule = build_schedule(optimizer, OptimizerSettings(**settings), num_steps=4)
     rates = []
@@ -255,7 +255,7 @@ def test_the_learning_rate_follows_its_schedule(settings, expected):  # rule 25;
     assert rates == pytest.approx([2 * factor for factor in expected], **FLOAT64_APPROX)
 
 
-def test_the_schedule_counts_ppo_steps_and_not_minibatches():  # rule 25
+def test_the_schedule_counts_ppo_steps_and_not_minibatches():
     one = learner(
         ppo={"num_steps": 4, "num_epochs": 2, "minibatch_size": 2},
         optimizer={"schedule": "linear", "learning_rate": 1.0, "critic_learning_rate": 0.5},
@@ -273,7 +273,7 @@ CRITICS = {
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", CRITICS)
-def test_the_warm_up_moves_the_critic_and_not_one_bit_of_the_policy(kind, decay):  # rule 26
+def test_the_warm_up_moves_the_critic_and_not_one_bit_of_the_policy(kind, decay):
     critic, tuning = CRITICS[kind]
     one = learner(
         load(llama(), critic=critic, tuning=tuning),
@@ -298,7 +298,7 @@ def test_the_warm_up_moves_the_critic_and_not_one_bit_of_the_policy(kind, decay)
     assert any(not names[n] and not torch.equal(warm[n], now[n]) for n in warm)
 
 
-def test_the_kl_controller_takes_in_each_batchs_kl_and_number_of_sequences():  # rule 14
+def test_the_kl_controller_takes_in_each_batchs_kl_and_number_of_sequences():
     one = learner(kl={"coef": 0.1, "controller": "adaptive", "target": 1e-3, "horizon": 100.0})
     reward = torch.tensor([1.0, NAN, 0.5, 3.0])
     experience = one.experience(ROLLOUT, Scores(reward=reward))

@@ -74,7 +74,7 @@ def test_scores_do_not_depend_on_the_batch(folders, name):
 @IN_FLOAT64
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 pad=eos"])
 def test_an_eos_token_in_or_behind_the_text_is_read_where_padding_is_eos(folders, name):
-    """Rule 1: transformers' own forward skips a last token that equals the padding token."""
+    """Transformers' own forward skips a last token that equals the padding token."""
     end = "<|endoftext|>"
     texts = [f"The film{end}was long{end}", f"loud{end}", end, "The music was loud and long"]
     scores = score(folders[name], prompts=[""] * 4, responses=texts)

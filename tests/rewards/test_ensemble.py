@@ -208,7 +208,7 @@ def test_measured_members_have_mean_zero_and_sd_one_on_what_they_were_measured_o
 
 @IN_FLOAT64
 def test_standardised_worst_case_does_not_follow_the_member_with_the_lowest_offset(tmp_path):
-    """Rule 31: the same model, once 100 lower, is not the minimum once both are standardised."""
+    """The same model, once 100 lower, is not the minimum once both are standardised."""
     folders = []
     for offset in (0.0, -100.0):
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Rules 1, 3, 9 and 16: from sampled ids to tensors, without going through text."""
+"""From sampled ids to tensors, without going through text."""
 
 from types import SimpleNamespace
 
@@ -28,11 +28,11 @@ STOPS = frozenset({0, 9})
         ([9], [9], True),
     ],
 )
-def test_a_response_ends_with_its_first_stop_token(ids, kept, finished):  # rule 9
+def test_a_response_ends_with_its_first_stop_token(ids, kept, finished):
     assert truncate_after_stop(ids, STOPS) == Completion(token_ids=kept, finished=finished)
 
 
-def test_without_stop_tokens_nothing_is_cut():  # rule 9
+def test_without_stop_tokens_nothing_is_cut():
     ids = [0, 9, 3]
     assert truncate_after_stop(ids, frozenset()) == Completion(token_ids=ids, finished=False)
 
@@ -44,7 +44,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>")
 
 
-def test_stored_ids_are_the_sampled_ones_even_where_text_would_lose_them():  # rule 3
+def test_stored_ids_are_the_sampled_ones_even_where_text_would_lose_them():
     ids = [[1, 2, 1, 2, 0], [3, 0, 1], [0]]
     completions = [Completion(token_ids=row, finished=False) for row in ids]
     text = tokenizer()
@@ -54,7 +54,7 @@ def test_stored_ids_are_the_sampled_ones_even_where_text_would_lose_them():  # r
     assert text.encode("abab") == [3, 3], "the trap: text does not encode to what was sampled"
 
 
-def test_masks_come_from_lengths_when_the_pad_token_is_eos():  # rule 1
+def test_masks_come_from_lengths_when_the_pad_token_is_eos():
     rows = [([EOS, 4, EOS], [EOS]), ([7], [5, EOS, 3]), ([EOS, EOS], [2, 2])]
     tokens = make_rollout(rows).tokens
     assert tokens.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
@@ -64,13 +64,13 @@ def test_masks_come_from_lengths_when_the_pad_token_is_eos():  # rule 1
         assert tokens.response_ids[i][tokens.response_mask[i]].tolist() == response_ids
 
 
-def test_the_real_prompt_stands_on_the_right_and_the_real_response_on_the_left():  # rule 1
+def test_the_real_prompt_stands_on_the_right_and_the_real_response_on_the_left():
     ids, mask = left_pad([[5, 6, 7], [8]], CPU)
     assert ids[1].tolist() == [0, 0, 8]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_rows_are_trimmed_to_their_own_longest_prompt_and_response():  # rule 2
+def test_rows_are_trimmed_to_their_own_longest_prompt_and_response():
     tokens = make_rollout(RAGGED).tokens
     for wanted in ([1], [0, 3], [2, 0], [3, 1, 2, 0]):
         part = tokens.rows(torch.tensor(wanted))
@@ -81,18 +81,18 @@ def test_rows_are_trimmed_to_their_own_longest_prompt_and_response():  # rule 2
             assert part.response_ids[row][part.response_mask[row]].tolist() == RAGGED[i][1]
 
 
-def test_a_sampled_stop_decides_whether_a_response_finished_not_an_eos_in_its_prompt():  # rule 16
+def test_a_sampled_stop_decides_whether_a_response_finished_not_an_eos_in_its_prompt():
     rollout = make_rollout([([EOS, 3, EOS], [4, 5]), ([3], [4, EOS])])
     assert rollout.finished.tolist() == [False, True]
 
 
-def test_the_engines_log_probs_are_kept_or_absent_as_a_whole():  # rule 8
+def test_the_engines_log_probs_are_kept_or_absent_as_a_whole():
     rollout = make_rollout([([1], [4, 5]), ([3], [4])], logprobs=[[-0.5, -1.5], [-2.5]])
     assert rollout.behavior_logprobs.tolist() == [[-0.5, -1.5], [-2.5, 0.0]]
     assert make_rollout(RAGGED).behavior_logprobs is None
 
 
-def test_stop_tokens_are_a_set_from_tokenizer_model_and_settings():  # rule 9
+def test_stop_tokens_are_a_set_from_tokenizer_model_and_settings():
     text = tokenizer()
     of_model = SimpleNamespace(eos_token_id=[5, 7])
     assert stop_token_ids(text, of_model, at_eos=True, extra=["ab", 11]) == {0, 5, 7, 3, 11}

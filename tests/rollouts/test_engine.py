@@ -1,4 +1,4 @@
-"""Rules 3, 5, 7, 8 and 9: the Hugging Face engine samples from the very policy that is trained."""
+"""The Hugging Face engine samples from the very policy that is trained."""
 
 import math
 
@@ -62,7 +62,7 @@ def greedy_by_hand(model, prompt_ids, limit, stops):
 
 @pytest.mark.parametrize("architecture", UNUSUAL_HEADS)
 def test_greedy_decoding_of_a_ragged_batch_is_that_of_each_prompt_alone(architecture):
-    # rules 1, 2 and 9: left padding, cache, rows that leave, several stop tokens, own limits
+    # left padding, cache, rows that leave, several stop tokens, own limits
     torch.manual_seed(1)
     model = UNUSUAL_HEADS[architecture]().eval()
     limits = [9, 4, 12, 1]
@@ -77,7 +77,7 @@ def test_greedy_decoding_of_a_ragged_batch_is_that_of_each_prompt_alone(architec
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_equals_hugging_faces_generate_with_left_padding(family):  # rule 2
+def test_greedy_decoding_equals_hugging_faces_generate_with_left_padding(family):
     model = FAMILIES[family]()
     width = max(len(p.token_ids) for p in PROMPTS)
     pads = [width - len(p.token_ids) for p in PROMPTS]
@@ -114,7 +114,7 @@ def test_completions_come_back_in_the_order_of_the_prompts(batch_size):
         assert completion.token_ids == greedy_by_hand(model, one.token_ids, limit, ())
 
 
-def test_every_response_keeps_its_own_random_limit():  # rule 9
+def test_every_response_keeps_its_own_random_limit():
     limits = draw_limits([2, 6], seeds(300))
     assert set(limits) == {2, 3, 4, 5, 6}
     assert draw_limits(7, seeds(3)) == [7, 7, 7]
@@ -131,7 +131,7 @@ def test_every_response_keeps_its_own_random_limit():  # rule 9
 @pytest.mark.parametrize("architecture", UNUSUAL_HEADS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_recorded_log_probs_are_those_of_the_training_forward(architecture, temperature):
-    # rules 7 and 8; Gemma 2 slides its window past the cache
+    # Gemma 2 slides its window past the cache
     torch.manual_seed(2)
     model = UNUSUAL_HEADS[architecture]().double().eval()
     policy = load(model).policy
@@ -145,10 +145,10 @@ def test_recorded_log_probs_are_those_of_the_training_forward(architecture, temp
         )
         trained = policy(rollout.tokens, temperature).logprobs
     torch.testing.assert_close(rollout.behavior_logprobs, trained, **FLOAT64)
-    assert rollout.response_token_ids() == [c.token_ids for c in completions]  # rule 3
+    assert rollout.response_token_ids() == [c.token_ids for c in completions]
 
 
-def test_lora_policies_are_sampled_with_their_adapter():  # rule 15
+def test_lora_policies_are_sampled_with_their_adapter():
     policy = load(llama(), tuning="lora").policy
     disturb(policy.trainable()[0], scale=0.4)
     sampler = engine(policy.lm.model, record_logprobs=True)
@@ -160,7 +160,7 @@ def test_lora_policies_are_sampled_with_their_adapter():  # rule 15
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_sampling_frequencies_are_the_tempered_softmax(temperature):  # rule 5
+def test_sampling_frequencies_are_the_tempered_softmax(temperature):
     model, number = gpt2(), 4000
     sampled = engine(model, Sampling(temperature=temperature)).generate(
         [PROMPTS[0]] * number, [1] * number, seeds(number)
@@ -178,7 +178,7 @@ def test_sampling_frequencies_are_the_tempered_softmax(temperature):  # rule 5
     assert chisquare(observed, [w * scale for w in wanted]).pvalue > 1e-3
 
 
-def test_a_token_of_probability_zero_is_never_drawn():  # rule 5
+def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.full((2000, 4), -math.inf, dtype=torch.float64)
     logits[:, 1:3] = 0.0
     drawn, logprobs = draw(logits, Sampling(), uniforms(seeds(2000), 1)[:, 0])
@@ -186,7 +186,7 @@ def test_a_token_of_probability_zero_is_never_drawn():  # rule 5
     torch.testing.assert_close(logprobs, torch.full_like(logprobs, -math.log(2)))
 
 
-def test_the_smallest_random_number_draws_the_first_possible_token():  # rule 5
+def test_the_smallest_random_number_draws_the_first_possible_token():
     logits = torch.tensor([[-math.inf, 0.0, 0.0], [0.0, -math.inf, 0.0]])
     assert draw(logits, Sampling(), torch.zeros(2).double())[0].tolist() == [1, 0]
 
@@ -269,7 +269,7 @@ def mean_and_error(x):
 
 
 @pytest.mark.parametrize("change", [flatten, lambda policy: disturb(policy.lm.parameters(), 0.05)])
-def test_sampled_responses_do_not_farm_negative_kl(change):  # rules 5 and 13
+def test_sampled_responses_do_not_farm_negative_kl(change):
     sampled, exact = sequence_kl(change, Sampling(temperature=0.8))
     mean, error = mean_and_error(sampled)
     assert mean > -3 * error
@@ -279,7 +279,7 @@ def test_sampled_responses_do_not_farm_negative_kl(change):  # rules 5 and 13
     assert float(exact.std()) < float(sampled.std()), "the exact sum has the lower variance"
 
 
-def test_truncated_sampling_would_farm_negative_kl():  # rule 5: why it is refused
+def test_truncated_sampling_would_farm_negative_kl():  # why it is refused
     mean, error = mean_and_error(sequence_kl(flatten, Sampling(temperature=0.8, top_k=2))[0])
     assert mean < -3 * error
 
@@ -292,7 +292,7 @@ def test_truncated_sampling_would_farm_negative_kl():  # rule 5: why it is refus
         ({"min_response_length": 4}, "negative KL; for longer responses add a `length` reward"),
     ],
 )
-def test_truncated_sampling_is_refused_with_its_reason(setting, message):  # rule 5
+def test_truncated_sampling_is_refused_with_its_reason(setting, message):
     with pytest.raises(ValueError, match="untruncated policy") as refusal:
         RunConfig(
             policy={"model": "toy"}, data={"train": "toy"},

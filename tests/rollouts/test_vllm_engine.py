@@ -112,7 +112,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_log_probs_are_the_policys_before_and_after_a_step(family, tuning):  # rule 8
+def test_log_probs_are_the_policys_before_and_after_a_step(family, tuning):
     policy = load(FAMILIES[family](), tuning=tuning).policy
     disturb(policy.trainable()[0], 0.05)  # an adapter starts at zero
     sampler = engine(policy)
@@ -211,7 +211,7 @@ def test_responses_end_at_a_stop_token_or_at_their_own_limit(sampler):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampling_frequencies_are_the_tempered_softmax(policy, temperature):  # rule 5
+def test_sampling_frequencies_are_the_tempered_softmax(policy, temperature):
     number = 4000
     tokens = [
         completion.token_ids[0]

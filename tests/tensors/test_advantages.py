@@ -1,4 +1,4 @@
-"""Rules 18 and 19: advantages, returns, whitening."""
+"""Advantages, returns, whitening."""
 
 import math
 
@@ -51,7 +51,7 @@ def quadratic_gae(row, after, gamma, lam):
 
 @settings(max_examples=60, deadline=None)
 @given(ragged())
-def test_gae_is_the_discounted_sum_of_all_later_deltas(case):  # rule 18, rule 29
+def test_gae_is_the_discounted_sum_of_all_later_deltas(case):
     rows, after, gamma, lam = case
     rewards, values, mask = as_tensors(rows)
     advantages, returns = gae(
@@ -67,7 +67,7 @@ def test_gae_is_the_discounted_sum_of_all_later_deltas(case):  # rule 18, rule 2
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_garbage_in_the_padding_never_reaches_advantages_or_returns(garbage):  # rule 18
+def test_garbage_in_the_padding_never_reaches_advantages_or_returns(garbage):
     rows = [[(1.0, 2.0), (-1.0, 0.5), (3.0, 1.0)], [(0.5, -1.0)], []]
     clean = gae(*as_tensors(rows), gamma=0.9, lam=0.8)
     dirty = gae(*as_tensors(rows, garbage), gamma=0.9, lam=0.8)
@@ -75,7 +75,7 @@ def test_garbage_in_the_padding_never_reaches_advantages_or_returns(garbage):  #
         assert torch.equal(left, right)
 
 
-def test_gae_of_three_tokens_by_hand():  # rule 18
+def test_gae_of_three_tokens_by_hand():
     # deltas with gamma 0.5: 1+0.5*4-2=1, 0+0.5*6-4=-1, 8-6=2; gamma*lambda = 0.25
     rewards, values, mask = as_tensors([[(1.0, 2.0), (0.0, 4.0), (8.0, 6.0)]])
     advantages, returns = gae(rewards, values, mask, gamma=0.5, lam=0.5)
@@ -83,20 +83,20 @@ def test_gae_of_three_tokens_by_hand():  # rule 18
     assert returns[0, :3].tolist() == [2.875, 3.5, 8.0]
 
 
-def test_without_discount_the_return_is_the_sum_of_later_rewards():  # rule 18
+def test_without_discount_the_return_is_the_sum_of_later_rewards():
     rewards, values, mask = as_tensors([[(1.0, 9.0), (2.0, -4.0), (4.0, 7.0)]])
     advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
     assert returns[0, :3].tolist() == [7.0, 6.0, 4.0]
     assert advantages[0, :3].tolist() == [-2.0, 10.0, -3.0]
 
 
-def test_with_lambda_zero_the_advantage_is_the_one_step_error():  # rule 18
+def test_with_lambda_zero_the_advantage_is_the_one_step_error():
     rewards, values, mask = as_tensors([[(1.0, 9.0), (2.0, -4.0), (4.0, 7.0)]])
     advantages, _ = gae(rewards, values, mask, gamma=1.0, lam=0.0)
     assert advantages[0, :3].tolist() == [1 - 4 - 9, 2 + 7 + 4, 4 - 7]
 
 
-def test_the_value_after_the_last_token_counts_only_when_given():  # rules 9 and 18
+def test_the_value_after_the_last_token_counts_only_when_given():
     rewards, values, mask = as_tensors([[(0.0, 1.0), (2.0, 3.0)], [(2.0, 3.0)]])
     ended, _ = gae(rewards, values, mask, gamma=0.5, lam=0.0)
     cut, _ = gae(
@@ -113,7 +113,7 @@ def noise(seed=0):
     return torch.randn(MASK.shape, generator=torch.Generator().manual_seed(seed)).double() * 3 + 5
 
 
-def test_whitened_advantages_have_zero_mean_and_unit_spread_over_real_tokens():  # rule 19
+def test_whitened_advantages_have_zero_mean_and_unit_spread_over_real_tokens():
     x = noise().masked_fill(~MASK, math.nan)
     whitened = whiten(x, MASK)
     real, variance = whitened[MASK], float(x[MASK].var(correction=0))
@@ -123,7 +123,7 @@ def test_whitened_advantages_have_zero_mean_and_unit_spread_over_real_tokens(): 
     assert not whitened[~MASK].any()
 
 
-def test_whitening_of_four_numbers_by_hand():  # rules 19 and 29
+def test_whitening_of_four_numbers_by_hand():
     x, mask = torch.tensor([[1.0, 3.0, 5.0, 7.0]]).double(), torch.ones(1, 4, dtype=torch.bool)
     expected = torch.tensor([[-3.0, -1.0, 1.0, 3.0]]).double() / math.sqrt(5 + WHITENING_EPS)
     torch.testing.assert_close(whiten(x, mask), expected, **FLOAT64)
@@ -131,16 +131,16 @@ def test_whitening_of_four_numbers_by_hand():  # rules 19 and 29
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_whitening_nothing_or_a_single_token_gives_zero_and_not_nan(count):  # rule 19
+def test_whitening_nothing_or_a_single_token_gives_zero_and_not_nan(count):
     mask = torch.arange(4)[None] < count
     assert torch.equal(whiten(noise()[:1], mask), torch.zeros(1, 4).double())
 
 
-def test_whitening_equal_numbers_stays_finite():  # rule 19
+def test_whitening_equal_numbers_stays_finite():
     assert not whiten(torch.full((2, 3), 7.0), torch.ones(2, 3, dtype=torch.bool)).any()
 
 
-def test_whitening_over_two_processes_equals_whitening_the_whole_batch():  # rule 19
+def test_whitening_over_two_processes_equals_whitening_the_whole_batch():
     x = noise()
     first, second = over_two_ranks(
         lambda rows, all_sum: whiten(x[rows], MASK[rows], all_sum=all_sum),
@@ -149,7 +149,7 @@ def test_whitening_over_two_processes_equals_whitening_the_whole_batch():  # rul
     torch.testing.assert_close(torch.cat([first, second]), whiten(x, MASK), **FLOAT64)
 
 
-def test_a_process_without_real_tokens_takes_part_in_whitening():  # rules 17 and 19
+def test_a_process_without_real_tokens_takes_part_in_whitening():
     x = noise()
     first, second = over_two_ranks(
         lambda rows, all_sum: whiten(x[rows], MASK[rows], all_sum=all_sum),
@@ -159,7 +159,7 @@ def test_a_process_without_real_tokens_takes_part_in_whitening():  # rules 17 an
     assert not second.any()
 
 
-def test_masked_means_and_sums_ignore_whatever_stands_outside_the_mask():  # rule 27
+def test_masked_means_and_sums_ignore_whatever_stands_outside_the_mask():
     x = torch.tensor([[1.0, 2.0, math.nan], [4.0, math.inf, math.nan]]).double()
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert float(masked_sum(x, mask)) == 7.0
@@ -168,7 +168,7 @@ def test_masked_means_and_sums_ignore_whatever_stands_outside_the_mask():  # rul
     assert float(masked_mean(x, torch.zeros_like(mask))) == 0.0
 
 
-def test_the_mean_over_processes_weighs_tokens_and_not_processes():  # rule 19
+def test_the_mean_over_processes_weighs_tokens_and_not_processes():
     x, mask = torch.tensor([[0.0, 0.0, 0.0], [8.0, 99.0, 99.0]]), torch.ones(2, 3).bool()
     mask[1, 1:] = False
     means = over_two_ranks(lambda row, all_sum: masked_mean(x[row], mask[row], all_sum), [0, 1])

@@ -1,4 +1,4 @@
-"""Rules 4, 10, 13 and 22: the LM head in chunks against the dense computation.
+"""The LM head in chunks against the dense computation.
 
 N tokens, D hidden width, V vocabulary.
 """
@@ -54,7 +54,7 @@ def dense(hidden, weight, bias, *, scale, softcap):
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_those_of_the_dense_head(monkeypatch, shape, chunk):
-    # rules 4, 10 and 22; the oracle is plain autograd
+    # the oracle is plain autograd
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
@@ -108,7 +108,7 @@ def test_float32_results_are_those_of_float64_to_rounding(shape):
 
 
 @pytest.mark.parametrize("trains", ["hidden", "weight", "bias"])
-def test_whichever_input_trains_alone_gets_its_gradient(trains):  # rule 10, frozen heads
+def test_whichever_input_trains_alone_gets_its_gradient(trains):  # frozen heads
     hidden, weight, bias, token_ids = draw(4, 6)
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
 
@@ -168,7 +168,7 @@ def watched(passes, num_tokens, vocabulary, *, width=4):
 @pytest.mark.parametrize(("num_tokens", "vocabulary"), [(64, 50), (512, 50), (512, 400)])
 def test_no_tensor_outgrows_the_chunk_budget_forward_or_backward(
     monkeypatch, num_tokens, vocabulary, passes
-):  # rule 10: nothing of the size tokens * vocabulary, ever
+):  # nothing of the size tokens * vocabulary, ever
     budget, width = 1000, 4
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
     seen = watched(passes, num_tokens, vocabulary, width=width)
@@ -178,7 +178,7 @@ def test_no_tensor_outgrows_the_chunk_budget_forward_or_backward(
 
 
 @PASSES
-def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, passes):  # rule 10
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, passes):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 1000)
     few, many = watched(passes, 50, 100), watched(passes, 800, 100)
     extra_tokens = 750
@@ -196,7 +196,7 @@ def test_without_entropy_one_chunk_of_logits_is_held(monkeypatch):
     assert budget <= seen.peak < 1.5 * budget
 
 
-def test_entropy_that_nobody_wants_is_zero_and_changes_nothing():  # rule 22
+def test_entropy_that_nobody_wants_is_zero_and_changes_nothing():
     hidden, weight, _, token_ids = draw(5, 9)
     head = LMHead(weight=weight, bias=None, scale=1.0)
     logprobs, entropy = token_logprobs(head, hidden, token_ids, with_entropy=False)
@@ -204,14 +204,14 @@ def test_entropy_that_nobody_wants_is_zero_and_changes_nothing():  # rule 22
     assert not entropy.any()
 
 
-def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size():  # rules 22 and 29
+def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size():
     head = LMHead(weight=torch.zeros(8, 3).double(), bias=None, scale=1.0)
     logprobs, entropy = token_logprobs(head, torch.randn(2, 3).double(), torch.tensor([0, 7]))
     torch.testing.assert_close(entropy, torch.full((2,), 3 * math.log(2)).double())
     torch.testing.assert_close(logprobs, -entropy)
 
 
-def test_half_precision_heads_normalise_in_float32():  # rule 4
+def test_half_precision_heads_normalise_in_float32():
     hidden, weight, _, token_ids = draw(6, 300, 16)
     hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
     head = LMHead(weight=weight, bias=None, scale=1.0)
@@ -225,7 +225,7 @@ def test_half_precision_heads_normalise_in_float32():  # rule 4
 
 
 @pytest.mark.parametrize("chunk", [1, 25, 10**6])
-def test_exact_kl_is_the_sum_over_the_whole_vocabulary(monkeypatch, chunk):  # rules 13 and 29
+def test_exact_kl_is_the_sum_over_the_whole_vocabulary(monkeypatch, chunk):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     hidden, weight, bias, _ = draw(6, 10, 5, 0)
     ref_hidden, ref_weight, _, _ = draw(6, 10, 5, 1)
@@ -240,7 +240,7 @@ def test_exact_kl_is_the_sum_over_the_whole_vocabulary(monkeypatch, chunk):  # r
         assert float(kl[n]) == pytest.approx(total, **FLOAT64_APPROX)
 
 
-def test_exact_kl_of_a_head_with_itself_is_zero():  # rule 13
+def test_exact_kl_of_a_head_with_itself_is_zero():
     hidden, weight, bias, _ = draw(6, 10)
     head = LMHead(weight=weight, bias=bias, scale=1.0)
     assert not exact_kl(head, hidden, head, hidden).any()
@@ -259,7 +259,7 @@ def test_the_watch_sees_what_a_dense_head_would_hold():
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_kl_and_its_gradients_are_those_of_the_dense_head(monkeypatch, shape, chunk):
-    # rule 39; the oracle is plain autograd
+    # the oracle is plain autograd
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     has_bias = options.pop("bias")
@@ -292,7 +292,7 @@ def cubic(logprobs, entropy, values=0.0):
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_loss_of_tokens_has_the_gradients_of_the_dense_head(monkeypatch, shape, chunk):
-    # rules 4, 10 and 22; the oracle is plain autograd
+    # the oracle is plain autograd
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk)
     options = dict(SHAPES[shape])
     hidden, weight, bias, token_ids = draw(7, 11, bias=options.pop("bias"))
@@ -319,7 +319,7 @@ def test_a_loss_of_tokens_has_the_gradients_of_the_dense_head(monkeypatch, shape
 @pytest.mark.parametrize(("num_tokens", "vocabulary"), [(64, 50), (512, 400)])
 def test_a_loss_of_tokens_and_a_comparison_stay_within_the_chunk_budget(
     monkeypatch, num_tokens, vocabulary
-):  # rule 10
+):
     budget, width = 1000, 4
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", budget)
     hidden, weight, bias, token_ids = draw(num_tokens, vocabulary, width)

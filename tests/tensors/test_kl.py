@@ -1,4 +1,4 @@
-"""Rules 12 and 14: KL estimators by enumeration, and the controller in numbers."""
+"""KL estimators by enumeration, and the controller in numbers."""
 
 import math
 
@@ -30,7 +30,7 @@ def expected(estimator, logp):
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-6, 6))
-def test_k1_and_k3_have_the_exact_kl_as_expectation(logit):  # rule 12
+def test_k1_and_k3_have_the_exact_kl_as_expectation(logit):
     logp = two_token_policy(torch.tensor(logit, dtype=torch.float64))
     for estimator in (k1, k3):
         assert float(expected(estimator, logp)) == pytest.approx(
@@ -40,7 +40,7 @@ def test_k1_and_k3_have_the_exact_kl_as_expectation(logit):  # rule 12
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-6, 6))
-def test_the_expected_gradient_of_k2_alone_is_the_gradient_of_the_kl(logit):  # rule 12
+def test_the_expected_gradient_of_k2_alone_is_the_gradient_of_the_kl(logit):
     def slope(function):
         x = torch.tensor(logit, dtype=torch.float64, requires_grad=True)
         function(two_token_policy(x)).backward()
@@ -51,7 +51,7 @@ def test_the_expected_gradient_of_k2_alone_is_the_gradient_of_the_kl(logit):  # 
     assert slope(lambda logp: expected(k1, logp)) == pytest.approx(0, **FLOAT64_APPROX)
 
 
-def test_k3_in_the_loss_would_pull_towards_the_wrong_place():  # rule 12: why k3 is for logs only
+def test_k3_in_the_loss_would_pull_towards_the_wrong_place():  # why k3 is for logs only
     x = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     expected(k3, two_token_policy(x)).backward()
     y = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -59,7 +59,7 @@ def test_k3_in_the_loss_would_pull_towards_the_wrong_place():  # rule 12: why k3
     assert abs(float(x.grad) - float(y.grad)) > 0.05
 
 
-def test_estimators_of_one_token_by_hand():  # rules 12 and 29
+def test_estimators_of_one_token_by_hand():
     logp, ref = torch.tensor([0.5, 0.25], dtype=torch.float64).log()
     assert float(k1(logp, ref)) == pytest.approx(math.log(2))
     assert float(k2(logp, ref)) == pytest.approx(math.log(2) ** 2 / 2)
@@ -78,13 +78,13 @@ def test_estimators_of_one_token_by_hand():  # rules 12 and 29
         (-3.0, 0.1 * (1 - 0.2 * 64 / 1000)),  # an estimate may be negative
     ],
 )
-def test_the_adaptive_controller_follows_ziegler(sequence_kl, coef):  # rule 14
+def test_the_adaptive_controller_follows_ziegler(sequence_kl, coef):
     controller = KLController(coef=0.1, target=6.0, horizon=1000.0)
     controller.update(sequence_kl, 64)
     assert controller.coef == pytest.approx(coef, **FLOAT64_APPROX)
 
 
-def test_the_fixed_controller_never_moves():  # rule 14
+def test_the_fixed_controller_never_moves():
     controller = KLController(coef=0.1)
     controller.update(1000.0, 64)
     assert controller.coef == 0.1

@@ -1,4 +1,4 @@
-"""Rule 17: running statistics of scores."""
+"""Running statistics of scores."""
 
 import statistics
 

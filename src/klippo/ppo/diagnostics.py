@@ -1,4 +1,4 @@
-"""How far offline training can be trusted: what rules 38 to 41 of off-policy learning ask to see.
+"""How far offline training can be trusted: ratios, effective sample size, distances.
 
 B sequences, T response tokens.
 """
