@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from klippo.policy.adapters import PeftModel
+from klippo.policy.adapters import CRITIC, PeftModel, using_adapter
 from klippo.policy.blocks import FrozenBlocks
 from klippo.tensors.head import (
     LMHead,
@@ -52,7 +52,6 @@ class CausalLM(nn.Module):
         self.trunk = model.base_model
         self.autocast = autocast
         self.frozen = frozen
-        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
 
     @property
     def hidden_size(self) -> int:
@@ -75,13 +74,7 @@ class CausalLM(nn.Module):
     def hidden(self, batch: TokenBatch, *, after_last: bool = False) -> Tensor:
         """Hidden states of the states that emit response tokens: (B, T, D), or (B, T+1, D)."""
         with self._known(batch, after_last):
-            hidden = trunk_hidden(
-                self.trunk,
-                batch,
-                self._takes_positions,
-                after_last=after_last,
-                autocast=self.autocast,
-            )
+            hidden = trunk_hidden(self.trunk, batch, after_last=after_last, autocast=self.autocast)
         return hidden.bfloat16() if self.autocast else hidden
 
     def _known(self, batch: TokenBatch, after_last: bool) -> AbstractContextManager[None]:
@@ -100,9 +93,7 @@ class CausalLM(nn.Module):
         if self.frozen is None:
             return batch
         with self.frozen.alone() as above:
-            trunk_hidden(
-                self.trunk, batch, self._takes_positions, after_last=True, autocast=self.autocast
-            )
+            trunk_hidden(self.trunk, batch, after_last=True, autocast=self.autocast)
         return replace(batch, frozen_states=above.given)
 
     def logprobs(
@@ -147,38 +138,99 @@ class CausalLM(nn.Module):
         return exact_kl(self.head(temperature), hidden, ref_head, ref_hidden)
 
 
-def trunk_hidden(
-    trunk: HFModel, batch: TokenBatch, takes_positions: bool, *, after_last: bool, autocast: bool
-) -> Tensor:
+def trunk_hidden(trunk: HFModel, batch: TokenBatch, *, after_last: bool, autocast: bool) -> Tensor:
     """Last hidden states at positions P-1 … P+T-2 (P+T-1 with `after_last`) of any HF trunk."""
     ids = torch.cat([batch.prompt_ids, batch.response_ids], 1)
     mask = torch.cat([batch.prompt_mask, batch.response_mask], 1)
     if not after_last:
         ids, mask = ids[:, :-1], mask[:, :-1]
-    # Padding before a row's first token must not shift its positions.
-    positions = (
-        {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
-    )
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    if "position_ids" in inspect.signature(trunk.forward).parameters:
+        # Padding before a row's first token must not shift its positions.
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     with torch.autocast(ids.device.type, torch.bfloat16) if autocast else nullcontext():
-        output = trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **positions)
-    hidden: Tensor = output.last_hidden_state
-    return hidden[:, batch.prompt_ids.shape[1] - 1 :]
+        output = trunk(**inputs, use_cache=False)
+    return output.last_hidden_state[:, batch.prompt_ids.shape[1] - 1 :]
 
 
 class Critic(nn.Module):
-    """Values of the states before response tokens; `critic.py` has the three kinds.
+    """V of the state before each response token: a scalar head on the hidden states there.
 
-    Called with the batch and the policy's hidden states (B, T, D) or, with `after_last`,
-    (B, T+1, D), it returns values (B, T) or (B, T+1).
+    The head is float32, or float64 on a float64 trunk, and starts at zero unless it is given.
     """
 
-    reads_policy: bool
-    """Whether it looks at the policy's hidden states; else they may be None."""
-    head: nn.Linear
+    reads_policy = False
+    """Whether the states are the policy's; else those that `forward` gets may be None."""
+
+    def __init__(self, width: int, dtype: torch.dtype, head: nn.Linear | None = None) -> None:
+        super().__init__()
+        if head is None:
+            head = nn.Linear(width, 1, dtype=torch.promote_types(dtype, torch.float32))
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.head = head
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters that the policy does not use."""
+        """Those that the policy does not use."""
+        return self.head.parameters()
+
+    def own_states(self, batch: TokenBatch, *, after_last: bool) -> Tensor:
+        """What the head reads unless `reads_policy`; (B, T, D), or (B, T+1, D)."""
         raise NotImplementedError
+
+    def forward(self, batch: TokenBatch, hidden: Tensor | None, *, after_last: bool) -> Tensor:
+        """Values (B, T) or (B, T+1), from the batch and the policy's hidden states."""
+        if hidden is None or not self.reads_policy:
+            hidden = self.own_states(batch, after_last=after_last)
+        values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return values
+
+
+class TrunkCritic(Critic):
+    """A head on the policy's trunk; its loss also trains the trunk."""
+
+    reads_policy = True
+
+    def __init__(self, lm: CausalLM) -> None:
+        super().__init__(lm.hidden_size, lm.model.dtype)
+
+
+class LoraCritic(Critic):
+    """A second LoRA adapter on the policy's frozen base, with a head."""
+
+    def __init__(self, lm: CausalLM, peft_model: PeftModel) -> None:
+        super().__init__(lm.hidden_size, lm.model.dtype)
+        # Shared with the policy: not submodules.
+        object.__setattr__(self, "_shared", (lm, peft_model))
+        self._shared: tuple[CausalLM, PeftModel]
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self._shared[0].model.named_parameters():
+            if f".{CRITIC}." in name:
+                yield parameter
+        yield from self.head.parameters()
+
+    def own_states(self, batch: TokenBatch, *, after_last: bool) -> Tensor:
+        lm, peft_model = self._shared
+        with using_adapter(peft_model, CRITIC):
+            return lm.hidden(batch, after_last=after_last)
+
+
+class SeparateCritic(Critic):
+    """A separate model: a trunk and a head, which may be those of a reward model."""
+
+    def __init__(
+        self, trunk: HFModel, head: nn.Linear | None = None, *, autocast: bool = False
+    ) -> None:
+        super().__init__(trunk.config.get_text_config().hidden_size, trunk.dtype, head)
+        self.trunk = trunk
+        self.autocast = autocast
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        return self.parameters()
+
+    def own_states(self, batch: TokenBatch, *, after_last: bool) -> Tensor:
+        return trunk_hidden(self.trunk, batch, after_last=after_last, autocast=self.autocast)
 
 
 class ActorCritic(nn.Module):

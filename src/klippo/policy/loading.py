@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from klippo.errors import ConfigError, PreflightError
 from klippo.hub import load_model, load_tokenizer, with_fused_activations
-from klippo.policy.actor_critic import ActorCritic, CausalLM, Reference
+from klippo.policy.actor_critic import (
+    ActorCritic,
+    CausalLM,
+    LoraCritic,
+    Reference,
+    SeparateCritic,
+    TrunkCritic,
+)
 from klippo.policy.adapters import (
-    CRITIC,
     REFERENCE,
     PeftModel,
     add_adapters,
@@ -24,7 +30,6 @@ from klippo.policy.adapters import (
     with_lean_adapters,
 )
 from klippo.policy.blocks import FrozenBlocks, decoder_blocks
-from klippo.policy.critic import LoraCritic, SeparateCritic, TrunkCritic
 from klippo.policy.norms import with_lean_norms
 from klippo.policy.settings import CriticSettings, PolicySettings, Sharding
 from klippo.policy.sharding import shard
@@ -225,7 +230,7 @@ def _critic(
     if settings.kind == "trunk":
         return TrunkCritic(lm)
     assert peft_model is not None
-    critic = LoraCritic(lm, partial(using_adapter, peft_model, CRITIC), CRITIC)
+    critic = LoraCritic(lm, peft_model)
     for parameter in critic.own_parameters():
         parameter.requires_grad_(True)
     return critic

@@ -6,29 +6,16 @@ import json
 from pathlib import Path
 
 from klippo.hub import no_progress_bars
-from klippo.policy.actor_critic import ActorCritic
+from klippo.policy.actor_critic import ActorCritic, LoraCritic, SeparateCritic
 from klippo.policy.adapters import CRITIC, POLICY
-from klippo.policy.critic import LoraCritic, SeparateCritic
 from klippo.policy.sharding import full_state
 from klippo.types import Tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
-def save_policy(
-    policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path, critic_dir: Path
-) -> None:
-    """model_dir: model (or adapter) and tokenizer; critic_dir: value head and what it stands on.
-
-    Call it inside `full_weights`.
-    """
-    save_model(policy, tokenizer, model_dir)
-    with no_progress_bars():
-        save_critic(policy, critic_dir)
-
-
 def save_model(policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path) -> None:
-    """Model (or adapter) and tokenizer."""
+    """Model (or adapter) and tokenizer; inside `full_weights`, as `save_policy`."""
     with no_progress_bars():
         if policy.peft_model is None:
             weights = full_state(policy.lm.model)
@@ -38,14 +25,18 @@ def save_model(policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path) -> No
         tokenizer.save_pretrained(model_dir)
 
 
-def save_critic(policy: ActorCritic, critic_dir: Path) -> None:
-    """The value head as safetensors, and the critic's own trunk or adapter if it has one."""
+def save_policy(
+    policy: ActorCritic, tokenizer: Tokenizer, model_dir: Path, critic_dir: Path
+) -> None:
+    """model_dir: as `save_model`; critic_dir: value head, and the critic's trunk or adapter."""
     from safetensors.torch import save_file
 
+    save_model(policy, tokenizer, model_dir)
     critic = policy.critic
     critic_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(critic, SeparateCritic):
-        critic.trunk.save_pretrained(critic_dir, state_dict=full_state(critic.trunk))
+        with no_progress_bars():
+            critic.trunk.save_pretrained(critic_dir, state_dict=full_state(critic.trunk))
         stands_on = "this folder's model"
     elif isinstance(critic, LoraCritic):
         _save_adapter(policy, CRITIC, critic_dir)

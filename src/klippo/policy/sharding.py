@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from klippo.errors import PreflightError
-from klippo.policy.actor_critic import ActorCritic, Reference
+from klippo.policy.actor_critic import ActorCritic, Reference, SeparateCritic
 from klippo.policy.adapters import PeftModel
 from klippo.policy.blocks import decoder_blocks
-from klippo.policy.critic import SeparateCritic
 from klippo.policy.settings import Sharding
 from klippo.ranks import Ranks
 from klippo.types import HFModel, TokenBatch
