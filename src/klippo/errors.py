@@ -1,5 +1,13 @@
 """Errors that users meet: each names value, rule and remedy, and carries its exit code."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The choice that `word` was probably meant to be."""
+    return next(iter(get_close_matches(word, list(choices), n=1, cutoff=cutoff)), None)
+
 
 class KlippoError(Exception):
     """A problem the user can fix; the command line prints its text alone, without a traceback."""

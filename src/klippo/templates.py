@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 
-from klippo.errors import ConfigError
+from klippo.errors import ConfigError, nearest
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -54,11 +53,10 @@ def check_template(template: str) -> None:
     """Raise ConfigError for a name that is none; columns are checked when filled in."""
     if template in NAMES or "{" in template:
         return
-    near = difflib.get_close_matches(template.lower().replace("_", "-"), NAMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(template.lower().replace("_", "-"), NAMES)
     raise ConfigError(
         f"template={template!r} is neither {' nor '.join(NAMES)}, nor written out with {{prompt}}"
-        + hint
+        + (f"; did you mean {near}?" if near else "")
     )
 
 
@@ -82,10 +80,10 @@ def _fill(template: str, columns: Mapping[str, object], texts: Mapping[str, str]
         if name in columns:
             return "" if columns[name] is None else str(columns[name])
         known = [*texts, *columns]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise ConfigError(
             f"template={template!r}: {{{name}}} is no column; there are {', '.join(known)}"
-            + (f": did you mean {{{near[0]}}}?" if near else "")
+            + (f": did you mean {{{near}}}?" if near else "")
         )
 
     return _NAME.sub(value, template)

@@ -53,7 +53,7 @@ def test_every_word_up_to_the_next_option_is_a_name_or_an_override(arguments, sp
 def test_train_reads_entries_seeds_and_overrides():
     body = "c = args[0].config; print(args[0].name, c.reward.model, c.seed, c.rm_seed, c.ppo)"
     arguments = ["--configs", "base", "longer", "--rm_seed", "3", "--rng_seed", "4"]
-    done = run("train", *arguments, "ppo.num_epochs=2", code=stage(body, "train"))
+    done = run("train", *arguments, "ppo.num_epochs=2", code=stage(body, "train", "train.run"))
     assert done.stderr == ""
     assert done.stdout.startswith("longer rm3 4 3 num_steps=9 batch_size=64 num_epochs=2 ")
 

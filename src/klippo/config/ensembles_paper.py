@@ -15,8 +15,9 @@ from typing import Any
 
 from klippo.config.located import Located, Problem, locate, write_value
 from klippo.config.merge import COMMAND_LINE, merge, nest
-from klippo.config.problems import choice_rule, nearest
+from klippo.config.problems import choice_rule
 from klippo.config.schema import RunConfig
+from klippo.errors import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from klippo.config.located import (
 )
 from klippo.config.merge import COMMAND_LINE, merge, parse_overrides
 from klippo.config.placeholders import fill_placeholders, reopened
-from klippo.config.problems import describe, nearest
+from klippo.config.problems import describe
 from klippo.config.schema import RunConfig, WholeConfig
-from klippo.errors import ConfigError
+from klippo.errors import ConfigError, nearest
 
 DEFAULT = "default"
 RECIPES = "klippo.recipes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import get_args
 
 from pydantic import ValidationError
@@ -12,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from klippo.config.located import KeyPath, Located, Problem, dotted, write_value
 from klippo.config.walk import Field, Section, all_sections, by_kind, find, members, sections_of
+from klippo.errors import nearest
 
 _EXPECTED = {
     "int": "a whole number",
@@ -41,11 +41,6 @@ def describe(error: ValidationError, tree: Located, schema: Section) -> list[Pro
         if not inside:
             problems += _problems_of(tries, tree, schema)
     return problems
-
-
-def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice that `word` was probably meant to be."""
-    return next(iter(get_close_matches(word, list(choices), n=1, cutoff=cutoff)), None)
 
 
 def any_of(choices: Iterable[str]) -> str:

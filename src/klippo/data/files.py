@@ -7,7 +7,6 @@ refuses columns of mixed types, and does not say on which line a file is broken.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from klippo.errors import ConfigError
+from klippo.errors import ConfigError, nearest
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -55,8 +54,8 @@ class Row:
         """Raises ConfigError if the data has no such column; `setting` is what names it."""
         names = list(self.columns)
         if column not in names:
-            near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
+            near = nearest(column, names, cutoff=0.5)
+            hint = f"did you mean {near!r}?" if near else f"set {setting} to one of them"
             raise ConfigError(
                 f"{self.source}: there is no column {column!r}; the columns are "
                 f"{', '.join(names)}: {hint}"
@@ -260,5 +259,5 @@ def _nearest_file(path: Path) -> str:
     if not folder.is_dir():
         return f"; nor is there a folder {folder}"
     files = [entry.name for entry in folder.iterdir() if entry.is_file()]
-    near = difflib.get_close_matches(path.name, files, n=1)
-    return f"; did you mean {folder / near[0]}?" if near else "; check the path"
+    near = nearest(path.name, files)
+    return f"; did you mean {folder / near}?" if near else "; check the path"

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from klippo.config.problems import nearest
 from klippo.config.schema import RunConfig
 from klippo.data.files import Row
-from klippo.errors import ConfigError
+from klippo.errors import ConfigError, nearest
 from klippo.evaluation.comparison import Match
 from klippo.evaluation.samples import known
 from klippo.evaluation.style import STYLE
