@@ -13,6 +13,7 @@ from klippo.evaluation.comparison import (
     style_values,
 )
 from klippo.policy.actor_critic import CausalLM
+from tests.tolerance import FLOAT64_APPROX
 from tests.toys import RAGGED, dense_logprobs, disturb, gpt2, make_rollout
 
 
@@ -87,8 +88,8 @@ def test_the_change_of_the_probabilities_is_that_of_the_models_own_logits() -> N
             .mean()
             for row in RAGGED[:2]
         ]
-    assert found.kl.mean == pytest.approx(float(sum(kls)) / 2, rel=1e-4)
-    assert found.logprob.mean == pytest.approx(float(sum(moved)) / 2, rel=1e-4)
+    assert found.kl.mean == pytest.approx(float(sum(kls)) / 2, **FLOAT64_APPROX)
+    assert found.logprob.mean == pytest.approx(float(sum(moved)) / 2, **FLOAT64_APPROX)
     same = output_change(CausalLM(before), CausalLM(before), old, new, batch_size=2)
-    assert same.kl.mean == pytest.approx(0, abs=1e-6)
+    assert same.kl.mean == pytest.approx(0, **FLOAT64_APPROX)
     assert same.logprob.mean == 0
