@@ -48,7 +48,7 @@ class NoFloat32(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        elif args and isinstance(args[0], torch.Tensor):
+        elif args and isinstance(args[0], torch.Tensor) and func is not torch.Tensor.view:
 
             def widened(x):
                 return torch.float64 if x is torch.float32 else x

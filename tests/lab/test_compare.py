@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.judge.servers import api, serving
 from tests.small_models import WORDS
+from tests.tolerance import FLOAT64_APPROX
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_training_changed_the_answers_for_the_better(cli, compared, run: Path, g
     assert again == out
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_model_and_itself_are_the_same_in_every_figure(
     compared, gpt2: Path, reward_file: Path
 ) -> None:
@@ -74,7 +76,7 @@ def test_a_model_and_itself_are_the_same_in_every_figure(
         "relative": 0, "num_changed": 0,
         "num_tensors": len(list(AutoModelForCausalLM.from_pretrained(gpt2).parameters())),
     }  # fmt: skip
-    assert found["outputs"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert found["outputs"]["kl"]["mean"] == pytest.approx(0, **FLOAT64_APPROX)
     assert found["outputs"]["logprob"]["mean"] == 0
     assert found["words"]["distance"] == 0
     differences = [one["difference"] for one in found["whole"]["measures"].values()]

@@ -7,7 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.tolerance import FLOAT64
 
+
+@pytest.mark.usefixtures("in_float64")
 def test_the_merged_model_gives_the_adapted_logits(cli, gpt2: Path, adapter: Path, tmp_path: Path):
     code, out, err = cli("merge", f"{gpt2}+{adapter}", tmp_path / "whole")
     assert code == 0, err
@@ -22,7 +25,7 @@ def test_the_merged_model_gives_the_adapted_logits(cli, gpt2: Path, adapter: Pat
         ours = whole(**ids).logits
         plain = base.eval()(**ids).logits.clone()
         theirs = PeftModel.from_pretrained(base, adapter).eval()(**ids).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, theirs, **FLOAT64)
     assert (theirs - plain).abs().max() > 1e-3
 
 

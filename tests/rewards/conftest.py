@@ -13,10 +13,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from klippo.hub import load_model
-from klippo.rewards import scorers
 from klippo.types import Prompt, Rollout, TokenBatch
-from tests.tolerance import NoFloat32
 
 SENTENCES = [
     "The film was long and the music was loud.",
@@ -121,19 +118,6 @@ def folders(tmp_path_factory):
             problem_type="multi_label_classification",
         ),
     }
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Reward models compute in float64, and so do the scores made of theirs."""
-
-    def load(*arguments, dtype, **options):
-        dtype = torch.float64 if dtype is torch.float32 else dtype
-        return load_model(*arguments, dtype=dtype, **options)
-
-    monkeypatch.setattr(scorers, "load_model", load)
-    with NoFloat32():
-        yield
 
 
 def make_rollout(responses, *, prompts=None, token_ids=None, metas=None):

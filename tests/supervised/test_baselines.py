@@ -19,6 +19,7 @@ from klippo.supervised.settings import TrainingSettings
 from klippo.supervised.sft import learn_response
 from klippo.supervised.training import Training
 from klippo.types import Completion, LoggedResponse, Prompt
+from tests.tolerance import FLOAT64, float32_approx
 from tests.toys import assert_same_tensors
 
 CPU = torch.device("cpu")
@@ -97,6 +98,7 @@ def logp(model, tokens):
     return sum(float(logprobs[i - 1, ids[i]]) for i in range(3, len(ids)))
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("tuning", ["full", "last_layers", "fresh lora", "adapter"])
 def test_the_reference_of_dpo_is_the_start(tuning, gpt2, adapter):
     policy = {"model": str(gpt2), "tuning": tuning, "num_unfrozen_layers": 1}
@@ -109,20 +111,22 @@ def test_the_reference_of_dpo_is_the_start(tuning, gpt2, adapter):
         oracle = PeftModel.from_pretrained(oracle, adapter)
     at_start = logp(oracle, [17, 8, 0]), logp(oracle, [9, 0])
     steps = dpo(start)
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
-    assert steps[0]["logps/chosen"] == pytest.approx(at_start[0], abs=1e-5)
-    assert steps[0]["logps/rejected"] == pytest.approx(at_start[1], abs=1e-5)
+    rounding = float32_approx(4, 10.0)  # the trainer logs float32; log-probs are -10 to 0
+    assert steps[0]["loss"] == pytest.approx(math.log(2), **rounding)
+    assert steps[0]["rewards/chosen"] == pytest.approx(0, **rounding)
+    assert steps[0]["logps/chosen"] == pytest.approx(at_start[0], **rounding)
+    assert steps[0]["logps/rejected"] == pytest.approx(at_start[1], **rounding)
     # After updates the implicit reward still counts from the start: beta * (log pi - log start).
     last = steps[-1]
     assert last["logps/chosen"] > at_start[0] + 0.01
     assert last["rewards/chosen"] == pytest.approx(
-        0.5 * (last["logps/chosen"] - at_start[0]), abs=1e-5
+        0.5 * (last["logps/chosen"] - at_start[0]), **rounding
     )
     if tuning == "adapter":
         assert abs(at_start[0] - bare[0]) > 0.01
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_gradient_checkpointing_changes_no_number_of_dpo(gpt2, adapter):
     settings = PolicySettings(**lora(gpt2, adapter))
     found = []
@@ -131,7 +135,7 @@ def test_gradient_checkpointing_changes_no_number_of_dpo(gpt2, adapter):
         dpo(start, gradient_checkpointing=checkpointing)
         parameters = start.policy.lm.model.named_parameters()
         found.append({name: p.detach() for name, p in parameters if ".default." in name})
-    assert_same_tensors(*found, atol=1e-6)
+    assert_same_tensors(*found, **FLOAT64)
 
 
 def test_the_loss_stands_on_the_response_alone():
@@ -180,6 +184,7 @@ def test_compare_takes_the_folders(baselines, cli, reward_file, tmp_path):
     assert "reward" not in out
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", ["sft-best", "dpo"])
 def test_an_sft_adapter_is_continued(name, baselines, gpt2, adapter, tmp_path):
     code, _, err = baselines("--only", name, policy=lora(gpt2, adapter))
@@ -197,8 +202,8 @@ def test_an_sft_adapter_is_continued(name, baselines, gpt2, adapter, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         logits = plain(input_ids=IDS).logits
-        torch.testing.assert_close(ours.policy.lm.model(input_ids=IDS).logits, logits)
-        torch.testing.assert_close(theirs(input_ids=IDS).logits, logits)
+        torch.testing.assert_close(ours.policy.lm.model(input_ids=IDS).logits, logits, **FLOAT64)
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, logits, **FLOAT64)
 
 
 ALONE = [

@@ -10,6 +10,7 @@ from klippo.rewards.ensemble import EnsembleReward
 from klippo.rewards.settings import EnsembleSettings
 from klippo.supervised.settings import RewardModelConfig
 from tests.supervised.conftest import PAIRS
+from tests.tolerance import FLOAT64_APPROX
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ def test_an_ensemble_is_trained_measured_and_ready_to_be_a_reward(reward_model, 
     assert f"members: ['{tmp_path}/rm_seed{{seed}}'], seeds: [1, 2]" in out
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_the_reference_moments_are_those_of_shared_samples(reward_model, tmp_path):
     from klippo.ranks import choose_device
     from klippo.rewards.classifier import ClassifierReward
@@ -85,8 +87,8 @@ def test_the_reference_moments_are_those_of_shared_samples(reward_model, tmp_pat
         reward = ClassifierReward(ClassifierSettings(kind="classifier", model=folder))
         scores = reward.score(first).reward.double()
         own = stored.read(folder)
-        assert own.mean == pytest.approx(float(scores.mean()), abs=1e-6)
-        assert own.sd == pytest.approx(float(scores.std()), abs=1e-6)
+        assert own.mean == pytest.approx(float(scores.mean()), **FLOAT64_APPROX)
+        assert own.sd == pytest.approx(float(scores.std()), **FLOAT64_APPROX)
 
 
 def test_whole_members_are_kept_and_missing_ones_trained(reward_model, tmp_path):

@@ -13,6 +13,7 @@ from klippo.errors import ConfigError
 from klippo.hub import load_tokenizer
 from klippo.supervised.settings import ExampleSettings, ModelSettings
 from klippo.supervised.sft import NOT_LEARNT, build_examples, load_for_sft, nats_per_token
+from tests.tolerance import FLOAT64_APPROX
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -144,6 +145,7 @@ def test_cutting_prompts_is_refused():
         ExampleSettings(train="x", cut_tokens=[2, 8])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_held_out_loss_is_that_of_the_models_own_logits(gpt2, examples):
     rows = [*ROWS[:2], {"prompt": "it", "response": "good"}]
     built = examples(rows)
@@ -153,7 +155,7 @@ def test_held_out_loss_is_that_of_the_models_own_logits(gpt2, examples):
             logprobs = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
         learnt = [i for i, label in enumerate(example.labels) if label != NOT_LEARNT]
         nats = [-float(logprobs[i - 1, example.input_ids[i]]) for i in learnt]
-        assert found == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+        assert found == pytest.approx(sum(nats) / len(nats), **FLOAT64_APPROX)
 
 
 def test_sft_lowers_the_held_out_loss_and_writes_a_model_that_stops(sft, tmp_path):

@@ -14,6 +14,7 @@ from klippo.rewards.classifier import ClassifierReward
 from klippo.rollouts.hf import HFEngine
 from klippo.runs.folder import read_rows
 from klippo.train.session import Session
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
 from tests.toys import disturb
 
 PPO = {"batch_size": 8, "num_epochs": 2}
@@ -71,6 +72,7 @@ def sft_adapter(gpt2: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_nothing_is_sampled_and_no_reward_model_is_loaded(
     config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -87,12 +89,12 @@ def test_nothing_is_sampled_and_no_reward_model_is_loaded(
     steps = read_rows(run / "metrics.jsonl")
     assert len(steps) == 6
     assert not any(key.startswith("reward/") for step in steps for key in step)
-    assert steps[0]["kl/sequence_nats"] == pytest.approx(0, abs=1e-5)
+    assert steps[0]["kl/sequence_nats"] == pytest.approx(0, **FLOAT64_APPROX)
     assert steps[-1]["kl/sequence_nats"] > 0.01
     looks = read_rows(run / "diagnostics.jsonl")
     assert [look["step"] for look in looks] == [0, 3, 6]
-    assert looks[0]["offline/ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert looks[0]["offline/ess_responses"] == pytest.approx(1, abs=1e-4)
+    assert looks[0]["offline/ratio_max"] == pytest.approx(1, **FLOAT64_APPROX)
+    assert looks[0]["offline/ess_responses"] == pytest.approx(1, **FLOAT64_APPROX)
     assert looks[-1]["offline/ess_responses"] < 1
     assert not (run / "eval").exists()
     text = (run / "report.html").read_text()
@@ -113,6 +115,7 @@ def test_good_responses_become_likelier_than_bad_ones(config, tmp_path: Path) ->
     assert gap(last) > gap(first) + 0.1
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("placement", ["exact", "no penalty"])
 def test_offline_on_the_policys_own_responses_is_the_first_online_step(
     config, gpt2: Path, reward_file: Path, prompts_file: Path, tmp_path: Path, placement: str
@@ -166,12 +169,13 @@ def test_offline_on_the_policys_own_responses_is_the_first_online_step(
         online.session.policy.named_parameters(),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0, msg=name)
+        torch.testing.assert_close(ours, theirs, **FLOAT64, msg=name)
     start = load_file(gpt2 / "model.safetensors")
     moved = online.session.policy.lm.model.state_dict()
     assert max(float((moved[name] - x).abs().max()) for name, x in start.items()) > 1e-4
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_an_adapter_trains_further_and_plain_peft_loads_it(
     config, gpt2: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:
@@ -184,7 +188,7 @@ def test_an_adapter_trains_further_and_plain_peft_loads_it(
     trainer.train()
     run = tmp_path / "run"
     looks = read_rows(run / "diagnostics.jsonl")
-    assert looks[0]["offline/kl_start_nats"] == pytest.approx(0, abs=1e-5)
+    assert looks[0]["offline/kl_start_nats"] == pytest.approx(0, **FLOAT64_APPROX)
     assert looks[-1]["offline/kl_start_nats"] > 1e-3
     assert "offline/explained_variance" not in looks[0]  # leave one out has no critic
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2), run / "model")
@@ -197,7 +201,7 @@ def test_an_adapter_trains_further_and_plain_peft_loads_it(
         start = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(gpt2), sft_adapter
         ).eval()(input_ids=ids)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, theirs, **FLOAT64)
     assert (theirs - start.logits).abs().max() > 1e-3
     wanted = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(

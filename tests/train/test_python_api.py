@@ -10,6 +10,7 @@ from klippo import PPOTrainer
 from klippo.errors import ConfigError
 from klippo.runs.folder import read_rows
 from tests.small_models import word_tokenizer
+from tests.tolerance import FLOAT64_APPROX
 
 PROMPTS = ["the movie was", "a film is", "I liked the movie"]
 
@@ -64,6 +65,7 @@ def test_an_async_reward_function_is_awaited(tmp_path: Path, gpt2: Path) -> None
     assert outcome.num_steps == 2
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_loop_of_ones_own_learns_from_scores_of_ones_own(trainer: PPOTrainer) -> None:
     means = []
     for step in range(12):
@@ -72,7 +74,7 @@ def test_a_loop_of_ones_own_learns_from_scores_of_ones_own(trainer: PPOTrainer) 
         metrics = trainer.step(rollout.prompts, rollout.response_token_ids(), scores)
         assert metrics["reward/score_mean"] == pytest.approx(sum(scores) / 8)
         if step == 0:
-            assert metrics["kl/sequence_nats"] == pytest.approx(0, abs=1e-5)
+            assert metrics["kl/sequence_nats"] == pytest.approx(0, **FLOAT64_APPROX)
         means.append(metrics["reward/score_mean"])
     assert sum(means[-3:]) > sum(means[:3])
 

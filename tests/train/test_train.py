@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klippo.runs.folder import read_rows
+from tests.tolerance import FLOAT64_APPROX
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_run_leaves_a_complete_folder(cli, write_config, tmp_path: Path) -> None:
     code, out, err = cli("train", write_config())
     assert code == 0, err
@@ -33,13 +35,14 @@ def test_a_run_leaves_a_complete_folder(cli, write_config, tmp_path: Path) -> No
     metrics = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
     assert all(row["update/num_optimizer_steps"] == 4 for row in metrics)
-    assert metrics[0]["kl/sequence_nats"] == pytest.approx(0, abs=1e-5)
-    assert metrics[0]["policy/first_ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics[0]["kl/sequence_nats"] == pytest.approx(0, **FLOAT64_APPROX)
+    assert metrics[0]["policy/first_ratio_mean"] == pytest.approx(1, **FLOAT64_APPROX)
     assert json.loads((run / "run_status.json").read_text())["state"] == "done"
     assert "step 3/3" in out
     assert "Before and after, 8 fixed prompts" in out
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_evaluation_rows_hold_what_the_laboratory_needs(cli, write_config, tmp_path: Path) -> None:
     assert cli("train", write_config())[0] == 0
     before = read_rows(tmp_path / "run/eval/step-0.jsonl")
@@ -59,7 +62,7 @@ def test_evaluation_rows_hold_what_the_laboratory_needs(cli, write_config, tmp_p
         "kl_exact_nats",
     }
     assert after[0]["episodes"] == 48
-    assert all(row["kl_exact_nats"] == pytest.approx(0, abs=1e-4) for row in before)
+    assert all(row["kl_exact_nats"] == pytest.approx(0, **FLOAT64_APPROX) for row in before)
     assert sum(row["kl_exact_nats"] for row in after) > 0
 
 
@@ -76,6 +79,7 @@ def test_the_saved_model_loads_with_from_pretrained_and_is_the_trained_one(
     assert head["weight"].abs().sum() > 0
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_lora_run_saves_an_adapter_that_peft_loads_and_a_run_can_start_from(
     cli, write_config, tmp_path: Path, gpt2: Path
 ) -> None:
@@ -91,7 +95,7 @@ def test_a_lora_run_saves_an_adapter_that_peft_loads_and_a_run_can_start_from(
     )
     assert cli("train", second)[0] == 0
     assert read_rows(tmp_path / "second/metrics.jsonl")[0]["kl/sequence_nats"] == pytest.approx(
-        0, abs=1e-5
+        0, **FLOAT64_APPROX
     )
 
 
