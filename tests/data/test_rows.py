@@ -270,3 +270,14 @@ def test_rows_with_the_same_joined_prompt_are_held_out_together():
         sides = [{row.number for row in side} for side in (train, held)]
         assert all({0, 3} <= side or not {0, 3} & side for side in sides)
         assert all({1, 2} <= side or not {1, 2} & side for side in sides)
+
+
+def test_a_folder_named_like_a_partition_adds_no_column_to_a_parquet_file(tmp_path):
+    (tmp_path / "lang=en").mkdir()
+    assert columns(load(as_parquet(tmp_path / "lang=en"))[0]) == ROWS
+
+
+def test_a_long_csv_column_of_numbers_and_words_stays_text(tmp_path):
+    cells = [str(i) for i in range(300_000)] + ["word"]
+    rows, _ = load(write(tmp_path / "a.csv", "prompt\n" + "\n".join(cells) + "\n"))
+    assert [row.columns["prompt"] for row in rows] == cells

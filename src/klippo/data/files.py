@@ -225,10 +225,10 @@ def _read_table(path: Path, kind: str) -> list[dict[str, Any]]:
 
     try:
         if kind == "parquet":
-            table = parquet.read_table(path)
+            table = parquet.ParquetFile(path).read()
         else:
             # Only an empty cell is missing: pandas would also take the texts "NA" and "None" away.
-            frame = pandas.read_csv(path, keep_default_na=False, na_values=[""])
+            frame = pandas.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False)
             table = pyarrow.Table.from_pandas(frame, preserve_index=False)
         return list(table.to_pylist())
     except Exception as error:
