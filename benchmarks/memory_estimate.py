@@ -113,7 +113,7 @@ def run_half(name: str, half: str, folder: Path) -> dict[str, Any]:
     from klippo.config.load import config_from_mapping
     from klippo.ranks import choose_device
     from klippo.runs.memory import peak_memory_gib
-    from klippo.train.trial import measured_estimate
+    from klippo.train.trial import Trial
 
     device = choose_device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
@@ -123,7 +123,7 @@ def run_half(name: str, half: str, folder: Path) -> dict[str, Any]:
         if half == "measure":
             trainer.train()
             return {"measured_gib": round(peak_memory_gib(device), 4)}
-        estimate = measured_estimate(trainer.session)
+        estimate = Trial(trainer.session).measured()
     return {
         "name": name,
         "estimate_gib": round(estimate.peak / 2**30, 4),

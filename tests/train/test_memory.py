@@ -15,25 +15,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
 from klippo.errors import OutOfMemoryError, PreflightError
-from klippo.policy.loading import load_policy
 from klippo.runs.folder import METRICS_FILE, STATUS_FILE
 from klippo.runs.memory import GIB, peak_memory, reset_peak, used_memory
 from klippo.train import trial
 from klippo.train.memory import (
     FRAMEWORK,
     PASSES,
-    Sizes,
     cache_bytes,
-    generous_bound,
-    loaded_estimate,
     model_weights,
+    num_stored,
     stored_estimate,
-    stored_sizes,
 )
-from klippo.train.out_of_memory import longest_sizes
 from klippo.train.trainer import PPOTrainer
+from klippo.train.trial import Trial, phase_rows
 from tests.small_models import WORDS, word_tokenizer
-from tests.toys import CPU, NO_TOKENIZER, assert_same_tensors, gpt2, llama, weights
+from tests.toys import CPU, assert_same_tensors, gpt2, llama, weights
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -61,13 +57,13 @@ def config(policy: Any = None, critic: Any = None, **more: Any) -> RunConfig:
     return RunConfig.model_validate(sections | more)
 
 
-def estimate(run: RunConfig, model: Any = None, **more: Any) -> Any:
-    """The phases with prompts of 5 tokens; 7 bytes are in use beside the weights."""
-    settings = run.policy, run.critic, CPU
-    loaded = load_policy(*settings, model=model or small(), tokenizer=NO_TOKENIZER)
-    used = 7 + sum(model_weights(loaded.policy, loaded.reference).values())
-    sizes = Sizes.of(run, 1, prompt=5, response=6)
-    return loaded_estimate(run, loaded.policy, loaded.reference, sizes, used=used, **more).phases
+def estimate(run: RunConfig, model: Any = None, peaks: Any = None) -> Any:
+    """The phases with a prompt of 5 tokens; 7 bytes are in use beside the weights."""
+    tokenizer, prompts = word_tokenizer(pad=False), ["the movie was good and"]
+    session = PPOTrainer(run, model or small(), prompts=prompts, tokenizer=tokenizer).session
+    measuring = Trial(session)
+    measuring._used = 7 + sum(model_weights(session.policy, session.reference).values())
+    return measuring.estimate(peaks or {}).phases
 
 
 @pytest.mark.parametrize(
@@ -111,19 +107,8 @@ def test_bfloat16_halves_weights_and_moments():
     assert update["optimizer states"] == 2 * (2 * NUMBERS + 4 * HEAD)
 
 
-def test_outputs_of_frozen_blocks_stay_from_the_forward_phase_to_the_update():
-    frozen = {"tuning": "last_layers", "num_unfrozen_layers": 1}
-    run = config(frozen, ppo={"batch_size": 4, "micro_batch_size": 1})
-    phases = estimate(run)
-    # 2 of 4 rows beside the 2 measured ones, 5 + 6 tokens, width 8, 4 bytes.
-    held = {name: parts.get("outputs of frozen blocks") for name, parts in phases.items()}
-    assert held == dict.fromkeys(("forward", "score", "update"), 2 * 11 * 8 * 4) | {
-        "generate": None
-    }
-
-
 def test_what_is_measured_beyond_the_components_belongs_to_the_passes():
-    phases = estimate(config(), measured={"update": 10**6, "forward": 10})
+    phases = estimate(config(), peaks={"update": 10**6, "forward": 10})
     assert sum(phases["update"].values()) == 10**6
     assert phases["forward"][PASSES] == 0
 
@@ -156,31 +141,28 @@ def test_files_tell_what_full_tuning_holds(tmp_path: Path):
 def test_files_in_shards_are_added_up_and_other_files_count_as_nothing(tmp_path: Path):
     small().save_pretrained(tmp_path / "shards", max_shard_size="4KB")
     assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
-    assert sum(stored_sizes(str(tmp_path / "shards")).values()) == NUMBERS
+    assert num_stored(str(tmp_path / "shards")) == NUMBERS
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    assert stored_sizes(str(tmp_path)) == stored_sizes(str(tmp_path / "none")) == {}
+    assert num_stored(str(tmp_path)) == num_stored(str(tmp_path / "none")) == 0
 
 
-def test_members_of_an_ensemble_exist_twice_while_they_are_stacked(roberta: Path, tmp_path: Path):
-    number = sum(stored_sizes(str(roberta)).values())
+def test_members_of_an_ensemble_count_together(roberta: Path, tmp_path: Path):
     shutil.copytree(roberta, tmp_path / "other")
     members = [str(roberta), str(tmp_path / "other")]
     reward = {"kind": "ensemble", "members": members, "standardize": "none"}
     phases = stored_estimate(config(reward=reward), CPU).phases
-    assert phases["update"]["reward ensemble of 2"] == 2 * 4 * number
-    assert phases["load"]["stacking members"] == 2 * 4 * number
+    assert phases["update"]["reward ensemble of 2"] == 2 * 4 * num_stored(str(roberta))
 
 
 def test_a_budget_of_tokens_counts_as_the_rows_that_fill_it():
-    def sizes(**ppo: Any) -> Sizes:
-        return Sizes.of(config(ppo={"batch_size": 8} | ppo), 1, prompt=5, response=6)
+    def rows(**ppo: Any) -> dict[str, int]:
+        return phase_rows(config(ppo={"batch_size": 8} | ppo), 1, num_tokens=11)
 
-    # Rows of 11 tokens; in the update two micro-batches, so that gradients add up.
-    assert (sizes(micro_batch_tokens=23).forward, sizes(micro_batch_tokens=23).update) == (2, 4)
-    assert sizes(micro_batch_tokens=1) == sizes(micro_batch_size=1)
-    assert sizes(micro_batch_tokens=999) == sizes()
-    assert sizes(minibatch_size=2).forward == 8
-    assert sizes(minibatch_size=2).update == 2
+    # In the update two micro-batches, so that gradients add up.
+    assert rows(micro_batch_tokens=23) | {"forward": 2, "update": 4} == rows(micro_batch_tokens=23)
+    assert rows(micro_batch_tokens=1) == rows(micro_batch_size=1)
+    assert rows(micro_batch_tokens=999) == rows()
+    assert rows(minibatch_size=2) | {"forward": 8, "update": 2} == rows(minibatch_size=2)
 
 
 def mistral(window: int) -> Any:
@@ -239,11 +221,8 @@ def test_the_trial_step_measures_what_micro_batches_save_and_stays_below_the_bou
             "evaluation": {"num_prompts": 0},
         }
         session = PPOTrainer(load_config(write_config(**sections)), quiet=True).session
-        sizes = longest_sizes(session)
-        bound = generous_bound(
-            session.policy.lm.model, sizes.update * (sizes.prompt + sizes.response), sizes.generate
-        )
-        return trial.measured_estimate(session).phases["update"][PASSES], bound
+        measuring = Trial(session)
+        return measuring.measured().phases["update"][PASSES], measuring.bound
 
     (small, _), (whole, bound) = measured(1), measured(None)
     # Each layer keeps at least 16 widths a token: attention's 5, the MLP's 9, norms and residuals.
@@ -274,10 +253,8 @@ def test_a_trial_step_leaves_no_trace(
     classifier = {"kind": "classifier", "model": str(roberta), "label": "POSITIVE"}
     reward = {"kind": "sum", "parts": {"one": {"reward": classifier, "normalize": True}}}
     file = write_config(policy={"model": str(gpt2)} | policy, reward=reward)
-    measured, trials = trial.measured_estimate, list[int]()
-    monkeypatch.setattr(
-        trial, "measured_estimate", lambda session: trials.append(1) or measured(session)
-    )
+    measured, trials = Trial.measured, list[int]()
+    monkeypatch.setattr(Trial, "measured", lambda self: trials.append(1) or measured(self))
     trained, steps = [], []
     for share, num_trials in {0.0: 1, 1.0: 1}.items():  # of the memory, above which it is made
         monkeypatch.setattr(trial, "CLEARLY_ENOUGH", share)
@@ -310,7 +287,7 @@ def _timeless(metrics: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_with_clearly_enough_memory_makes_no_trial_step(
     write_config: Callable[..., Path], monkeypatch: Any
 ):
-    monkeypatch.setattr(trial, "measured_estimate", None)
+    monkeypatch.setattr(Trial, "measured", None)
     PPOTrainer(load_config(write_config(max_memory_gib=64)), quiet=True).train()
 
 
@@ -320,7 +297,7 @@ def test_a_run_whose_trial_step_takes_too_much_is_refused_before_its_folder_exis
     sections = {"policy": {"model": str(wide)}, "rollout": {"response_length": 200}}
     ppo = {"batch_size": 16}
     trainer = PPOTrainer(load_config(write_config(**sections, ppo=ppo)), quiet=True)
-    fits_without_passes = trial.estimate_session(trainer.session, measured={}).peak + 2**23
+    fits_without_passes = Trial(trainer.session).estimate({}).peak + 2**23
     limited = trainer.config.model_copy(update={"max_memory_gib": fits_without_passes / GIB})
     trainer.session = replace(trainer.session, run=replace(trainer.session.run, config=limited))
     with pytest.raises(PreflightError, match=PASSES):
@@ -341,7 +318,7 @@ def test_an_offline_run_is_measured_without_sampling(tmp_path: Path, gpt2: Path)
         "ppo": {"batch_size": 4},
     }
     session = PPOTrainer(run, quiet=True).session
-    assert set(trial.measured_estimate(session).phases) == {"forward", "score", "update"}
+    assert set(Trial(session).measured().phases) == {"forward", "score", "update"}
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(
@@ -402,7 +379,7 @@ def test_memory_that_runs_out_is_explained(
     assert raised.value.exit_code == 3
     assert f"(phase {phase})" in text
     assert REMEDY[phase] in text
-    assert "most of it Python, PyTorch and data" in text
+    assert "Weights alone are policy 0.00 GiB" in text
     status = json.loads((trainer.output_dir / STATUS_FILE).read_text())
     assert status["state"] == "failed"
     assert "ran out of memory" in status["reason"]

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
-CUDA_CONTEXT = GIB // 2
-"""What CUDA and its libraries take on a GPU before the first tensor; a round figure."""
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -46,6 +44,11 @@ def used_memory(device: torch.device) -> int:
     except OSError:
         return peak_memory(device)
     return pages * resource.getpagesize()
+
+
+def cuda_context(device: torch.device) -> int:
+    """What CUDA and its libraries take on a GPU before the first tensor; a round figure."""
+    return GIB // 2 if device.type == "cuda" else 0
 
 
 def device_memory(device: torch.device) -> int | None:

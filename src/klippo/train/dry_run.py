@@ -31,7 +31,7 @@ from klippo.train.dry_run_plan import (
 from klippo.train.memory import MemoryEstimate, memory_budget, refusal, stored_estimate
 from klippo.train.prepare import prepare
 from klippo.train.session import Session, open_session
-from klippo.train.trial import measured_estimate, trial_learner
+from klippo.train.trial import Trial, trial_learner
 
 
 def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> int:
@@ -50,7 +50,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> int:
         run = prepare(config_from_mapping(free), trust_remote_code=trust_remote_code)
         session = open_session(run)
         with_gold = run.config.model_copy(update={"gold": config.gold})
-        estimate = measured_estimate(replace(session, run=replace(run, config=with_gold)))
+        estimate = Trial(replace(session, run=replace(run, config=with_gold))).measured()
         problem = refusal(config, estimate, device)
         if problem is None:
             seconds = time_micro_batch(session)

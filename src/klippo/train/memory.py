@@ -1,7 +1,7 @@
 """What a run needs of the memory, by component, and whether it fits.
 
 Weights, gradients, AdamW's moments and the key-value cache follow from shapes; what the passes
-hold beside them is measured (`klippo.train.trial`).
+need beside them is measured by a trial step (`klippo.train.trial`).
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from klippo.config.schema import RunConfig
 from klippo.errors import PreflightError
 from klippo.hub import find_file
-from klippo.lengths import longest
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.rewards.settings import (
     ClassifierSettings,
     EnsembleSettings,
     RewardSettings,
     SumSettings,
-    ensembles,
 )
-from klippo.runs.memory import CUDA_CONTEXT, GIB, device_memory, used_memory
+from klippo.runs.memory import GIB, cuda_context, device_memory, used_memory
 from klippo.tensors.head import CHUNK_ELEMENTS
 from klippo.train.engines import merges_adapters
 
@@ -53,6 +50,27 @@ class MemoryEstimate:
 
     phases: Mapping[str, Bytes]
 
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        weights: Bytes,
+        trained: int,
+        phases: Mapping[str, Bytes],
+        measured: Mapping[str, int],
+    ) -> MemoryEstimate:
+        """What every phase holds, its own components, and the rest of what was `measured` in it.
+
+        trained: bytes of the weights that train.
+        """
+        held = weights | {"optimizer states": ADAM_MOMENTS * trained}
+        phases = {phase: held | own for phase, own in phases.items()}
+        for phase, peak in measured.items():
+            phases[phase] |= {PASSES: max(peak - sum(phases[phase].values()), 0)}
+        if config.gold is not None:
+            phases["gold"] = held | {"gold": sum(reward_weights(config.gold).values())}
+        return cls(phases=phases)
+
     @property
     def peak_phase(self) -> str:
         return max(self.phases, key=self.total)
@@ -65,105 +83,54 @@ class MemoryEstimate:
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
 
-    def biggest(self, phase: str, number: int | None = None) -> list[tuple[str, int]]:
+    def biggest(self, phase: str) -> list[tuple[str, int]]:
         """The components of a phase, largest first."""
         listed = sorted(self.phases[phase].items(), key=lambda item: -item[1])
-        return [(name, size) for name, size in listed if size > 0][:number]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Rows that one process computes at once, and their longest prompt and response in tokens."""
-
-    prompt: int
-    response: int
-    generate: int
-    score: int
-    forward: int
-    update: int
-    """Rows of two micro-batches, or of one if a minibatch has no more: gradients add up."""
-    batch: int
-
-    @classmethod
-    def of(cls, config: RunConfig, num_processes: int, prompt: int, response: int) -> Sizes:
-        ppo = config.ppo
-        batch = ppo.batch_size // num_processes
-        minibatch = ppo.minibatch // num_processes
-        micro = ppo.micro_batch_size
-        if ppo.micro_batch_tokens is not None:
-            micro = max(ppo.micro_batch_tokens // (prompt + response), 1)
-        evaluated = -(-config.evaluation.num_prompts // num_processes)
-        measured = [e.reference_size for e in ensembles(config.reward) if e.standardize == "start"]
-        most = max(batch, evaluated, config.early_stop.gold_prompts, *measured)
-        scored = [settings.batch_size for _, settings in reward_models(config.reward)]
-        return cls(
-            prompt=prompt,
-            response=response,
-            generate=min(config.rollout.generation_batch_size or most, most),
-            score=min(max(scored, default=0), most),
-            forward=min(micro or batch, batch),
-            update=min(2 * micro if micro else minibatch, minibatch),
-            batch=batch,
-        )
-
-
-# Before the models are loaded
+        return [(name, size) for name, size in listed if size > 0]
 
 
 def check_weights(config: RunConfig, device: torch.device) -> None:
-    """Raise PreflightError if weights, gradients and optimizer states alone are too much."""
-    refuse_if_too_much(config, stored_estimate(config, device), device)
+    """Before anything is loaded: raise PreflightError if the weights alone need too much."""
+    if problem := refusal(config, stored_estimate(config, device), device):
+        raise PreflightError(problem)
 
 
 def stored_estimate(config: RunConfig, device: torch.device) -> MemoryEstimate:
-    """What the run holds at least, by the shapes in the models' safetensors files.
+    """What the run needs at least, by the shapes in the models' safetensors files.
 
-    Models without such files count as nothing, and so do adapters and small heads.
+    Models without such files count as nothing, and so do adapters and critics made of the policy.
     """
-    settings, size = config.policy, _dtype_size(config.policy.dtype)
-    sizes = stored_sizes(settings.model, settings.revision)
-    policy = sum(sizes.values())
-    critic = 0
-    if config.critic.kind == "separate":
-        of_critic = sizes if config.critic.model is None else stored_sizes(config.critic.model)
-        critic = sum(number for name, number in of_critic.items() if "lm_head" not in name)
-        critic *= size if config.critic.model is None else 4
-    is_full = settings.tuning == "full"
+    settings, critic = config.policy, config.critic.model
+    size = 2 if settings.dtype == "bfloat16" else 4
+    policy = num_stored(settings.model, settings.revision)
     weights = {
+        FRAMEWORK: used_memory(device) + cuda_context(device),
         "policy": round(policy * (BYTES_4BIT if settings.quantize_4bit else size)),
-        "critic": critic,
-        "reference": policy * size if is_full else 0,
+        "critic": 0 if critic is None else 4 * num_stored(critic),
+        "reference": policy * size if settings.tuning == "full" else 0,
     }
-    trained = critic + (policy * size if is_full else 0)
-    rewards = reward_weights(config.reward)
-    before = {FRAMEWORK: used_memory(device) + (CUDA_CONTEXT if device.type == "cuda" else 0)}
-    held = before | weights | rewards | {"optimizer states": ADAM_MOMENTS * trained}
-    phases = {"update": held | {"gradients": trained}}
-    if config.gold is not None:
-        phases["gold"] = held | {"gold": sum(reward_weights(config.gold).values())}
-    if stacked := sum(size for name, size in rewards.items() if "ensemble" in name):
-        # Members are stacked before the policy is loaded, and exist twice for that moment.
-        phases["load"] = before | rewards | {"stacking members": stacked}
-    return MemoryEstimate(phases=phases)
+    trained = weights["critic"] + weights["reference"]
+    weights |= reward_weights(config.reward)
+    return MemoryEstimate.of(config, weights, trained, {"update": {"gradients": trained}}, {})
 
 
-def stored_sizes(name: str, revision: str | None = None) -> dict[str, int]:
-    """How many numbers each tensor of a model's safetensors files has; empty without such files."""
-    index = find_file(name, "model.safetensors.index.json", revision)
-    names = {"model.safetensors"}
-    sizes: dict[str, int] = {}
+def num_stored(name: str, revision: str | None = None) -> int:
+    """How many numbers a model's safetensors files have; 0 without such files."""
+    number = 0
     try:
+        index = find_file(name, "model.safetensors.index.json", revision)
+        files = {"model.safetensors"}
         if index is not None:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        for file in names:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        for file in files:
             if (path := find_file(name, file, revision)) is None:
-                return {}
+                return 0
             with safe_open(path, "pt") as tensors:
                 keys = tensors.keys()
-                sizes |= {key: math.prod(tensors.get_slice(key).get_shape()) for key in keys}
+                number += sum(math.prod(tensors.get_slice(key).get_shape()) for key in keys)
     except (OSError, ValueError, KeyError, SafetensorError):
-        return {}  # loading the model will say what is wrong with it
-    return sizes
+        return 0  # loading the model will say what is wrong with it
+    return number
 
 
 def reward_models(
@@ -173,8 +140,8 @@ def reward_models(
     if isinstance(settings, ClassifierSettings):
         yield name, settings
     elif isinstance(settings, EnsembleSettings):
-        for member in settings.classifiers():
-            yield f"ensemble of {len(settings.classifiers())}", member
+        members = settings.classifiers()
+        yield from ((f"ensemble of {len(members)}", member) for member in members)
     elif isinstance(settings, SumSettings):
         for key, part in settings.parts.items():
             yield from reward_models(part.reward, key)
@@ -182,76 +149,23 @@ def reward_models(
 
 def reward_weights(settings: RewardSettings) -> Bytes:
     """Bytes of reward models' weights, by their files."""
-    found: Bytes = {}
+    sizes: Bytes = {}
     for name, model in reward_models(settings):
-        numbers = sum(stored_sizes(model.model, model.revision).values())
-        key = f"reward {name}"
-        found[key] = found.get(key, 0) + numbers * _dtype_size(model.dtype)
-    return found
-
-
-# Once they are loaded
-
-
-def loaded_estimate(
-    config: RunConfig,
-    policy: ActorCritic,
-    reference: Reference,
-    sizes: Sizes,
-    *,
-    used: int,
-    num_shards: int = 1,
-    measured: Mapping[str, int] | None = None,
-) -> MemoryEstimate:
-    """The need of every phase: components by shape, and the rest of what was `measured` in it.
-
-    `used`: bytes in use before the first pass. Phases that were not measured get a generous bound.
-    """
-    model = policy.lm.model
-    weights = model_weights(policy, reference) | reward_weights(config.reward)
-    framework = max(used - sum(weights.values()), 0)
-    if policy.device.type == "cuda":
-        framework += CUDA_CONTEXT
-    trained = sum(_bytes(p) for group in policy.trainable() for p in group) // num_shards
-    held = {FRAMEWORK: framework} | weights | {"optimizer states": ADAM_MOMENTS * trained}
-    tokens = sizes.prompt + sizes.response
-    size = 2 if config.policy.autocast else model.dtype.itemsize
-    frozen: Bytes = {}
-    if policy.lm.frozen is not None:  # their outputs are kept for all rows of the batch
-        rows = max(sizes.batch - sizes.update, 0)
-        frozen = {"outputs of frozen blocks": rows * tokens * policy.lm.hidden_size * size}
-    special: dict[str, Bytes] = {
-        "generate": {"key-value cache": cache_bytes(model, sizes.generate, tokens, size)},
-        "forward": {},
-        "score": {},
-        "update": {"gradients": trained},
-    }
-    if config.offline is not None or config.rollout.engine == "vllm":
-        del special["generate"]
-    rows = max(sizes.forward, sizes.update, sizes.score)
-    bound = generous_bound(model, rows * tokens, sizes.generate)
-    phases: dict[str, Bytes] = {}
-    for phase, own in special.items():
-        counted = held | own
-        passes = bound
-        if measured is not None:
-            passes = max(measured.get(phase, 0) - sum(counted.values()), 0)
-        phases[phase] = counted | {PASSES: passes} | ({} if phase == "generate" else frozen)
-    if config.gold is not None:
-        phases["gold"] = held | {"gold": sum(reward_weights(config.gold).values())}
-    return MemoryEstimate(phases=phases)
+        size = num_stored(model.model, model.revision) * (2 if model.dtype == "bfloat16" else 4)
+        sizes[f"reward {name}"] = sizes.get(f"reward {name}", 0) + size
+    return sizes
 
 
 def model_weights(policy: ActorCritic, reference: Reference) -> Bytes:
-    """Weights of policy, critic and reference; shared ones count once, for the policy."""
+    """Bytes of the loaded policy, critic and reference; shared weights count for the policy."""
     seen: set[int] = set()
-    found = {}
+    sizes = {}
     modules = {"policy": policy.lm, "critic": policy.critic, "reference": reference.lm}
     for name, module in modules.items():
         tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-        found[name] = sum(_bytes(tensor) for key, tensor in tensors.items() if key not in seen)
+        sizes[name] = sum(tensor.nbytes for key, tensor in tensors.items() if key not in seen)
         seen |= tensors.keys()
-    return found
+    return sizes
 
 
 def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
@@ -268,22 +182,11 @@ def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
 
 
 def generous_bound(model: Any, num_tokens: int, num_sampled: int) -> int:
-    """Bytes that passes over so many tokens, or sampling so many rows, hold at most."""
+    """Bytes that passes over so many tokens, or sampling so many rows, need at most."""
     config = model.config.get_text_config()
     activations = GENEROUS * config.num_hidden_layers * config.hidden_size * num_tokens
     logits = 4 * (CHUNK_ELEMENTS + config.vocab_size * num_sampled)
     return int(4 * (activations + logits))
-
-
-def _bytes(tensor: torch.Tensor | nn.Parameter) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _dtype_size(name: str) -> int:
-    return 2 if name == "bfloat16" else 4
-
-
-# Does it fit, and what to change
 
 
 def memory_budget(config: RunConfig, device: torch.device) -> int | None:
@@ -294,12 +197,6 @@ def memory_budget(config: RunConfig, device: torch.device) -> int | None:
     if available is None or device.type == "cuda":
         return available
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def refuse_if_too_much(config: RunConfig, estimate: MemoryEstimate, device: torch.device) -> None:
-    """Raise PreflightError if the need is more than the budget."""
-    if problem := refusal(config, estimate, device):
-        raise PreflightError(problem)
 
 
 def refusal(config: RunConfig, estimate: MemoryEstimate, device: torch.device) -> str | None:
@@ -320,40 +217,37 @@ def refusal(config: RunConfig, estimate: MemoryEstimate, device: torch.device) -
 def changes(config: RunConfig, phase: str) -> str:
     """Which settings make a phase smaller, those that change no number first."""
     ppo, rollout = config.ppo, config.rollout
-    remedies: list[str] = []
-    if phase in ("generate", "evaluate"):
-        size = rollout.generation_batch_size or ppo.batch_size
-        if size > 1:
-            remedies.append(f"rollout.generation_batch_size (below {size})")
-    if phase == "generate" and merges_adapters(config, sharded=False):
-        remedies.append("rollout.merge_adapters=false")
-    if phase in ("score", "load"):
-        remedies += _reward_changes("reward", config.reward)
-    if phase == "gold":
-        remedies += _reward_changes("gold", config.gold)
-    if phase not in ("generate", "gold", "load"):
-        size = ppo.micro_batch
-        if ppo.micro_batch_tokens is not None:
-            remedies.append(f"ppo.micro_batch_tokens (below {ppo.micro_batch_tokens})")
-        elif size > 1:
-            remedies.append(f"ppo.micro_batch_size (below {size})")
-    if phase == "update" and not config.policy.gradient_checkpointing:
-        remedies.append("policy.gradient_checkpointing=true")
-    if longest(rollout.response_length) > 1:
-        remedies.append(f"a shorter rollout.response_length ({rollout.response_length} now)")
-    if config.policy.tuning == "full":
-        remedies.append("policy.tuning=lora or last_layers")
-    if config.critic.kind == "separate":
-        remedies.append("critic.kind=trunk")
-    return "; or ".join([*remedies, "a smaller model"])
+    samples, learns = phase in ("generate", "evaluate"), phase not in ("generate", "gold")
+    generated, tokens = rollout.generation_batch_size or ppo.batch_size, ppo.micro_batch_tokens
+    remedies = [
+        (samples and generated > 1, f"rollout.generation_batch_size (below {generated})"),
+        (
+            phase == "generate" and merges_adapters(config, sharded=False),
+            "rollout.merge_adapters=false",
+        ),
+        *(_reward_changes("reward", config.reward) if phase == "score" else ()),
+        *(_reward_changes("gold", config.gold) if phase == "gold" else ()),
+        (learns and tokens is not None, f"ppo.micro_batch_tokens (below {tokens})"),
+        (
+            learns and tokens is None and ppo.micro_batch > 1,
+            f"ppo.micro_batch_size (below {ppo.micro_batch})",
+        ),
+        (
+            phase == "update" and not config.policy.gradient_checkpointing,
+            "policy.gradient_checkpointing=true",
+        ),
+        (True, f"a shorter rollout.response_length ({rollout.response_length} now)"),
+        (config.policy.tuning == "full", "policy.tuning=lora or last_layers"),
+        (config.critic.kind == "separate", "critic.kind=trunk"),
+        (True, "a smaller model"),
+    ]
+    return "; or ".join(text for applies, text in remedies if applies)
 
 
-def _reward_changes(name: str, reward: RewardSettings | None) -> Iterator[str]:
+def _reward_changes(name: str, reward: RewardSettings | None) -> Iterator[tuple[bool, str]]:
     if isinstance(reward, ClassifierSettings | EnsembleSettings):
-        if reward.batch_size > 1:
-            yield f"{name}.batch_size (below {reward.batch_size})"
-        if reward.dtype == "float32":
-            yield f"{name}.dtype=bfloat16"
+        yield reward.batch_size > 1, f"{name}.batch_size (below {reward.batch_size})"
+        yield reward.dtype == "float32", f"{name}.dtype=bfloat16"
     elif isinstance(reward, SumSettings):
         for key, part in reward.parts.items():
             yield from _reward_changes(f"{name}.parts.{key}.reward", part.reward)

@@ -1,28 +1,42 @@
-"""A trial step at full length before the first step: what each phase holds at most.
+"""A trial step at full length before the first step: what each phase needs at most.
 
-It samples, scores and learns as the run does, at a learning rate of 0, by objects of its own: no
-weight, random number or counter of the run changes.
+It samples, scores and learns as the run does, but with objects of its own and a learning rate of 0:
+no weight, random number or counter of the run changes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
 
+from klippo.config.schema import RunConfig
+from klippo.errors import PreflightError
 from klippo.judge.settings import JudgeSettings
+from klippo.lengths import longest
+from klippo.policy.sharding import is_sharded
 from klippo.ppo.learner import Learner
-from klippo.rewards.settings import FunctionSettings, RewardSettings, SumSettings
+from klippo.rewards.settings import FunctionSettings, RewardSettings, SumSettings, ensembles
 from klippo.rollouts.collate import collate
 from klippo.rollouts.hf import HFEngine
-from klippo.runs.memory import CUDA_CONTEXT, peak_memory, reset_peak, used_memory
-from klippo.train.memory import MemoryEstimate, Sizes, memory_budget, refuse_if_too_much
-from klippo.train.out_of_memory import estimate_session, explaining_memory, longest_sizes
+from klippo.runs.memory import cuda_context, peak_memory, reset_peak, used_memory
+from klippo.train.memory import (
+    FRAMEWORK,
+    MemoryEstimate,
+    cache_bytes,
+    generous_bound,
+    memory_budget,
+    model_weights,
+    refusal,
+    reward_models,
+    reward_weights,
+)
+from klippo.train.out_of_memory import explaining_memory
 from klippo.train.session import Session
-from klippo.types import Completion, Prompt, Rollout, Scores
+from klippo.types import Completion, LoggedResponse, Rollout, Scores
 
 CLEARLY_ENOUGH = 0.5
 """A run whose generous bound is below this share of the memory is not measured."""
@@ -33,73 +47,42 @@ def check_memory(session: Session) -> None:
 
     A trial step is measured unless a bound shows that there is clearly enough.
     """
-    config, device = session.config, session.device
-    budget = memory_budget(config, device)
+    config, trial = session.config, Trial(session)
+    budget = memory_budget(config, session.device)
     if budget is None:
         return
 
-    def must_measure() -> bool:
-        refuse_if_too_much(
-            config, estimate_session(session, measured={}), device
-        )  # at least this much
-        return estimate_session(session).peak > CLEARLY_ENOUGH * budget
+    def refuse(estimate: MemoryEstimate) -> None:
+        if problem := refusal(config, estimate, session.device):
+            raise PreflightError(problem)
 
-    if any(session.ranks.gather(session.ranks.everywhere(must_measure))):
-        estimate = measured_estimate(session)
-        session.ranks.everywhere(lambda: refuse_if_too_much(config, estimate, device))
+    at_least = trial.estimate({})
+    session.ranks.everywhere(lambda: refuse(at_least))
+    if any(session.ranks.gather(at_least.peak + trial.bound > CLEARLY_ENOUGH * budget)):
+        estimate = trial.measured()
+        session.ranks.everywhere(lambda: refuse(estimate))
 
 
-def measured_estimate(session: Session) -> MemoryEstimate:
-    """The need of every phase, by a trial step. Every process must call it.
+def phase_rows(config: RunConfig, num_processes: int, num_tokens: int) -> dict[str, int]:
+    """Rows of so many tokens that one process computes at once, by phase.
 
-    Raises OutOfMemoryError if the memory runs out on the way.
+    In the update two micro-batches, or one if a minibatch has no more: gradients add up.
     """
-    used = used_memory(session.device)
-    measured = _measure(session, longest_sizes(session))
-    if session.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return estimate_session(session, used=used, measured=measured)
-
-
-def _measure(session: Session, sizes: Sizes) -> dict[str, int]:
-    """The peak of each phase in bytes, with AdamW's moments there from the start."""
-    device = session.device
-    around = CUDA_CONTEXT if device.type == "cuda" else 0
-    measured: dict[str, int] = {}
-
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        reset_peak(device)
-        with explaining_memory(name, session):
-            yield
-        measured[name] = peak_memory(device) + around
-
-    learner = trial_learner(session, sizes.update)
-    batch = _longest_batches(session, sizes)
-
-    def learn(rollout: Rollout) -> None:
-        scores = torch.linspace(-1, 1, len(rollout.prompts))
-        learner.learn(learner.experience(rollout, Scores(reward=scores)))
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with explaining_memory("update", session):
-            learn(batch(1))  # now AdamW's moments are there
-        engine = None if session.online is None else session.online.source.sampler.engine
-        if isinstance(engine, HFEngine):
-            engine = copy.copy(engine)
-            engine.stop_ids = frozenset()
-            prompts = batch(sizes.generate).prompts
-            with phase("generate"):
-                engine.generate(prompts, [sizes.response] * len(prompts), [0] * len(prompts))
-        with phase("forward"):
-            forward = learner.forward(batch(sizes.forward))
-        if sizes.score > 0 and not _asks_others(session.config.reward):
-            with phase("score"):
-                _score(session, batch(sizes.score))
-        del forward
-        with phase("update"):
-            learn(batch(sizes.update))
-    return measured
+    ppo = config.ppo
+    batch, minibatch = ppo.batch_size // num_processes, ppo.minibatch // num_processes
+    micro = ppo.micro_batch_size
+    if ppo.micro_batch_tokens is not None:
+        micro = max(ppo.micro_batch_tokens // num_tokens, 1)
+    evaluated = -(-config.evaluation.num_prompts // num_processes)
+    measured = [e.reference_size for e in ensembles(config.reward) if e.standardize == "start"]
+    most = max(batch, evaluated, config.early_stop.gold_prompts, *measured)
+    scored = [model.batch_size for _, model in reward_models(config.reward)]
+    return {
+        "generate": min(config.rollout.generation_batch_size or most, most),
+        "score": min(max(scored, default=0), most),
+        "forward": min(micro or batch, batch),
+        "update": min(2 * micro if micro else minibatch, minibatch),
+    }
 
 
 def trial_learner(session: Session, rows: int) -> Learner:
@@ -118,43 +101,120 @@ def trial_learner(session: Session, rows: int) -> Learner:
     )
 
 
-def _longest_batches(session: Session, sizes: Sizes) -> Callable[[int], Rollout]:
-    """Batches of so many of the longest prompts and responses, padded as real ones are."""
-    offline, online = session.offline, session.online
-    if offline is not None:
-        one = max(
-            offline.train, key=lambda x: len(x.prompt.token_ids) + len(x.completion.token_ids)
+class Trial:
+    """One step with the longest prompt and the longest response of a run."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        if session.online is not None:
+            prompts = [*session.online.train_prompts, *session.online.spare_prompts]
+            self.prompt = max(prompts, key=lambda prompt: len(prompt.token_ids))
+            num_response = longest(session.config.rollout.response_length)
+            ids = [self.prompt.token_ids[-1]] * num_response
+            self.completion = Completion(token_ids=ids, finished=False)
+        else:
+            assert session.offline is not None
+            row = max(session.offline.train, key=_num_tokens)
+            self.prompt, self.completion = row.prompt, row.completion
+        self.num_tokens = len(self.prompt.token_ids) + len(self.completion.token_ids)
+        self.rows = phase_rows(session.config, session.ranks.world_size, self.num_tokens)
+        self._used = used_memory(session.device)
+
+    @property
+    def bound(self) -> int:
+        """Bytes that the passes need at most."""
+        rows = max(self.rows[phase] for phase in ("forward", "score", "update"))
+        model = self.session.policy.lm.model
+        return generous_bound(model, rows * self.num_tokens, self.rows["generate"])
+
+    def estimate(self, peaks: Mapping[str, int]) -> MemoryEstimate:
+        """Components by shape, and the rest of the measured peaks of phases."""
+        session, config, policy = self.session, self.session.config, self.session.policy
+        weights = model_weights(policy, session.reference) | reward_weights(config.reward)
+        others = max(self._used - sum(weights.values()), 0)
+        weights = {FRAMEWORK: others + cuda_context(session.device)} | weights
+        trained = sum(p.nbytes for group in policy.trainable() for p in group)
+        trained //= session.ranks.world_size if is_sharded(policy) else 1
+        model = policy.lm.model
+        size = 2 if config.policy.autocast else model.dtype.itemsize
+        cache = cache_bytes(model, self.rows["generate"], self.num_tokens, size)
+        phases = {
+            "generate": {"key-value cache": cache},
+            "forward": {},
+            "score": {},
+            "update": {"gradients": trained},
+        }
+        if config.offline is not None or config.rollout.engine == "vllm":
+            del phases["generate"]
+        return MemoryEstimate.of(config, weights, trained, phases, peaks)
+
+    def measured(self) -> MemoryEstimate:
+        """The need of every phase, as measured. Every process must call it.
+
+        Raises OutOfMemoryError if the memory runs out on the way.
+        """
+        session, device, peaks = self.session, self.session.device, dict[str, int]()
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            reset_peak(device)
+            with explaining_memory(name, session):
+                yield
+            peaks[name] = peak_memory(device) + cuda_context(device)
+
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._step(phase)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.estimate(peaks)
+
+    def _step(self, phase: Callable[[str], AbstractContextManager[None]]) -> None:
+        session, rows = self.session, self.rows
+        learner = trial_learner(session, rows["update"])
+
+        def learn(rollout: Rollout) -> None:
+            scores = torch.linspace(-1, 1, len(rollout))
+            learner.learn(learner.experience(rollout, Scores(reward=scores)))
+
+        with phase("update"):
+            learn(self._batch(1))  # now AdamW's moments are there
+        engine = None if session.online is None else session.online.source.sampler.engine
+        if isinstance(engine, HFEngine):
+            engine = copy.copy(engine)
+            engine.stop_ids = frozenset()
+            prompts, most = self._batch(rows["generate"]).prompts, len(self.completion.token_ids)
+            with phase("generate"):
+                engine.generate(prompts, [most] * len(prompts), [0] * len(prompts))
+        with phase("forward"):
+            forward = learner.forward(self._batch(rows["forward"]))
+        if rows["score"] > 0 and not _asks_others(session.config.reward):
+            states = {name: dict(part.state_dict()) for name, part in session.states.items()}
+            with phase("score"):
+                session.reward.score(self._batch(rows["score"]))
+            for name, part in session.states.items():
+                part.load_state_dict(states[name])
+        del forward
+        with phase("update"):
+            learn(self._batch(rows["update"]))
+
+    def _batch(self, rows: int) -> Rollout:
+        """So many rows, the second one with a shorter prompt: real batches are padded."""
+        ids = list(self.prompt.token_ids)
+        shorter = replace(self.prompt, token_ids=ids[1:] or ids)
+        prompts = [self.prompt, shorter, *[self.prompt] * rows][:rows]
+        batch = collate(
+            prompts,
+            [self.completion] * rows,
+            self.session.tokenizer,
+            temperature=self.session.config.rollout.temperature,
+            device=self.session.device,
         )
-        shorter = replace(one, prompt=_shortened(one.prompt))
-        source = offline.source(list)
-        return lambda rows: source.rollout([one] if rows == 1 else [shorter, *[one] * (rows - 1)])
-    assert online is not None
-    prompts = [*online.train_prompts, *online.spare_prompts]
-    prompt = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    completion = Completion(token_ids=[prompt.token_ids[-1]] * sizes.response, finished=False)
-
-    def batch(rows: int) -> Rollout:
-        return collate(
-            [prompt] if rows == 1 else [_shortened(prompt), *[prompt] * (rows - 1)],
-            [completion] * rows,
-            session.tokenizer,
-            temperature=session.config.rollout.temperature,
-            device=session.device,
-        )
-
-    return batch
+        offline = self.session.offline
+        return batch if offline is None else replace(batch, behavior=offline.behavior)
 
 
-def _shortened(prompt: Prompt) -> Prompt:
-    return replace(prompt, token_ids=list(prompt.token_ids)[1:] or prompt.token_ids)
-
-
-def _score(session: Session, rollout: Rollout) -> None:
-    """The reward models' pass; what the reward counts stays as it was."""
-    state = {name: dict(part.state_dict()) for name, part in session.states.items()}
-    session.reward.score(rollout)
-    for name, part in session.states.items():
-        part.load_state_dict(state[name])
+def _num_tokens(row: LoggedResponse) -> int:
+    return len(row.prompt.token_ids) + len(row.completion.token_ids)
 
 
 def _asks_others(reward: RewardSettings) -> bool:
