@@ -211,17 +211,22 @@ def test_config_check_lists_every_problem_and_exits_with_2(config):
     ]
 
 
-def test_config_show_prints_words_that_can_be_given_back(config):
-    shown = run("config", "show", config, "data.system_prompt=it's", "data.format=chat").stdout
-    lines = {line.split("  # ")[0].rstrip(): line.split("  # ")[1] for line in shown.splitlines()}
-    assert lines["seed=0"] == "default"
-    assert lines["reward.max_tokens=9"] == f"{config}:3"
-    words = subprocess.run(
-        ["bash", "-c", "printf '%s\\n' " + " ".join(lines)], capture_output=True, text=True
-    )
-    again = run("config", "show", config, *words.stdout.splitlines()).stdout
-    assert [line.split("  # ")[0].rstrip() for line in again.splitlines()] == list(lines)
-    assert {line.split("  # ")[1] for line in again.splitlines()} == {"command line"}
+def test_config_show_prints_yaml_that_loads_to_the_same_config(config, tmp_path):
+    """With the origin of each value in a comment."""
+    overrides = ['data.system_prompt="it is # odd"', "data.format=chat", "rollout.temperature=0.5"]
+    shown = run("config", "show", config, *overrides).stdout
+    origins = {line.split("#")[0].strip(): line.rpartition("# ")[2] for line in shown.splitlines()}
+    assert origins["seed: 0"] == "default"
+    assert origins["max_tokens: 9"] == f"{config}:3"
+    assert origins["temperature: 0.5"] == "command line"
+    again = tmp_path / "again.yaml"
+    again.write_text(shown)
+
+    def values(*source: str) -> dict[str, object]:
+        told = json.loads(run("config", "show", *source, "--json").stdout)
+        return {key: entry["value"] for key, entry in told.items()}
+
+    assert values(str(again)) == values(config, *overrides)
 
 
 def test_config_show_as_json_gives_value_and_origin(config):

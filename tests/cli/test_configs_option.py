@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from klippo.cli.source import load, spread_names
+from klippo.config.schema import RunConfig
 from klippo.errors import ConfigError
 from tests.cli.test_command_line import run, stage
 
@@ -61,12 +62,12 @@ def test_train_reads_entries_seeds_and_overrides():
 def test_config_show_prints_where_each_value_comes_from():
     arguments = ["--configs", "base,longer", "--rm-seed", "3", "kl.coef=0.5"]
     done = run("config", "show", *arguments)
-    lines = [line.split("  # ") for line in done.stdout.splitlines()]
+    lines = [line.split("  # ") for line in done.stdout.splitlines() if "  # " in line]
     origins = {words.strip(): origin for words, origin in lines}
-    assert origins["ppo.num_steps=9"] == "configs/a.yaml:6"
-    assert origins["reward.model=rm3"] == "configs/a.yaml:4"
-    assert origins["rm_seed=3"] == origins["kl.coef=0.5"] == "command line"
-    assert origins["output_dir=runs/longer/seed3"] == origins["seed=0"] == "default"
+    assert origins["num_steps: 9"] == "configs/a.yaml:6"
+    assert origins["model: rm3"] == "configs/a.yaml:4"
+    assert origins["rm_seed: 3"] == origins["coef: 0.5"] == "command line"
+    assert origins["output_dir: runs/longer/seed{rm_seed}"] == origins["seed: 0"] == "default"
 
 
 def test_config_check_reads_another_folder_in_either_spelling():
@@ -91,7 +92,7 @@ def test_problems_of_entries_exit_with_2():
 
 
 def test_the_seeds_go_with_a_run_too():
-    loaded = load("quickstart", ["seed=1"], None, None, 3, 4)
+    loaded = load("quickstart", ["seed=1"], None, None, 3, 4, RunConfig)
     assert (loaded.config.seed, loaded.config.rm_seed) == (4, 3)
     assert loaded.config.output_dir == "runs/quickstart/seed3"
     assert loaded.origins["seed"] == loaded.origins["rm_seed"] == "command line"
@@ -109,7 +110,7 @@ def test_the_seeds_go_with_a_run_too():
 )
 def test_run_and_entries_exclude_each_other(run, overrides, configs, config_dir, message):
     with pytest.raises(ConfigError, match=message):
-        load(run, overrides, configs, config_dir, None, None)
+        load(run, overrides, configs, config_dir, None, None, RunConfig)
 
 
 def test_help_says_how_entries_are_named():

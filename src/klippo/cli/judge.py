@@ -45,11 +45,6 @@ Rationale = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.add_typer(judge_app, name="judge")
-
-
 @judge_app.command("test")
 @ending
 def try_judge(
@@ -127,7 +122,7 @@ def score(
 ) -> int:
     """Score the responses in a file.
 
-    Goes on where an earlier command with the same --output ended; nothing is paid twice.
+    Resumes an earlier command with the same --output; nothing is paid twice.
     """
     from klippo.lab.judge_scores import ScoreFile, judge_score
 

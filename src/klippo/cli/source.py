@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, Protocol
 
 import typer
 from typer.core import TyperCommand
 
+from klippo.cli.ending import ending
 from klippo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +46,7 @@ RngSeed = Annotated[
     int | None, typer.Option("--rng_seed", "--rng-seed", help="Sets seed, that of the run.")
 ]
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
 TrustCode = Annotated[
     bool,
     typer.Option(
@@ -71,6 +76,44 @@ def spread_names(arguments: list[str]) -> list[str]:
     return spread
 
 
+class Load(Protocol):
+    """Loads the config that the command line asks for."""
+
+    def __call__(self, schema: type[C]) -> LoadedConfig[C]: ...
+
+
+P = ParamSpec("P")
+
+
+def with_config(
+    command: Callable[Concatenate[Load, P], int | None], *, rm_seed: bool = True
+) -> Callable[..., None]:
+    """A command that takes RUN, KEY=VALUE, --configs and the seeds before its own options."""
+
+    def loading(
+        run: Run = None,
+        overrides: Overrides = None,
+        configs: Configs = None,
+        config_dir: ConfigDir = None,
+        rm_seed: RmSeed = None,
+        rng_seed: RngSeed = None,
+        **options: Any,
+    ) -> int | None:
+        source = partial(load, run, overrides, configs, config_dir, rm_seed, rng_seed)
+        return command(source, **options)  # type: ignore[call-arg]
+
+    *shared, _ = inspect.signature(loading, eval_str=True).parameters.values()
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [p for p in (*shared, *own) if rm_seed or p.name != "rm_seed"]
+    loading.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    loading.__name__, loading.__doc__, loading.__annotations__ = (
+        command.__name__,
+        command.__doc__,
+        {},
+    )
+    return ending(loading)
+
+
 def load(
     run: str | None,
     overrides: list[str] | None,
@@ -78,15 +121,13 @@ def load(
     config_dir: str | None,
     rm_seed: int | None,
     rng_seed: int | None,
-    schema: type[C] | None = None,
+    schema: type[C],
 ) -> LoadedConfig[C]:
-    """The config that the command line asks for; of a run of PPO, unless a schema is named."""
+    """The config that the command line asks for. Raises ConfigError."""
     from klippo.config.entries import FOLDER, load_entries
     from klippo.config.load import load_config
     from klippo.config.merge import seed_overrides
-    from klippo.config.schema import RunConfig
 
-    chosen: Any = schema or RunConfig
     words = [*([] if run is None else [run]), *(overrides or [])]
     if configs:
         stray = [word for word in words if "=" not in word]
@@ -97,7 +138,7 @@ def load(
             )
         folder = FOLDER if config_dir is None else config_dir
         return load_entries(
-            configs, folder, words, schema=chosen, rm_seed=rm_seed, rng_seed=rng_seed
+            configs, folder, words, schema=schema, rm_seed=rm_seed, rng_seed=rng_seed
         )
     if config_dir is not None:
         raise ConfigError(f"--config-dir {config_dir}: needs --configs NAME...")
@@ -106,4 +147,4 @@ def load(
             "RUN is missing: name a YAML file or a recipe, or entries with --configs NAME..."
         )
     more = seed_overrides(rm_seed, rng_seed)
-    return load_config(run, [*(overrides or []), *more], schema=chosen)
+    return load_config(run, [*(overrides or []), *more], schema=schema)
