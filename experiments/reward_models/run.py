@@ -3,7 +3,7 @@
 python experiments/reward_models/run.py [--source FOLDER_OR_TSV] [--work runs/reward_models]
 
 Five members from demo:policy learn from film-review sentences, each rated by one of its raters,
-once with these labels and once with a quarter of the pairs turned round. The test sentences are
+once with these labels and once with a quarter of the pairs flipped. The test sentences are
 those that no demo model has seen; the truth there is the mean of about 15 raters, and once more a
 single rater. Nothing of the texts is kept here: they are downloaded, or read from --source.
 """
@@ -39,7 +39,7 @@ DEMO_SEED = 0  # of scripts/build_demo.py, so that its test sentences are ours
 MAX_WORDS = 20  # shorter sentences: minutes instead of an hour
 SEEDS = [1, 2, 3, 4, 5]
 NUM_PAIRS, NUM_TEST_PAIRS = 3000, 1500
-NOISE = {"clean": 0.0, "25% turned round": 0.25}
+NOISE = {"clean": 0.0, "25% flipped": 0.25}
 
 
 def sentences(source: Path | None, work: Path) -> list[Sentence]:

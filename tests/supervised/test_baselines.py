@@ -219,8 +219,16 @@ ALONE = [
         (ALONE, (), "DPO needs pairs.*each prompt has one response.*--only sft-best"),
         (ROWS, ("--dpo-min-margin", "3.5"), "5 lie closer than --dpo-min-margin 3.5"),
         ([dict(r, score=1) for r in ROWS], (), "all 10 rewards in column 'score' are 1"),
-        ([*ROWS[:3], dict(ROWS[3], score="high")], (), r"row 3 \(line 4\).*'score' holds str 'high'"),
-        ([*ROWS[:3], dict(ROWS[3], score=float("nan"))], (), r"row 3 \(line 4\).*'score' holds float 'nan'"),
+        (
+            [*ROWS[:3], dict(ROWS[3], score="high")],
+            (),
+            r"row 3 \(line 4\).*'score' holds str 'high'",
+        ),
+        (
+            [*ROWS[:3], dict(ROWS[3], score=float("nan"))],
+            (),
+            r"row 3 \(line 4\).*'score' holds float 'nan'",
+        ),
         (ROWS, ("reward.column=scoer",), "no column 'scoer'.*did you mean 'score'"),
         (ROWS, ("offline=null",), "add an offline section"),
         (ROWS, ("--dpo-beta", "0"), "--dpo-beta 0: must be above 0"),

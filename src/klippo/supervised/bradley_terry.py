@@ -34,14 +34,15 @@ from klippo.supervised.training import (
     refuse_adapter_folder,
     run_trainer,
 )
+from klippo.types import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, Trainer
 
 
 def train_reward_model(
     pairs: Sequence[Pair], config: RewardModelConfig, training: Training
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+) -> tuple[PreTrainedModel, Tokenizer, int]:
     """Model, tokenizer, and the number of texts that were too long and lost their start.
 
     The training's seed draws the score head and the order of the pairs. Raises PreflightError when
@@ -163,7 +164,7 @@ def filler_id(model: PreTrainedModel, columns: Mapping[str, list[list[int]]]) ->
 
 def reward_trainer(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     columns: dict[str, list[Any]],
     config: RewardModelConfig,
     training: Training,

@@ -41,10 +41,10 @@ from klippo.supervised.training import (
     run_trainer,
     save,
 )
-from klippo.types import Prompt
+from klippo.types import Prompt, Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 NOT_LEARNT = -100
 """Label of tokens without loss, as in torch's cross entropy."""
@@ -119,7 +119,7 @@ def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool
 
 def load_for_sft(
     settings: ModelSettings, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Tokenizer]:
     """The causal LM that learns, dropout off, and its tokenizer. Raises PreflightError."""
     from transformers import AutoModelForCausalLM
 
@@ -144,7 +144,7 @@ def load_for_sft(
 def build_examples(
     rows: Sequence[Row],
     settings: ExampleSettings,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_tokens: int | None,
     seed: int,
@@ -160,10 +160,12 @@ def build_examples(
     prompts = build_prompts(
         [row for row, _ in split], settings, tokenizer, max_prompt_tokens=2**31, seed=seed
     )
+    eos = tokenizer.eos_token_id
+    assert eos is not None
     examples, too_long = [], []
     for (row, response), prompt in zip(split, prompts, strict=True):
         ids = tokenizer(response or "", add_special_tokens=False, verbose=False)["input_ids"]
-        example = learn_response(prompt, [*ids, int(tokenizer.eos_token_id)])
+        example = learn_response(prompt, [*ids, eos])
         if response is None:
             example = Example(input_ids=example.input_ids, labels=example.input_ids)
         if max_tokens is not None and len(example.input_ids) > max_tokens:
@@ -215,7 +217,7 @@ def learn_response(prompt: Prompt, ids: Sequence[int]) -> Example:
 
 def fine_tune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     training: Training,
 ) -> PreTrainedModel:

@@ -26,10 +26,11 @@ from klippo.ranks import choose_device
 from klippo.runs.folder import RunFolder, writing
 from klippo.runs.progress import LiveLine, clock
 from klippo.supervised.settings import TrainingSettings
+from klippo.types import Tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, Trainer
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, all steps and TRL's figures since the last call."""
@@ -85,7 +86,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield building
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the model (or adapter) and its tokenizer as from_pretrained reads them."""
     with no_progress_bars():
         model.save_pretrained(folder)
@@ -120,7 +121,7 @@ def make_trainer(
     trainer: type[Trainer],
     config: Any,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     columns: Mapping[str, Sequence[Any]],
     training: Training,
     *,
