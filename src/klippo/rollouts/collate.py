@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from klippo.errors import ConfigError
-from klippo.rollouts.hf import left_pad
 from klippo.types import Completion, Prompt, Rollout, TokenBatch, Tokenizer
 
 
@@ -85,3 +84,11 @@ def stop_token_ids(
             )
         stops.update(ids)
     return frozenset(stops)
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P) padded on the left with 0, and their int64 mask, both from lengths."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klippo.rollouts.collate import left_pad
 from klippo.rollouts.sampling import Sampling, draw, uniforms
 from klippo.types import Completion, OnDone, Prompt
 
@@ -139,11 +140,3 @@ class HFEngine:
             )
         logits: Tensor = output.logits[:, -1].float()
         return logits
-
-
-def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Token ids (B, P) padded on the left with 0, and their int64 mask, both from lengths."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask

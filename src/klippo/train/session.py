@@ -118,6 +118,10 @@ class Session:
     """The objects of a run."""
 
     run: Prepared
+    config: RunConfig
+    """As it was given; `resolved` has what was measured."""
+    device: torch.device
+    ranks: Ranks
     tokenizer: Tokenizer
     policy: ActorCritic
     reference: Reference
@@ -133,19 +137,6 @@ class Session:
     """Of the model and of the data that the run began with."""
     states: Mapping[str, Stateful]
     """What beside the learner has a state to keep from step to step."""
-
-    @property
-    def config(self) -> RunConfig:
-        """The config as it was given."""
-        return self.run.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.run.device
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.run.ranks
 
     def score(self, rollout: Rollout) -> Scores:
         """The training reward; an error in one process is raised in all."""
@@ -188,6 +179,9 @@ def open_session(run: Prepared) -> Session:
     sampler = offline.sampler(ranks)
     return Session(
         run=run,
+        config=config,
+        device=run.device,
+        ranks=ranks,
         tokenizer=loaded.tokenizer,
         policy=loaded.policy,
         reference=loaded.reference,
@@ -243,6 +237,9 @@ def _open_online(run: Prepared, loaded: LoadedPolicy, model_digest: str) -> Sess
             states[name] = state
     return Session(
         run=run,
+        config=config,
+        device=run.device,
+        ranks=ranks,
         tokenizer=tokenizer,
         policy=loaded.policy,
         reference=loaded.reference,
