@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from klippo.errors import ConfigError
-from klippo.rollouts.collate import collate, stop_token_ids, truncate_after_stop
-from klippo.rollouts.collate import left_pad
+from klippo.rollouts.collate import collate, left_pad, stop_token_ids, truncate_after_stop
 from klippo.types import Completion
 from tests.toys import CPU, EOS, RAGGED, make_rollout, prompt
 
