@@ -123,14 +123,8 @@ class JudgeClient:
             finally:
                 work.num_waiting -= 1
             if answer.cause != "stopped" or self._is_stopped:
-                if shared is None:
-                    return answer
-                return Answer(  # whoever asked first has paid
-                    text=answer.text,
-                    label_logprobs=answer.label_logprobs,
-                    cause=answer.cause,
-                    cached=True,
-                )
+                # Whoever asked first has paid.
+                return answer if shared is None else replace(_answer_of(answer), cached=True)
 
     def key(self, request: Request) -> str:
         """What its answer is stored under."""
@@ -203,7 +197,7 @@ class JudgeClient:
     async def _step(self, work: _Work) -> Answer | float:
         """One attempt, with a turn at the gate: the answer, or how long to wait for the next."""
         if self._is_stopped or work.num_waiting == 0:
-            return self._failed("stopped", work)
+            return self._priced(Answer(cause="stopped"), work)
         if self._fatal is not None:
             raise JudgeError(self._fatal)
         await self._connections.open(allow_plain_http=self.settings.allow_plain_http)
@@ -306,7 +300,11 @@ class JudgeClient:
     def _conclude(self, work: _Work, body: Mapping[str, object], verdict: Verdict) -> Answer | None:
         """The answer, or None for another attempt. Raises JudgeError for what is fatal."""
         if verdict.kind == "fatal":
-            self._fatal = self._fatal or self._fatal_text(verdict.detail)
+            if self._fatal is None:
+                variable = self.settings.key_variable
+                key = "no key is sent" if variable is None else f"the key is from {variable}"
+                judge = f"judge {self.settings.model} at {self.settings.url}"
+                self._fatal = self._hide(f"{judge} cannot be used: {verdict.detail}; {key}")
             self._halt.set()
             self.gate.open_all()
             raise JudgeError(self._fatal)
@@ -315,15 +313,15 @@ class JudgeClient:
                 work.max_tokens *= MORE_TOKENS
                 if work.num_attempts < self.settings.max_attempts:
                     return None
-            return self._answered(verdict.reply, work)
+            return self._priced(_answer_of(verdict.reply), work)
         if verdict.kind == "refused" and self._learns(work, body, verdict):
             return None
         if verdict.kind in ("unusable", "refused"):
             self._warn_once(verdict.detail, f"a request has no answer: {verdict.detail}")
-            return self._failed(verdict.cause or "rejected", work)
+            return self._priced(Answer(cause=verdict.cause or "rejected"), work)
         if work.num_attempts - work.num_changes >= self.settings.max_attempts:
             self._warn_once(verdict.detail, f"gave a request up: {verdict.detail}")
-            return self._failed(verdict.cause or "transport", work)
+            return self._priced(Answer(cause=verdict.cause or "transport"), work)
         return None
 
     def _learns(self, work: _Work, body: Mapping[str, object], verdict: Verdict) -> bool:
@@ -352,14 +350,7 @@ class JudgeClient:
             reply = wire.read_reply(self._wire, stored.body)
         except NOT_READ:
             return Answer(cause="parse", cached=True)
-        return replace(self._answered(reply), cached=True)
-
-    def _answered(self, reply: wire.Reply, work: _Work | None = None) -> Answer:
-        answer = Answer(text=reply.text, label_logprobs=reply.label_logprobs, cause=reply.cause)
-        return answer if work is None else self._priced(answer, work)
-
-    def _failed(self, cause: str, work: _Work) -> Answer:
-        return self._priced(Answer(cause=cause), work)
+        return replace(_answer_of(reply), cached=True)
 
     def _priced(self, answer: Answer, work: _Work) -> Answer:
         return replace(
@@ -369,12 +360,6 @@ class JudgeClient:
             cost_usd=None if self.settings.prices is None else work.nano_usd / 1e9,
             num_attempts=work.num_attempts,
         )
-
-    def _fatal_text(self, detail: str) -> str:
-        variable = self.settings.key_variable
-        key = "no key is sent" if variable is None else f"the key is from {variable}"
-        model, url = self.settings.model, self.settings.url
-        return self._hide(f"judge {model} at {url} cannot be used: {detail}; {key}")
 
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned and len(self._warned) < 100:
@@ -386,3 +371,8 @@ class JudgeClient:
 
     def _hide(self, text: str) -> str:
         return text if self._secret is None else self._secret.hide(text)
+
+
+def _answer_of(reply: wire.Reply | Answer) -> Answer:
+    """Without what it cost."""
+    return Answer(text=reply.text, label_logprobs=reply.label_logprobs, cause=reply.cause)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 from klippo.judge.messages import Request
 
@@ -62,62 +62,58 @@ class Learned:
     renamed: dict[str, str] = field(default_factory=dict)
     num_logprobs: int = NUM_LOGPROBS
 
-    def apply(self, body: JSON) -> dict[str, object]:
-        """The body without what is dropped, with what is renamed."""
-        return {
-            self.renamed.get(key, key): value
-            for key, value in body.items()
-            if key not in self.dropped
-        }
 
-
-class Wire(Protocol):
+class Wire:
     """A wire format."""
 
-    path: str
-    optional: tuple[str, ...]
+    path: ClassVar[str]
+    optional: ClassVar[tuple[str, ...]]
     """Parameters that a server may do without."""
 
     def headers(self, key: str | None) -> dict[str, str]:
         """The headers that carry the key."""
-        ...
+        raise NotImplementedError
 
     def body(
         self, model: str, request: Request, max_tokens: int, learned: Learned
     ) -> dict[str, object]:
         """The body of the call."""
-        ...
+        body: dict[str, object] = {"model": model, "max_tokens": max_tokens}
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.labels and "logprobs" in self.optional:
+            body |= {"logprobs": True, "top_logprobs": learned.num_logprobs}
+        body |= self._special(request)
+        return {
+            learned.renamed.get(key, key): value
+            for key, value in body.items()
+            if key not in learned.dropped
+        }
+
+    def _special(self, request: Request) -> dict[str, object]:
+        """Messages and schema in this format."""
+        raise NotImplementedError
 
     def read(self, body: JSON) -> Reply:
         """The answer in a body with status 200. Raises NoAnswerError if there is none."""
-        ...
+        raise NotImplementedError
 
 
-class OpenAIChat:
+class OpenAIChat(Wire):
     """`/chat/completions`: OpenAI, Gemini's compatible endpoint, vLLM, Ollama, transformers."""
 
     path = "/chat/completions"
-    optional: tuple[str, ...] = ("temperature", "response_format", "top_logprobs", "logprobs")
+    optional = ("temperature", "response_format", "top_logprobs", "logprobs")
 
     def headers(self, key: str | None) -> dict[str, str]:
         return {} if key is None else {"Authorization": f"Bearer {key}"}
 
-    def body(
-        self, model: str, request: Request, max_tokens: int, learned: Learned
-    ) -> dict[str, object]:
-        body: dict[str, object] = {
-            "model": model,
-            "messages": [dict(message) for message in request.messages],
-            "max_tokens": max_tokens,
-        }
-        if request.temperature is not None:
-            body["temperature"] = request.temperature
+    def _special(self, request: Request) -> dict[str, object]:
+        body: dict[str, object] = {"messages": [dict(message) for message in request.messages]}
         if request.schema is not None:
-            wrapped = {"name": "answer", "strict": True, "schema": request.schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": wrapped}
-        if request.labels:
-            body |= {"logprobs": True, "top_logprobs": learned.num_logprobs}
-        return learned.apply(body)
+            schema = {"name": "answer", "strict": True, "schema": request.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return body
 
     def read(self, body: JSON) -> Reply:
         choices = body.get("choices")
@@ -137,33 +133,26 @@ class OpenAIChat:
         )
 
 
-class AnthropicMessages:
+class AnthropicMessages(Wire):
     """`/messages`, Anthropic's own format: it takes a schema, and gives no log-probs."""
 
     path = "/messages"
-    optional: tuple[str, ...] = ("temperature", "output_config")
+    optional = ("temperature", "output_config")
 
     def headers(self, key: str | None) -> dict[str, str]:
         version = {"anthropic-version": ANTHROPIC_VERSION}
         return version if key is None else version | {"x-api-key": key}
 
-    def body(
-        self, model: str, request: Request, max_tokens: int, learned: Learned
-    ) -> dict[str, object]:
+    def _special(self, request: Request) -> dict[str, object]:
         system = [m["content"] for m in request.messages if m["role"] == "system"]
-        body: dict[str, object] = {
-            "model": model,
-            "messages": [dict(m) for m in request.messages if m["role"] != "system"],
-            "max_tokens": max_tokens,
-        }
+        others = [dict(m) for m in request.messages if m["role"] != "system"]
+        body: dict[str, object] = {"messages": others}
         if system:
             body["system"] = "\n\n".join(system)
-        if request.temperature is not None:
-            body["temperature"] = request.temperature
         if request.schema is not None:
             schema = {"type": "json_schema", "schema": request.schema}
             body["output_config"] = {"format": schema}
-        return learned.apply(body)
+        return body
 
     def read(self, body: JSON) -> Reply:
         content, reason = body.get("content"), body.get("stop_reason")
@@ -174,7 +163,6 @@ class AnthropicMessages:
             _joined(content),
             refused=reason == "refusal",
             cut=reason in ("max_tokens", "model_context_window_exceeded", "pause_turn"),
-            label_logprobs=None,
             usage=_usage(body, ("input_tokens", *cached), "output_tokens"),
         )
 
@@ -292,8 +280,8 @@ def _reply(
     *,
     refused: bool,
     cut: bool,
-    label_logprobs: Mapping[str, float] | None,
     usage: Usage | None,
+    label_logprobs: Mapping[str, float] | None = None,
 ) -> Reply:
     """A cut answer has no text; log-probs of its first token are complete all the same."""
     cause = "refusal" if refused else "truncated" if cut else None

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -40,11 +39,7 @@ NO_MATTER = {"kind", "model", "batch_size", "trust_remote_code"}
 """What does not change a classifier's scores, or stands in its name already."""
 
 
-class _One(Settings):
-    reward: RewardSettings
-
-
-class _Several(Settings):
+class _Sections(Settings):
     rewards: dict[str, RewardSettings]
 
 
@@ -93,17 +88,12 @@ def rewards_in(path: Path) -> dict[str, RewardSettings]:
         config = load_config(path).config
         return {"reward": config.reward} | ({} if config.gold is None else {"gold": config.gold})
     if "kind" in tree.value:
-        return {path.stem: _valid(_One, "reward", tree).reward}
-    several: dict[str, RewardSettings] = _valid(_Several, "rewards", tree).rewards
-    return several
-
-
-def _valid(schema: type[Any], key: str, tree: Located) -> Any:
-    whole = Located({key: tree}, tree.origin)
+        tree = Located({path.stem: tree}, tree.origin)
+    sections = Located({"rewards": tree}, tree.origin)
     try:
-        return schema.model_validate(whole.plain())
+        return _Sections.model_validate(sections.plain()).rewards
     except ValidationError as error:
-        raise config_error(describe(error, whole, schema)) from None
+        raise config_error(describe(error, sections, _Sections)) from None
 
 
 def _section(path: Path, key: str | None) -> RewardSettings:
