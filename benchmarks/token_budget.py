@@ -28,9 +28,9 @@ from workload import W1
 
 from klippo.policy.loading import LoadedPolicy, load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
-from klippo.ppo.experience import parts_of
 from klippo.ppo.learner import Learner
 from klippo.ppo.settings import PPOSettings
+from klippo.ppo.update import parts_of
 from klippo.rollouts.collate import collate
 from klippo.types import Completion, Prompt, Rollout, Scores, TokenBatch
 

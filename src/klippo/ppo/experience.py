@@ -26,10 +26,8 @@ from klippo.tensors.estimators import (
     repeated_share,
     whiten,
 )
-from klippo.tensors.packing import micro_batches, split_up
 from klippo.types import Metrics, Rollout, Scores, TokenBatch
 
-ONE_PROCESS = Ranks()
 NGRAM = 3
 """Tokens of what counts as repeated."""
 
@@ -201,32 +199,6 @@ def _old_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
             return forward.ref_logprobs
     assert rollout.behavior_logprobs is not None
     return rollout.behavior_logprobs
-
-
-def parts_of(
-    ppo: PPOSettings,
-    tokens: TokenBatch,
-    rows: Tensor | None = None,
-    *,
-    ranks: Ranks = ONE_PROCESS,
-) -> list[Tensor]:
-    """Rows of a batch, all by default, in micro-batches as the settings want them.
-
-    Processes with as many rows as each other have as many micro-batches: where weights are
-    sharded, every pass is one of all processes.
-    """
-    if rows is None:
-        rows = torch.arange(len(tokens), device=tokens.response_ids.device)
-    parts = micro_batches(
-        rows,
-        tokens.prompt_mask,
-        tokens.response_mask,
-        size=ppo.micro_batch_size,
-        budget=ppo.micro_batch_tokens,
-    )
-    if ppo.micro_batch_tokens is None:
-        return parts
-    return split_up(parts, ranks.largest(len(parts)))
 
 
 def _engine_weights(

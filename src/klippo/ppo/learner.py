@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.ppo.experience import Experience, Forward, build_experience, parts_of
+from klippo.ppo.experience import Experience, Forward, build_experience
 from klippo.ppo.optimizer import Optimizer, Tensors
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.ppo.update import ppo_update
+from klippo.ppo.update import parts_of, ppo_update
 from klippo.ranks import Ranks
 from klippo.tensors.estimators import RunningMoments
 from klippo.types import Metrics, Rollout, Scores

@@ -6,7 +6,7 @@ B sequences, T response tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic, Reference
-from klippo.ppo.experience import Experience, parts_of
+from klippo.ppo.experience import Experience
 from klippo.ppo.loss import LOGGED, ppo_loss, value_loss
 from klippo.ppo.optimizer import Optimizer
 from klippo.ppo.settings import PPOSettings
 from klippo.ranks import Ranks
-from klippo.types import Metrics
+from klippo.types import Metrics, TokenBatch
 
 Loss = Callable[[Experience], tuple[Tensor, Tensor]]
 """Sum of the losses of a micro-batch's tokens; sums (5,) of what is logged, as in `LOGGED`."""
+ONE_PROCESS = Ranks()
+Lengths = tuple[int, int]
+"""Tokens of a row's prompt, and of its response."""
+ORDERS: tuple[Callable[[Lengths], int] | None, ...] = (sum, max, lambda of: of[1], None)
+"""By total length, by the longer of the two, by response; and as given, so that sorting never adds
+padding: rows of one length may have prompts and responses of unlike ones."""
 Skip = Literal["empty", "loss", "ratio", "gradient"]
 """Why a minibatch was skipped: nothing to learn from; a loss (or ratio) that is not finite; a mean
 ratio above the threshold; a gradient that is not finite."""
@@ -226,3 +232,95 @@ def summary(results: list[MinibatchResult], stopped_early: bool) -> Metrics:
         "update/num_ratio_skips": float(skips.count("ratio")),
         "update/stopped_early": float(stopped_early),
     }
+
+
+def parts_of(
+    ppo: PPOSettings,
+    tokens: TokenBatch,
+    rows: Tensor | None = None,
+    *,
+    ranks: Ranks = ONE_PROCESS,
+) -> list[Tensor]:
+    """Rows of a batch, all by default, in micro-batches as the settings want them.
+
+    Processes with as many rows as each other have as many micro-batches: where weights are
+    sharded, every pass is one of all processes.
+    """
+    if rows is None:
+        rows = torch.arange(len(tokens), device=tokens.response_ids.device)
+    parts = micro_batches(
+        rows,
+        tokens.prompt_mask,
+        tokens.response_mask,
+        size=ppo.micro_batch_size,
+        budget=ppo.micro_batch_tokens,
+    )
+    if ppo.micro_batch_tokens is None:
+        return parts
+    return split_up(parts, ranks.largest(len(parts)))
+
+
+def micro_batches(
+    rows: Tensor,
+    prompt_mask: Tensor,
+    response_mask: Tensor,
+    *,
+    size: int | None = None,
+    budget: int | None = None,
+) -> list[Tensor]:
+    """Row numbers (n,) in groups: every row once, at least one row in each group.
+
+    Masks are (B, P) and (B, T) bool. Groups are of `size` rows in the order given; or, with
+    `budget`, of rows of like length whose number times the group's width is at most `budget`
+    tokens, a longer row being a group of its own; or, with neither, all rows are one group. The
+    number of groups depends on the lengths: processes may have unlike ones.
+    """
+    if budget is None:
+        return [rows] if size is None else list(torch.split(rows, size))
+    prompts, responses = prompt_mask[rows].sum(1).tolist(), response_mask[rows].sum(1).tolist()
+    lengths = list(zip(prompts, responses, strict=True))
+    plans = [_packed(_ordered(lengths, key), lengths, budget) for key in ORDERS]
+    best = min(plans, key=lambda plan: padded_tokens(plan, lengths))
+    return [rows[torch.tensor(group, device=rows.device)] for group in best]
+
+
+def split_up(groups: Sequence[Tensor], num: int) -> list[Tensor]:
+    """The groups in `num` smaller ones: the largest is halved, again and again.
+
+    They must have at least `num` rows together.
+    """
+    result = list(groups)
+    while len(result) < num:
+        largest = max(range(len(result)), key=lambda i: len(result[i]))
+        result[largest : largest + 1] = result[largest].tensor_split(2)
+    return result
+
+
+def padded_tokens(groups: Sequence[Sequence[int]], lengths: Sequence[Lengths]) -> int:
+    """Tokens that go through the models, padding included."""
+    return sum(len(group) * _width(lengths[i] for i in group) for group in groups)
+
+
+def _ordered(lengths: Sequence[Lengths], key: Callable[[Lengths], int] | None) -> list[int]:
+    places = list(range(len(lengths)))
+    return places if key is None else sorted(places, key=lambda i: -key(lengths[i]))
+
+
+def _packed(order: Sequence[int], lengths: Sequence[Lengths], budget: int) -> list[list[int]]:
+    """Groups of neighbours, each as large as the budget lets it be."""
+    groups: list[list[int]] = []
+    prompt = response = 0  # the longest of the last group
+    for i in order:
+        longer = max(prompt, lengths[i][0]), max(response, lengths[i][1])
+        if groups and (len(groups[-1]) + 1) * sum(longer) <= budget:
+            groups[-1].append(i)
+            prompt, response = longer
+        else:
+            groups.append([i])
+            prompt, response = lengths[i]
+    return groups
+
+
+def _width(lengths: Iterable[Lengths]) -> int:
+    pairs = list(lengths)
+    return max(prompt for prompt, _ in pairs) + max(response for _, response in pairs)

@@ -132,7 +132,8 @@ def compare_heads(
         both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
         for (part, logits), (_, ref_logits) in both:
             ids = token_ids[part, None]
-            logp, ref_logp = _normalized(logits), _normalized(ref_logits)
+            logp = torch.log_softmax(logits, -1, out=logits)
+            ref_logp = torch.log_softmax(ref_logits, -1, out=ref_logits)
             found[0, part] = logp.gather(1, ids).squeeze(1)
             found[2, part] = ref_logp.gather(1, ids).squeeze(1)
             log_ratio = ref_logp.neg_().add_(logp)
@@ -140,11 +141,6 @@ def compare_heads(
             found[3, part] = log_ratio.mul_(probabilities).sum(-1)
             found[1, part] = -probabilities.mul_(logp).sum(-1)
     return tuple(found)
-
-
-def _normalized(logits: Tensor) -> Tensor:
-    """Logits (n, V) as log-probs, in place."""
-    return torch.log_softmax(logits, -1, out=logits)
 
 
 def exact_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
@@ -179,8 +175,8 @@ class _ExactKL(torch.autograd.Function):
         kl = _results(hidden, len(hidden))
         both = zip(head.chunks(hidden), ref_head.chunks(ref_hidden), strict=True)
         for (part, logits), (_, ref_logits) in both:
-            logp = _normalized(logits)
-            log_ratio = _normalized(ref_logits).neg_().add_(logp)
+            logp = torch.log_softmax(logits, -1, out=logits)
+            log_ratio = torch.log_softmax(ref_logits, -1, out=ref_logits).neg_().add_(logp)
             kl[part] = log_ratio.mul_(logp.exp_()).sum(-1)
         ctx.save_for_backward(hidden, weight, ref_hidden, kl)
         ctx.head, ctx.ref_head, ctx.has_bias = head, ref_head, bias is not None
@@ -194,8 +190,8 @@ class _ExactKL(torch.autograd.Function):
         both = zip(head.chunks(hidden), ctx.ref_head.chunks(ref_hidden), strict=True)
         for (part, logits), (_, ref_logits) in both:
             slope = head.slope(logits)
-            logp = _normalized(logits)
-            log_ratio = _normalized(ref_logits).neg_().add_(logp)
+            logp = torch.log_softmax(logits, -1, out=logits)
+            log_ratio = torch.log_softmax(ref_logits, -1, out=ref_logits).neg_().add_(logp)
             grad = logp.exp_().mul_(log_ratio.sub_(kl[part, None])).mul_(grads[0][part, None])
             sink.add(part, grad, slope)
         return *sink.all, None, None, None
@@ -220,7 +216,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = _results(hidden, len(hidden))
         entropy = torch.zeros_like(logprobs)
         for part, logits in head.chunks(hidden):
-            logp = _normalized(logits)
+            logp = torch.log_softmax(logits, -1, out=logits)
             logprobs[part] = logp.gather(1, token_ids[part, None]).squeeze(1)
             if with_entropy:
                 entropy[part] = -logp.exp().mul_(logp).sum(-1)
@@ -238,7 +234,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for part, logits in head.chunks(hidden):
             slope = head.slope(logits)
             # In place from here on: a chunk of logits is the largest thing in memory.
-            logp = _normalized(logits)
+            logp = torch.log_softmax(logits, -1, out=logits)
             pull = grad_logprobs[part, None]
             if use_entropy:
                 pull = pull + grad_entropy[part, None] * (logp + entropy[part, None])
@@ -271,7 +267,7 @@ class _TokenLoss(torch.autograd.Function):
         for part, logits in head.chunks(hidden):
             slope = head.slope(logits)
             # In place from here on: a chunk of logits is the largest thing in memory.
-            logp = _normalized(logits)
+            logp = torch.log_softmax(logits, -1, out=logits)
             ids = token_ids[part, None]
             logprobs = logp.gather(1, ids).squeeze(1)
             entropy = torch.zeros_like(logprobs)

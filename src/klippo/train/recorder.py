@@ -17,7 +17,7 @@ from klippo.errors import HealthError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
 from klippo.policy.saving import save_policy
 from klippo.policy.sharding import full_weights, is_sharded
-from klippo.ppo.experience import parts_of
+from klippo.ppo.update import parts_of
 from klippo.ranks import warn
 from klippo.runs.folder import (
     CONFIG_FILE,

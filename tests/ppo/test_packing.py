@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klippo.tensors.packing import micro_batches, padded_tokens
+from klippo.ppo.update import micro_batches, padded_tokens
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 20)), min_size=1, max_size=24)
 
