@@ -107,8 +107,7 @@ class CausalLM(nn.Module):
             batch.response_ids[mask],
             with_entropy=with_entropy,
         )
-        zeros = logprobs.new_zeros(mask.shape)
-        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+        return _spread(logprobs, mask), _spread(entropy, mask)
 
     def loss(
         self,
@@ -151,6 +150,11 @@ def trunk_hidden(trunk: HFModel, batch: TokenBatch, *, after_last: bool, autocas
     with torch.autocast(ids.device.type, torch.bfloat16) if autocast else nullcontext():
         output = trunk(**inputs, use_cache=False)
     return output.last_hidden_state[:, batch.prompt_ids.shape[1] - 1 :]
+
+
+def _spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Values (N,) of the tokens in a mask (B, T), and zero elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
 class Critic(nn.Module):
@@ -203,6 +207,8 @@ class LoraCritic(Critic):
         # Shared with the policy: not submodules.
         object.__setattr__(self, "_shared", (lm, peft_model))
         self._shared: tuple[CausalLM, PeftModel]
+        for parameter in self.own_parameters():
+            parameter.requires_grad_(True)
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         for name, parameter in self._shared[0].model.named_parameters():
@@ -266,16 +272,11 @@ class ActorCritic(nn.Module):
 
         `hidden` (B, T, D) is the policy's, if known.
         """
-        if hidden is None and self.critic_reads_policy:
+        if hidden is None and self.critic.reads_policy:
             with torch.no_grad():
                 hidden = self.lm.hidden(batch)
         values: Tensor = self.critic(batch, hidden, after_last=False)
         return values
-
-    @property
-    def critic_reads_policy(self) -> bool:
-        """Whether values come from the policy's own hidden states."""
-        return self.critic.reads_policy
 
     def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(policy's, critic's own) trainable parameters, each once."""
@@ -291,9 +292,7 @@ class Reference:
     """The policy as it was at step 0, frozen."""
 
     def __init__(
-        self,
-        lm: CausalLM,
-        active: Callable[[], AbstractContextManager[None]] = nullcontext,
+        self, lm: CausalLM, active: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
         self.lm = lm
         self._active = active
@@ -313,14 +312,14 @@ class Reference:
         mask = batch.response_mask
         with self._active():
             ref_hidden = self.lm.hidden(batch)[mask]
-        found = compare_heads(
+        both = compare_heads(
             policy.head(temperature),
             hidden[mask],
             self.lm.head(temperature),
             ref_hidden,
             batch.response_ids[mask],
         )
-        return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
+        return tuple(_spread(x, mask) for x in both)
 
     def kl_from(
         self, policy: CausalLM, batch: TokenBatch, temperature: float, hidden: Tensor | None = None
@@ -336,4 +335,4 @@ class Reference:
             ref_hidden = self.lm.hidden(batch)[mask]
         own_hidden = hidden[:, : mask.shape[1]][mask]
         kl = policy.exact_kl(own_hidden, temperature, self.lm.head(temperature), ref_hidden)
-        return kl.new_zeros(mask.shape).masked_scatter(mask, kl)
+        return _spread(kl, mask)

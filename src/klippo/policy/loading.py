@@ -15,6 +15,7 @@ from klippo.hub import load_model, load_tokenizer, with_fused_activations
 from klippo.policy.actor_critic import (
     ActorCritic,
     CausalLM,
+    Critic,
     LoraCritic,
     Reference,
     SeparateCritic,
@@ -67,7 +68,9 @@ def load_policy(
     load_on = device if sharding == "none" else torch.device("cpu")
     model = model or load_causal_lm(settings, load_on)
     turn_dropout_off(with_lean_norms(with_fused_activations(model)))
-    separate = _separate_critic(settings, critic, model) if critic.kind == "separate" else None
+    value: Critic | None = None
+    if critic.kind == "separate":
+        value = _separate_critic(settings, critic, model)
     peft_model: PeftModel | None = None
     if settings.tuning == "lora":
         peft_model = add_adapters(settings, critic, model)
@@ -76,6 +79,8 @@ def load_policy(
         lm = _causal_lm(settings, model).to(load_on)
         start = None if settings.adapter is None else REFERENCE
         reference = Reference(lm, partial(using_adapter, peft_model, start))
+        if critic.kind == "lora":
+            value = LoraCritic(lm, peft_model)
     else:
         if settings.tuning == "last_layers":
             freeze_below(model, settings.num_unfrozen_layers)
@@ -84,7 +89,7 @@ def load_policy(
         frozen = copy.deepcopy(model, shared).requires_grad_(False).eval()
         lm = _causal_lm(settings, model).to(load_on)
         reference = Reference(_causal_lm(settings, frozen).to(load_on))
-    policy = ActorCritic(lm, _critic(critic, lm, separate, peft_model).to(load_on), peft_model)
+    policy = ActorCritic(lm, (value or TrunkCritic(lm)).to(load_on), peft_model)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(policy)
     policy.eval()
@@ -217,23 +222,6 @@ def _causal_lm(settings: PolicySettings, model: HFModel) -> CausalLM:
         if num_frozen := len(blocks) - settings.num_unfrozen_layers:
             frozen = FrozenBlocks(blocks, num_frozen)
     return CausalLM(model, autocast=settings.autocast, frozen=frozen)
-
-
-def _critic(
-    settings: CriticSettings,
-    lm: CausalLM,
-    separate: SeparateCritic | None,
-    peft_model: PeftModel | None,
-) -> TrunkCritic | LoraCritic | SeparateCritic:
-    if separate is not None:
-        return separate
-    if settings.kind == "trunk":
-        return TrunkCritic(lm)
-    assert peft_model is not None
-    critic = LoraCritic(lm, peft_model)
-    for parameter in critic.own_parameters():
-        parameter.requires_grad_(True)
-    return critic
 
 
 def _separate_critic(

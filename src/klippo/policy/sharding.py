@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from klippo.errors import PreflightError
 from klippo.policy.actor_critic import ActorCritic, Reference, SeparateCritic
@@ -39,9 +42,6 @@ def shard(
     """
     if how == "none":
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise PreflightError(
             f"sharding={how} needs PyTorch 2.13 or newer, and this is {torch.__version__}"
@@ -87,7 +87,9 @@ def full_weights(*modules: nn.Module) -> Iterator[None]:
     Every process must enter; inside, processes need not do the same. Does nothing for modules that
     are not sharded, or already gathered.
     """
-    roots = [root for root in _roots(*modules) if any(map(_is_shard, root.parameters()))]
+    roots = [
+        root for root in _roots(*modules) if any(isinstance(x, DTensor) for x in root.parameters())
+    ]
     sharded = _sharded_modules(*roots)
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
@@ -125,7 +127,7 @@ def full_state(module: nn.Module | HFModel | PeftModel) -> dict[str, Tensor]:
 
 def full_tensor(x: Tensor) -> Tensor:
     """The full tensor of a shard; every process must call it."""
-    return x.full_tensor() if _is_shard(x) else x  # type: ignore[attr-defined]
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def on_main_cpu(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -137,7 +139,7 @@ def on_main_cpu(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor
     full = {}
     for name, x in tensors.items():
         full[name] = x
-        if _is_shard(x):
+        if isinstance(x, DTensor):
             gathered = full_tensor(x.detach())
             full[name] = gathered.cpu() if ranks.is_main else gathered.new_empty(0, device="cpu")
     return full
@@ -145,24 +147,15 @@ def on_main_cpu(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor
 
 def shard_like(x: Tensor, target: Tensor) -> Tensor:
     """This process's shard of a full tensor, if the target is a shard."""
-    if not _is_shard(target):
+    if not isinstance(target, DTensor):
         return x
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-    return distribute_tensor(x.to(target.device), mesh, placements, src_data_rank=None)
-
-
-def _is_shard(x: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
+    return distribute_tensor(
+        x.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+    )
 
 
 def _roots(*modules: nn.Module) -> list[Any]:
     """The outermost sharded modules of these, each once."""
-    from torch.distributed.fsdp import FSDPModule
-
     roots: list[Any] = []
     for module in modules:
         inner = [module] if isinstance(module, FSDPModule) else _roots(*module.children())
@@ -172,6 +165,4 @@ def _roots(*modules: nn.Module) -> list[Any]:
 
 def _sharded_modules(*modules: nn.Module) -> list[Any]:
     """All sharded modules of these, outermost first."""
-    from torch.distributed.fsdp import FSDPModule
-
     return [x for module in modules for x in module.modules() if isinstance(x, FSDPModule)]

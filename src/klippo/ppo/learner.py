@@ -85,7 +85,7 @@ class Learner:
             values = policy.critic(tokens, hidden, after_last=after_last)
             put("values", values, num_response + int(after_last))
             hidden = hidden[:, : tokens.response_ids.shape[1]]
-            if self._is_warming_up and policy.critic_reads_policy:
+            if self._is_warming_up and policy.critic.reads_policy:
                 put("hidden", hidden)
             if rollout.behavior == "policy":
                 logprobs, entropy = policy.lm.logprobs(
