@@ -108,43 +108,40 @@ def compare(
     kept, lead = _rows(prompts, next((run for run in runs if run is not None), None))
     settings = rewards_by_name(rewards, runs)
     groups = groups_of(kept.rows, by, source_of(kept.rows))
-    column = kept.data.prompt_columns[0]
-    measures = open_measures(settings, kept.rows[0].columns, device=device, prompt_column=column)
+    columns, column = kept.rows[0].columns, kept.data.prompt_columns[0]
+    measures = open_measures(settings, columns, device=device, prompt_column=column)
     with console.status("The answers before"):
         opened = open_place(base, device, dtype=dtype, like=lead)
-        if max_tokens is None:
-            max_tokens = (
-                opened.max_tokens if lead is None else longest(lead.rollout.response_length)
-            )
-        chosen = pick(_once(kept.prompts(opened, max_tokens, seed)), num_prompts, seed)
+        of_run = None if lead is None else longest(lead.rollout.response_length)
+        length = next(n for n in (max_tokens, of_run, opened.max_tokens) if n is not None)
+        chosen = pick(_once(kept.prompts(opened, length, seed)), num_prompts, seed)
         numbers = response_seeds(seed, range(len(chosen)))
         questions = _Questions(
             groups=groups,
             measures=measures,
             prompt_column=column,
             seeds=dict(zip((prompt.id for prompt in chosen), numbers, strict=True)),
-            max_tokens=max_tokens,
+            max_tokens=length,
             batch_size=batch_size,
         )
         first = _answer(opened, chosen, questions)
-    comparisons: list[Comparison] = []
-    answers = {"before": first.answers}
+    comparisons, answers = [], {"before": first.answers}
     for name, place in places.items():
         with console.status(f"The answers of {name}"):
             opened = open_place(place, device, dtype=dtype, like=lead)
-            asked = kept.prompts(opened, max_tokens, seed, among=questions.seeds)
+            asked = kept.prompts(opened, length, seed, among=questions.seeds)
             side = _answer(opened, asked, questions)
             comparisons.append(_compare(name, first, side, questions))
             answers[name] = side.answers
             del opened, side  # before the next model is loaded
-    for table in comparison_tables(comparisons, lower=lower_is_better(settings)):
+    tables = comparison_tables(comparisons, lower=lower_is_better(settings))
+    for table in (*tables, answers_table(answers, list(settings), SHOWN)):
         console.print(table)
-    console.print(answers_table(answers, list(settings), SHOWN))
     if output is not None:
         figures = {
             "before": base.name,
             "num_prompts": len(chosen),
-            "max_tokens": max_tokens,
+            "max_tokens": length,
             "seed": seed,
             "comparisons": _plain(comparisons),
             "answers": [_row(prompt.id, answers) for prompt in chosen],

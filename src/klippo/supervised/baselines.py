@@ -244,11 +244,8 @@ def baselines(
             console.print(f"{name}: {plan.about}", markup=False)
         with TrainingLine(console, name, quiet=quiet) as line:
             figures, sentence = _train(plan, start, config, device, line)
-        path = folders[name]
-        run = RunFolder.create(path, overwrite=overwrite)
-        with run.new_directory(MODEL_DIR) as model_dir:
-            save_model(start.policy, start.tokenizer, model_dir)
-        write_text(path / CONFIG_FILE, to_yaml(config.model_copy(update={"output_dir": str(path)})))
+        run = RunFolder.create(folders[name], overwrite=overwrite)
+        _save(run, start, config)
         run.write_status("done", method=name, **figures)
         console.print(f"{name}: {sentence}", markup=False)
         del start
@@ -302,6 +299,14 @@ def _train(
         "minutes": line.seconds / 60,
     }
     return details | figures, sentence
+
+
+def _save(run: RunFolder, start: LoadedPolicy, config: RunConfig) -> None:
+    """The model and the config of a run's folder."""
+    with run.new_directory(MODEL_DIR) as model_dir:
+        save_model(start.policy, start.tokenizer, model_dir)
+    config = config.model_copy(update={"output_dir": str(run.path)})
+    write_text(run.path / CONFIG_FILE, to_yaml(config))
 
 
 def learner(start: LoadedPolicy) -> PreTrainedModel:
