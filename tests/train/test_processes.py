@@ -14,12 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from klippo.runs.folder import read_rows
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
+from tests.toys import assert_same_tensors
 
-METRICS_TOLERANCE = 1e-5
-KL_TOLERANCE_NATS = 1e-4
-WEIGHTS_TOLERANCE = 1e-6
-"""Sums over rows are added up in another order (float32, whose rounding is 6e-8), which five steps
-of Adam carry on; docs/processes.md has what was measured, a tenth of these."""
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -28,14 +26,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def torchrun(num: int, *arguments: object) -> list[str]:
+def torchrun(num: int, *arguments: object, program: str = "klippo") -> list[str]:
+    """`klippo train` under torchrun; with `program="tests.float64"` computed in float64."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num)]
-    return [sys.executable, *launcher, "-m", "klippo", "train", *map(str, arguments)]
+    return [sys.executable, *launcher, "-m", program, "train", *map(str, arguments)]
 
 
 def finish(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
@@ -74,11 +74,12 @@ def without_times(metrics: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if not key.startswith(own)}
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_one_and_two_processes_have_the_same_metrics_samples_and_weights(
     cli, whole_config: Path, gpt2: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    ended = finish(torchrun(2, whole_config, f"output_dir={two}"))
+    ended = finish(torchrun(2, whole_config, f"output_dir={two}", program="tests.float64"))
     assert ended.stdout.startswith("2 processes")
     for code, out, err in (
         cli("train", whole_config, f"output_dir={one}"),
@@ -90,26 +91,21 @@ def test_one_and_two_processes_have_the_same_metrics_samples_and_weights(
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (one, two))
     assert len(ours) == len(theirs) == 5
     for a, b in zip(ours, theirs, strict=True):
-        assert without_times(a) == pytest.approx(
-            without_times(b), rel=METRICS_TOLERANCE, abs=METRICS_TOLERANCE
-        )
+        assert without_times(a) == pytest.approx(without_times(b), **FLOAT64_APPROX)
     for step in (0, 2, 4, 5):
         ours, theirs = (read_rows(folder / f"eval/step-{step}.jsonl") for folder in (one, two))
         assert len(ours) == len(theirs) == 9
         for a, b in zip(ours, theirs, strict=True):
-            for kl in ("kl_k1_nats", "kl_exact_nats"):
-                assert a.pop(kl) == pytest.approx(b.pop(kl), abs=KL_TOLERANCE_NATS)
-            assert a.pop("proxy") == pytest.approx(b.pop("proxy"), abs=METRICS_TOLERANCE)
+            for name in ("kl_k1_nats", "kl_exact_nats", "proxy"):
+                assert a.pop(name) == pytest.approx(b.pop(name), **FLOAT64_APPROX)
             assert a == b
     for file in ("model/model.safetensors", "critic/value_head.safetensors"):
         ours, theirs = (load_file(folder / file) for folder in (one, two))
-        assert ours.keys() == theirs.keys()
-        for name, weight in ours.items():
-            assert float((weight - theirs[name]).abs().max()) < WEIGHTS_TOLERANCE
+        assert_same_tensors(ours, theirs, **FLOAT64)
     start = load_file(gpt2 / "model.safetensors")
     trained = load_file(one / "model/model.safetensors")
     changes = [float((trained[name] - weight).abs().max()) for name, weight in start.items()]
-    assert max(changes) > 1000 * WEIGHTS_TOLERANCE
+    assert max(changes) > 1e-3
 
 
 @pytest.mark.slow
@@ -203,6 +199,7 @@ def test_a_signal_to_the_launcher_ends_the_run_and_keeps_the_policy(
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_offline_runs_are_the_same_for_one_and_two_processes(
     cli, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -222,13 +219,12 @@ def test_offline_runs_are_the_same_for_one_and_two_processes(
     )
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli("train", config, f"output_dir={one}")[0] == 0
-    ended = finish(torchrun(2, config, f"output_dir={two}"))
+    ended = finish(torchrun(2, config, f"output_dir={two}", program="tests.float64"))
     assert ended.returncode == 0, ended.stderr
     ours, theirs = (read_rows(folder / "diagnostics.jsonl") for folder in (one, two))
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):
         assert a.pop("warnings") == b.pop("warnings")
-        assert a == pytest.approx(b, rel=1e-4, abs=METRICS_TOLERANCE, nan_ok=True)
+        assert a == pytest.approx(b, **FLOAT64_APPROX, nan_ok=True)
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (one, two))
-    for name, weight in ours.items():
-        assert float((weight - theirs[name]).abs().max()) < WEIGHTS_TOLERANCE
+    assert_same_tensors(ours, theirs, **FLOAT64)

@@ -13,20 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from klippo.runs.folder import read_rows
+from tests.tolerance import FLOAT64, FLOAT64_APPROX
+from tests.toys import assert_same_tensors
 from tests.train.test_processes import (
-    KL_TOLERANCE_NATS,
-    WEIGHTS_TOLERANCE,
     finish,
     free_port,
     torchrun,
     without_times,
 )
 
-METRICS_TOLERANCE = 1e-4
-"""Relative to max(1, value); 1.7e-5 was measured, in a gradient norm of LoRA at step 2."""
-LORA_WEIGHTS_TOLERANCE = 1e-5
-"""Adam divides LoRA's first gradients, which are almost zero, by themselves: two processes with
-whole weights ended 1.7e-6 from one, two with parts 1.4e-6."""
 EXAMPLES = Path(__file__).parents[2] / "examples/launch"
 SEPARATE: dict[str, Any] = {"critic": {"kind": "separate"}, "kl": {"coef": 0.1}}
 LORA: dict[str, Any] = {
@@ -68,28 +63,23 @@ def test_sharded_runs_have_the_metrics_samples_and_weights_of_whole_ones(
     )
     one, two = tmp_path / "one", tmp_path / "two"
     for num, folder in ((1, one), (2, two)):
-        ended = finish(torchrun(num, config, f"output_dir={folder}", f"sharding={sharding}"))
+        overrides = f"output_dir={folder}", f"sharding={sharding}"
+        ended = finish(torchrun(num, config, *overrides, program="tests.float64"))
         assert ended.returncode == 0, ended.stderr
         assert "Warning" not in ended.stderr
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (one, two))
     for a, b in zip(ours, theirs, strict=True):
-        assert without_times(a) == pytest.approx(
-            without_times(b), rel=METRICS_TOLERANCE, abs=METRICS_TOLERANCE
-        )
+        assert without_times(a) == pytest.approx(without_times(b), **FLOAT64_APPROX)
     for step in (0, 2, 3):
         ours, theirs = (read_rows(folder / f"eval/step-{step}.jsonl") for folder in (one, two))
         assert len(ours) == len(theirs) == 9
         for a, b in zip(ours, theirs, strict=True):
             assert a["response_ids"] == b["response_ids"]
-            assert a["kl_exact_nats"] == pytest.approx(b["kl_exact_nats"], abs=KL_TOLERANCE_NATS)
-    tolerance = LORA_WEIGHTS_TOLERANCE if kind == "lora" else WEIGHTS_TOLERANCE
+            assert a["kl_exact_nats"] == pytest.approx(b["kl_exact_nats"], **FLOAT64_APPROX)
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     assert len(files) == 6, "policy, critic and value head, of the end and of the best step"
     for file in files:
-        ours, theirs = load_file(one / file), load_file(two / file)
-        assert ours.keys() == theirs.keys()
-        for name, weight in ours.items():
-            assert float((weight - theirs[name]).abs().max()) < tolerance, (file, name)
+        assert_same_tensors(load_file(one / file), load_file(two / file), **FLOAT64)
 
 
 FAULT = """
@@ -155,13 +145,13 @@ def test_a_checkpoint_of_two_sharded_processes_starts_one_and_that_of_one_starts
     for first, second in ((2, 1), (1, 2)):
         folder = tmp_path / f"{first}-{second}"
         for num, steps in ((first, 2), (second, 4)):
-            command = torchrun(num, config, f"output_dir={folder}", f"ppo.num_steps={steps}")
+            overrides = f"output_dir={folder}", f"ppo.num_steps={steps}"
+            command = torchrun(num, config, *overrides, program="tests.float64")
             ended = finish([*command, "--resume"] if steps == 4 else command)
             assert ended.returncode == 0, ended.stderr
         assert f"{second} processes resume what {first} began" in ended.stderr
         ends[first] = load_file(folder / "model/model.safetensors")
-    for name, weight in ends[1].items():
-        assert float((weight - ends[2][name]).abs().max()) < WEIGHTS_TOLERANCE, name
+    assert_same_tensors(ends[1], ends[2], **FLOAT64)
 
 
 def test_accelerate_shards_from_its_config_file_and_the_model_is_a_plain_one(
