@@ -441,3 +441,31 @@ def test_an_asker_who_gives_up_leaves_a_paid_answer_behind(tmp_path: Path) -> No
         asyncio.run(run(server))
         (answer,) = ask_all(server, [question()], cache=cache)
         assert (answer.text, answer.cached, len(server.hits)) == ("Score: 9", True, 1)
+
+
+def test_a_cache_of_the_first_version_keeps_its_answers_and_totals(tmp_path: Path) -> None:
+    cache = tmp_path / "judge.sqlite"
+    with FaultServer() as server:
+        ask_all(server, [question(0)], cache=cache)
+        with sqlite3.connect(cache) as db:
+            db.execute("CREATE TABLE claims (key TEXT, owner TEXT, pid INTEGER, until REAL)")
+            db.execute("CREATE TABLE pending (id INTEGER, account TEXT, tokens INTEGER)")
+            db.execute("PRAGMA user_version = 1")
+        (answer,) = ask_all(server, [question(0)], cache=cache)
+        assert (answer.cached, len(server.hits)) == (True, 1)
+    assert totals(cache)[0] == 1
+    with sqlite3.connect(cache) as db:
+        names = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+        assert names >= {"answers", "totals"}
+        assert not names & {"claims", "pending"}
+
+
+def test_two_clients_of_one_process_ask_a_question_one_after_the_other(tmp_path: Path) -> None:
+    stores = [Store(tmp_path / "judge.sqlite") for _ in range(2)]
+    key = "0123456789abcdef"
+    assert [store.claim(key) for store in stores] == [True, False]
+    stores[0].release(key)
+    assert stores[1].claim(key)
+    stores[1].release(key)
+    for store in stores:
+        store.close()
