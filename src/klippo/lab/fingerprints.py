@@ -24,12 +24,12 @@ _CONTENT = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 def of_files(files: Iterable[Path]) -> str:
     """A digest of the names and the content of files."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(files):
-        whole.update(path.name.encode())
+        digest.update(path.name.encode())
         with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:_LENGTH]
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:_LENGTH]
 
 
 def of_model(name: str, revision: str | None = None) -> str:
@@ -56,22 +56,22 @@ def of_reward(settings: RewardSettings) -> str:
 
 def of_weights(model: Any) -> str:
     """Of a model's frozen weights: their names, shapes, and a few numbers of each."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if not weight.requires_grad:
             flat = weight.detach().flatten()
             few = flat[:: max(len(flat) // _NUM_WEIGHTS, 1)].to("cpu", torch.float32, copy=True)
-            whole.update(f"{name} {tuple(weight.shape)}".encode())
-            whole.update(few.numpy().tobytes())  # NumPy must not hold the weight itself
-    return whole.hexdigest()[:_LENGTH]
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(few.numpy().tobytes())  # NumPy must not hold the weight itself
+    return digest.hexdigest()[:_LENGTH]
 
 
 def of_prompts(prompts: Iterable[Prompt]) -> str:
     """Of prompts in their order, as token ids, with their other columns."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for prompt in prompts:
-        whole.update(repr((prompt.token_ids, sorted(prompt.meta.items()))).encode())
-    return whole.hexdigest()[:_LENGTH]
+        digest.update(repr((prompt.token_ids, sorted(prompt.meta.items()))).encode())
+    return digest.hexdigest()[:_LENGTH]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -114,8 +114,8 @@ def reward_label(settings: RewardSettings) -> str:
         return judge_label(settings)
     if isinstance(settings, ClassifierSettings):
         given = settings.model_dump(exclude_defaults=True, exclude=NO_MATTER)
-        told = ", ".join(f"{key}: {value}" for key, value in given.items())
-        return settings.model + (f" ({told})" if told else "")
+        options = ", ".join(f"{key}: {value}" for key, value in given.items())
+        return settings.model + (f" ({options})" if options else "")
     name: str = settings.kind
     if isinstance(settings, EnsembleSettings):
         name = f"{settings.objective} of {', '.join(m.model for m in settings.classifiers())}"

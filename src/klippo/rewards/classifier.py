@@ -61,7 +61,7 @@ class ClassifierReward:
             "multi_label_classification"
         )
         self.filler = _filler_id(model, tokenizer)
-        self.kin = json.dumps([architecture(loaded), self.reader.key, self.filler])
+        self.family = json.dumps([architecture(loaded), self.reader.key, self.filler])
         """Equal for models that read the same ids and differ in their weights alone."""
 
     def score(self, rollout: Rollout) -> Scores:
@@ -98,7 +98,7 @@ def score_together(
     prompts: Sequence[Prompt],
     responses: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
-    """Scores (K, N) float32 on the CPU, and 1 where a text was cut (N,), for models that are kin.
+    """Scores (K, N) float32 on the CPU, and 1 where a text was cut (N,), for models of one family.
 
     `outputs` maps ids (n, S) and mask (n, S) to the models' outputs (K, n, L). The texts are put
     together and tokenized once. Raises NotFiniteRewardError when an output is not finite.
@@ -143,8 +143,8 @@ def _pad(
 def read_output(logits: Tensor, label: int, output: str, labels_exclude: bool = True) -> Tensor:
     """One number per text (N,) from logits (N, L): the label's logit, log-prob or probability.
 
-    Log-probs are log softmax over the labels, or log sigmoid where there is one label, or where
-    `labels_exclude` is False: each label is a question of its own then.
+    Log-probs are log softmax over the labels, or log sigmoid if there is one label, or if
+    `labels_exclude` is False: each label is a separate question then.
     """
     if output == "logit":
         return logits[:, label]
@@ -176,11 +176,11 @@ def find_label(label: str | int | None, config: Any, model: str) -> int:
 
 
 def _filler_id(model: Any, tokenizer: Tokenizer) -> int:
-    """What stands behind a shorter text; masked, but RoBERTa's kind finds positions by it."""
+    """Pads shorter texts; masked, but RoBERTa's kind finds positions by it."""
     config = model.config.get_text_config()
     for name in ("pad_token_id", "eos_token_id"):
         for holder in (config, tokenizer):
-            found = getattr(holder, name, None)
-            if isinstance(found, int) and 0 <= found < config.vocab_size:
-                return found
+            token_id = getattr(holder, name, None)
+            if isinstance(token_id, int) and 0 <= token_id < config.vocab_size:
+                return token_id
     return 0

@@ -45,17 +45,17 @@ class EnsembleReward:
             for one in settings.classifiers()
         ]
         self._moments = self._known_moments()
-        places: dict[str, list[int]] = {}
-        for place, member in enumerate(self.members):
-            places.setdefault(member.kin, []).append(place)
+        families: dict[str, list[int]] = {}
+        for number, member in enumerate(self.members):
+            families.setdefault(member.family, []).append(number)
         self._families = [
             (group, Stack([self.members[k].scorer for k in group], self.members[group[0]].width))
-            for group in places.values()
+            for group in families.values()
         ]
 
     @property
     def waits_for_moments(self) -> bool:
-        """True until `measure` was called, where the run's start is to standardise the members."""
+        """True until `measure` was called, if the run's start is to standardise the members."""
         return self.settings.standardize == "start" and self._moments is None
 
     def score(self, rollout: Rollout) -> Scores:

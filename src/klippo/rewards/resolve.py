@@ -29,7 +29,7 @@ def resolve_scores(
 
     Async sources all run on one event loop in a thread of its own, so that what they keep between
     calls (connections) stays usable. With `skip_not_finite` a response whose reward is no finite
-    number counts as unscored, and `not_finite` tells of it. Raises RewardError when the scores do
+    number counts as unscored, and `not_finite` says so. Raises RewardError when the scores do
     not fit the rollout, NotFiniteRewardError for such a reward.
     """
     result = source.score(rollout)
@@ -63,7 +63,7 @@ def resolve_scores(
 
 
 def begin_with(source: RewardSource) -> Callable[[Prompt, str], None] | None:
-    """What starts the scoring of one finished response; None where all is scored as a batch."""
+    """What starts the scoring of one finished response; None if all are scored as a batch."""
     eager = list(_eager(source))
     if not eager:
         return None

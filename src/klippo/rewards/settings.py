@@ -18,7 +18,7 @@ class ReadingSettings(CodeSettings):
     """Which output to use, by name or number; needed exactly when the model has several."""
     output: Literal["logit", "logprob", "probability"] = "logit"
     """How to read it. Log-prob (in nats) and probability are the softmax over the model's labels,
-    or the sigmoid where it has one output or labels that do not exclude each other."""
+    or the sigmoid if it has one output or labels that do not exclude each other."""
     reads: Literal["full", "response"] = "full"
     """Score prompt plus response, or the response alone."""
     template: str | None = None
@@ -130,7 +130,7 @@ class EnsembleSettings(ReadingSettings):
     def classifiers(self) -> list[ClassifierSettings]:
         """One reading of each member: its own settings over those of the ensemble."""
         shared = {name: getattr(self, name) for name in ReadingSettings.model_fields}
-        found = []
+        readings = []
         for member in self.members:
             own = (
                 {"model": member}
@@ -143,8 +143,8 @@ class EnsembleSettings(ReadingSettings):
                 names = [pattern.replace("{seed}", str(seed)) for seed in self.seeds]
             for name in names:
                 reading = shared | own | {"kind": "classifier", "model": name}
-                found.append(ClassifierSettings.model_validate(reading))
-        return found
+                readings.append(ClassifierSettings.model_validate(reading))
+        return readings
 
     def trusted_models(self) -> list[str]:
         """Those of the members that allow their code."""
