@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from klippo.errors import StorageError
-from klippo.runs.folder import RunFolder, read_rows, write_rows, write_text
-from klippo.runs.lines import append_lines, whole_lines
+from klippo.runs.folder import (
+    RunFolder,
+    append_lines,
+    complete_lines,
+    read_rows,
+    write_rows,
+    write_text,
+)
 
 
 def test_a_full_disk_stops_the_metrics_with_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -65,11 +71,11 @@ def test_rows_are_read_as_they_were_written_whatever_they_hold(tmp_path: Path) -
 
 def test_a_growing_file_loses_only_the_line_that_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "new/lines.jsonl"
-    assert whole_lines(path) == 0
+    assert complete_lines(path) == 0
     append_lines(path, [{"a": 1}, {"a": "é"}])
     append_lines(path, [])
     with path.open("ab") as file:
         file.write('{"a": "é'.encode()[:-1])
-    assert whole_lines(path) == 2
+    assert complete_lines(path) == 2
     append_lines(path, [{"a": 3}])
     assert [row["a"] for row in read_rows(path)] == [1, "é", 3]

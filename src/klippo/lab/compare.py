@@ -51,10 +51,10 @@ from klippo.runs.models import (
     START,
     UNNAMED,
     Dtype,
+    ModelSource,
     OpenModel,
-    Place,
     locate_model,
-    open_place,
+    open_model,
     start_of,
 )
 from klippo.types import Prompt, Rollout
@@ -102,16 +102,16 @@ def compare(
 ) -> int:
     """Print whether the answers changed and, given rewards, whether they got better."""
     console, device = Console(), choose_device("auto")
-    places = _named_places(afters)
-    base = start_of(places.values()) if before == START else locate_model(before)
-    runs = [place.config for place in (*places.values(), base)]
+    sources = _named_sources(afters)
+    base = start_of(sources.values()) if before == START else locate_model(before)
+    runs = [source.config for source in (*sources.values(), base)]
     kept, lead = _rows(prompts, next((run for run in runs if run is not None), None))
     settings = rewards_by_name(rewards, runs)
     groups = groups_of(kept.rows, by, source_of(kept.rows))
     columns, column = kept.rows[0].columns, kept.data.prompt_columns[0]
     measures = open_measures(settings, columns, device=device, prompt_column=column)
     with console.status("The answers before"):
-        opened = open_place(base, device, dtype=dtype, like=lead)
+        opened = open_model(base, device, dtype=dtype, like=lead)
         of_run = None if lead is None else longest(lead.rollout.response_length)
         length = next(n for n in (max_tokens, of_run, opened.max_tokens) if n is not None)
         chosen = pick(_once(kept.prompts(opened, length, seed)), num_prompts, seed)
@@ -126,9 +126,9 @@ def compare(
         )
         first = _answer(opened, chosen, questions)
     comparisons, answers = [], {"before": first.answers}
-    for name, place in places.items():
+    for name, source in sources.items():
         with console.status(f"The answers of {name}"):
-            opened = open_place(place, device, dtype=dtype, like=lead)
+            opened = open_model(source, device, dtype=dtype, like=lead)
             asked = kept.prompts(opened, length, seed, among=questions.seeds)
             side = _answer(opened, asked, questions)
             comparisons.append(_compare(name, first, side, questions))
@@ -150,7 +150,7 @@ def compare(
     return 0
 
 
-def _named_places(afters: Sequence[str]) -> dict[str, Place]:
+def _named_sources(afters: Sequence[str]) -> dict[str, ModelSource]:
     """The models by short names: those given, or the ends of their paths if these differ."""
     split = [split_name(text) for text in afters]
     ends = [Path(rest).name for _, rest in split]

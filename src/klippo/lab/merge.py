@@ -26,18 +26,18 @@ def merge(source: str, output: Path, *, dtype: Dtype = "float32") -> int:
 
     Raises ConfigError for a model without an adapter and for a folder that exists.
     """
-    place = locate_model(source)
-    if place.adapter is None:
+    model_source = locate_model(source)
+    if model_source.adapter is None:
         raise ConfigError(f"{source}: has no LoRA adapter, so there is nothing to merge")
     if output.exists():
         raise ConfigError(f"{output}: exists already; name a new folder")
-    settings = PolicySettings(model=place.base, revision=place.revision, dtype=dtype)
-    model = with_adapter(load_causal_lm(settings, torch.device("cpu")), place.adapter)
+    settings = PolicySettings(model=model_source.base, revision=model_source.revision, dtype=dtype)
+    model = with_adapter(load_causal_lm(settings, torch.device("cpu")), model_source.adapter)
     merge_layers(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with RunFolder(output.parent).new_directory(output.name) as folder, no_progress_bars():
         model.save_pretrained(folder)
-        tokenizer_of(place).save_pretrained(folder)
+        tokenizer_of(model_source).save_pretrained(folder)
     Console().print(Text(f"{source} as one model: {output}"), soft_wrap=True)
     return 0
 

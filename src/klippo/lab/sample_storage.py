@@ -29,8 +29,7 @@ from klippo.rewards.resolve import resolve_scores
 from klippo.rewards.settings import LengthSettings, RepetitionSettings, RewardSettings, SumSettings
 from klippo.rollouts.collate import collate
 from klippo.rollouts.sampling import Sampling, response_seeds
-from klippo.runs.folder import BrokenLineError, read_rows, write_rows
-from klippo.runs.lines import append_lines, whole_lines
+from klippo.runs.folder import BrokenLineError, append_lines, complete_lines, read_rows, write_rows
 from klippo.runs.models import OpenModel
 from klippo.runs.progress import LiveLine, clock
 from klippo.types import Prompt
@@ -101,7 +100,7 @@ def draw_missing(
 ) -> None:
     """Sample what is missing; every batch is on disk before the next one starts."""
     file, prompts, total = folder / SAMPLES_FILE, samples.prompts, len(samples.prompt_of_sample)
-    num_done = whole_lines(file)
+    num_done = complete_lines(file)
     if num_done >= total:
         console.print("Every sample is there already.")
         return
@@ -277,7 +276,7 @@ def score_samples(
     scores = {}
     for key, settings in rewards.items():
         file = folder / f"{key}.jsonl"
-        whole_lines(file)  # without the line that a kill cut
+        complete_lines(file)  # without the line that a kill cut
         rows = read_rows(file) if file.is_file() else []
         values = [value for row in rows for value in row["scores"]]
         if len(values) < total:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, checked before they are believed.
+"""Checkpoints of a run: complete or absent, and checked before use.
 
 checkpoints/step-00000120/
   state.json             counters, random states, the config and what it was written for
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from klippo.errors import ConfigError
-from klippo.runs.folder import RunFolder, sync, writing
+from klippo.runs.folder import RunFolder, read_object, sync, writing
 
 CHECKPOINTS_DIR = "checkpoints"
 FORMAT = 1
@@ -34,7 +34,7 @@ class BrokenCheckpointError(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that was found whole."""
+    """A checkpoint whose files are as they were written."""
 
     path: Path
     state: dict[str, Any]
@@ -86,13 +86,13 @@ class Checkpoints:
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`."""
-        for path in self._found()[keep:]:
+        for path in self._paths()[keep:]:
             with writing(path):
                 shutil.rmtree(path)
 
     def set_aside(self, step: int) -> None:
-        """Rename those of this step and later, so that no run goes on from them."""
-        for path in self._found():
+        """Rename those of this step and later, so that no run resumes from them."""
+        for path in self._paths():
             if _step_of(path) >= step:
                 aside = path.with_name(f"{_ASIDE}{path.name}")
                 with writing(aside):
@@ -100,8 +100,8 @@ class Checkpoints:
                     path.rename(aside)
 
     def newest_step(self) -> int | None:
-        """The step of the newest one, whole or not."""
-        return next(map(_step_of, self._found()), None)
+        """The step of the newest one, intact or not."""
+        return next(map(_step_of, self._paths()), None)
 
     def remove(self) -> None:
         """Remove them all."""
@@ -109,16 +109,16 @@ class Checkpoints:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole one, and what is wrong with those that are newer."""
+        """The newest intact one, and what is wrong with those that are newer."""
         problems: list[str] = []
-        for path in self._found():
+        for path in self._paths():
             try:
                 return read_checkpoint(path), problems
             except BrokenCheckpointError as error:
                 problems.append(str(error))
         return None, problems
 
-    def _found(self) -> list[Path]:
+    def _paths(self) -> list[Path]:
         """Newest first."""
         names = self.path.glob(f"{_PREFIX}*") if self.path.is_dir() else []
         numbered = [path for path in names if path.name.removeprefix(_PREFIX).isdecimal()]
@@ -161,15 +161,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise BrokenCheckpointError(f"{file} is missing")
     try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise BrokenCheckpointError(f"{file} is missing") from None
-    except (OSError, ValueError) as error:
+        return read_object(file)
+    except ConfigError as error:
         raise BrokenCheckpointError(f"{file} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise BrokenCheckpointError(f"{file} is damaged: no JSON object")
-    return content
 
 
 def _described(file: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A run's folder: what is in it, and writing there so that nothing is ever half there.
+"""A run's folder: what is in it, and how to write so that no file is ever incomplete.
 
 config.yaml       the resolved config
 metrics.jsonl     one line per PPO step
 eval/step-N.jsonl one line per evaluated sample
-checkpoints/      what an unfinished run goes on from
+checkpoints/      what an unfinished run resumes from
 model/, critic/   the trained policy in Hugging Face format, its value head beside it
 run_status.json   why the run ended
 """
@@ -40,9 +40,9 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, *, overwrite: bool = False) -> bool:
-        """True when a run stands there that may be removed.
+        """Whether a run exists that may be removed.
 
-        Raises ConfigError when something stands there that may not: only a folder that Klippo
+        Raises ConfigError if something exists that may not: only a folder that Klippo
         wrote (it has run_status.json), and only with `overwrite`.
         """
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -65,7 +65,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, *, overwrite: bool = False) -> RunFolder:
-        """A fresh folder; a run that stands there already is an error, or removed on demand."""
+        """A fresh folder; an existing run is an error, or removed on demand."""
         taken = cls.check(path, overwrite=overwrite)
         with writing(path):
             if taken:
@@ -80,27 +80,20 @@ class RunFolder:
         write_text(self.path / STATUS_FILE, json.dumps({"state": state} | details, indent=2) + "\n")
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, on disk when this returns."""
-        self._append(METRICS_FILE, metrics)
+        """One line of metrics.jsonl; `rewind.sync_lines` makes it survive the loss of power."""
+        append_lines(self.path / METRICS_FILE, [metrics], synced=False)
 
     def append_diagnostics(self, diagnostics: Mapping[str, Any]) -> None:
         """One line of diagnostics.jsonl, of an offline run."""
-        self._append(DIAGNOSTICS_FILE, diagnostics)
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with writing(self.path / name):
-            append_whole(self.path / name, json.dumps(line) + "\n")
-
-    def eval_file(self, step: int) -> Path:
-        return self.path / EVAL_DIR / f"step-{step}.jsonl"
+        append_lines(self.path / DIAGNOSTICS_FILE, [diagnostics], synced=False)
 
     def write_rows(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """The evaluation rows of one step."""
-        write_rows(self.eval_file(step), rows)
+        write_rows(self.path / EVAL_DIR / f"step-{step}.jsonl", rows)
 
     @contextmanager
     def new_directory(self, name: str) -> Iterator[Path]:
-        """A directory to fill, which takes its name only when it is whole."""
+        """A directory to fill, which takes its name only when it is complete."""
         final = self.path / name
         with writing(final):
             building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self.path))
@@ -114,22 +107,44 @@ class RunFolder:
                 shutil.rmtree(building, ignore_errors=True)
 
 
-def append_whole(path: Path, text: str) -> None:
-    """Append all of it, or nothing where the disk is full. Raises OSError."""
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            rest = memoryview(text.encode())
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            with suppress(OSError):
-                file.truncate(end)
-            raise
+def append_lines(path: Path, values: Iterable[Any], *, synced: bool = True) -> None:
+    """One JSON line per value: all of them, or none if the disk is full. Raises StorageError."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                rest = memoryview(text.encode())
+                while rest:
+                    rest = rest[file.write(rest) :]
+                if synced:
+                    os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
+
+
+def complete_lines(path: Path) -> int:
+    """Number of complete lines; the rest of a cut one is removed. 0 without a file."""
+    if not path.is_file():
+        return 0
+    number = end = size = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            number += block.count(b"\n")
+            last = block.rfind(b"\n")
+            end = size + last + 1 if last >= 0 else end
+            size += len(block)
+    if end < size:
+        with writing(path):
+            os.truncate(path, end)
+    return number
 
 
 def sync(path: Path) -> None:
-    """A file, or a folder's list of names, survives the loss of power from here on."""
+    """A file, or a folder's list of names, survives the loss of power from now on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,7 +194,7 @@ def writing(path: Path) -> Iterator[None]:
 def evaluation_files(path: Path) -> dict[int, Path]:
     """The evaluations of a run, given its folder or its eval/, by step.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError if there are none.
     """
     folder = path / EVAL_DIR if (path / EVAL_DIR).is_dir() else path
     files = {

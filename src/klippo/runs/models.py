@@ -33,8 +33,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a model's parts are, before anything is loaded."""
+class ModelSource:
+    """Where a model and its adapter are, before anything is loaded."""
 
     name: str
     base: str
@@ -67,7 +67,7 @@ class OpenModel:
         )
 
 
-def locate_model(source: str) -> Place:
+def locate_model(source: str) -> ModelSource:
     """The model of a run (its folder), a causal LM by folder or hub name, or one with an adapter.
 
     An adapter is a folder or hub name of its own, whose config names its base, or stands behind its
@@ -82,7 +82,7 @@ def locate_model(source: str) -> Place:
         return _joined(base, adapter, source)
     found = find_file(source, ADAPTER_FILE)
     if found is None:
-        return Place(name=source, base=source)
+        return ModelSource(name=source, base=source)
     own = json.loads(found.read_text(encoding="utf-8"))
     named = str(own.get("base_model_name_or_path") or "")
     if not named or (Path(named).is_absolute() and not Path(named).exists()):
@@ -90,18 +90,18 @@ def locate_model(source: str) -> Place:
             f"{source}: is a LoRA adapter, and its base {named or '(not named)'} is not there; "
             f"name the base as well: BASE+{source}"
         )
-    return Place(name=source, base=named, revision=own.get("revision"), adapter=source)
+    return ModelSource(name=source, base=named, revision=own.get("revision"), adapter=source)
 
 
-def _run(folder: Path, source: str) -> Place:
+def _run(folder: Path, source: str) -> ModelSource:
     model = folder / MODEL_DIR
     if not model.is_dir():
         raise ConfigError(f"{source}: the run has no {MODEL_DIR}/ (see its {STATUS_FILE})")
     config = load_config(folder / CONFIG_FILE).config
     if not (model / ADAPTER_FILE).is_file():
-        return Place(name=source, base=str(model), config=config)
+        return ModelSource(name=source, base=str(model), config=config)
     policy = config.policy
-    return Place(
+    return ModelSource(
         name=source,
         base=policy.model,
         revision=policy.revision,
@@ -110,7 +110,7 @@ def _run(folder: Path, source: str) -> Place:
     )
 
 
-def _joined(base: str, adapter: str, source: str) -> Place:
+def _joined(base: str, adapter: str, source: str) -> ModelSource:
     if not base or not adapter:
         raise ConfigError(f"{source}: write a model and its adapter as BASE+ADAPTER")
     inner = locate_model(base)
@@ -128,11 +128,11 @@ def _joined(base: str, adapter: str, source: str) -> Place:
     return replace(inner, name=source, adapter=adapter)
 
 
-def start_of(places: Iterable[Place]) -> Place:
+def start_of(sources: Iterable[ModelSource]) -> ModelSource:
     """What the runs among these trained from: one start for all of them, or a ConfigError."""
-    policies = [place.config.policy for place in places if place.config is not None]
+    policies = [source.config.policy for source in sources if source.config is not None]
     starts = {
-        (one.model, one.revision, one.adapter): Place(
+        (one.model, one.revision, one.adapter): ModelSource(
             name=START, base=one.model, revision=one.revision, adapter=one.adapter
         )
         for one in policies
@@ -147,42 +147,35 @@ def start_of(places: Iterable[Place]) -> Place:
     return next(iter(starts.values()))
 
 
-def open_model(source: str, device: torch.device) -> OpenModel:
-    """Load what `locate_model` finds.
-
-    Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
-    """
-    return open_place(locate_model(source), device)
-
-
-def open_place(
-    place: Place,
+def open_model(
+    source: str | ModelSource,
     device: torch.device,
     *,
     dtype: Dtype = "float32",
     like: RunConfig | None = None,
 ) -> OpenModel:
-    """Load a model; without a run of its own, it stops and reads prompts as in the run `like`."""
+    """Load a model; one without a run stops and reads prompts as in the run `like`.
+
+    Raises ConfigError for a run without a model, PreflightError for what cannot be loaded.
+    """
+    source = locate_model(source) if isinstance(source, str) else source
+    tokenizer = tokenizer_of(source)
+    settings = PolicySettings(model=source.base, revision=source.revision, dtype=dtype)
+    model = load_causal_lm(settings, device)
+    if source.adapter is not None:
+        model = with_adapter(model, source.adapter)
+    model = model.to(device).eval()
+    turn_dropout_off(model)
     data, data_seed, at_eos = UNNAMED, 0, True
-    max_tokens: int | None = None
     stops: tuple[str | int, ...] = ()
-    config = place.config or like
-    if config is not None:
+    max_tokens = min(MAX_TOKENS, (context_length(model) or 2 * MAX_TOKENS) // 2)
+    if (config := source.config or like) is not None:
         data, data_seed, at_eos = config.data, config.seed, config.rollout.stop_at_eos
         stops = tuple(config.rollout.stop_tokens)
         max_tokens = longest(config.rollout.response_length)
-    tokenizer = tokenizer_of(place)
-    settings = PolicySettings(model=place.base, revision=place.revision, dtype=dtype)
-    model = load_causal_lm(settings, device)
-    if place.adapter is not None:
-        model = with_adapter(model, place.adapter)
-    model = model.to(device).eval()
-    turn_dropout_off(model)
-    if max_tokens is None:
-        max_tokens = min(MAX_TOKENS, (context_length(model) or 2 * MAX_TOKENS) // 2)
     generation_config = getattr(model, "generation_config", None)
     return OpenModel(
-        name=place.name,
+        name=source.name,
         model=model,
         tokenizer=tokenizer,
         data=data,
@@ -193,8 +186,8 @@ def open_place(
     )
 
 
-def tokenizer_of(place: Place) -> Tokenizer:
-    """The adapter's own tokenizer, where it was saved beside it, or the base's."""
-    if place.adapter is not None and find_file(place.adapter, "tokenizer_config.json") is not None:
-        return load_tokenizer(place.adapter)
-    return load_tokenizer(place.base, place.revision)
+def tokenizer_of(source: ModelSource) -> Tokenizer:
+    """The adapter's own tokenizer if it was saved beside it, else the base's."""
+    if source.adapter and find_file(source.adapter, "tokenizer_config.json") is not None:
+        return load_tokenizer(source.adapter)
+    return load_tokenizer(source.base, source.revision)
