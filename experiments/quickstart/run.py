@@ -32,7 +32,7 @@ def train(seed: int, folder: Path) -> dict[str, object]:
 def table(runs: list[dict]) -> str:
     """One row per seed: means before and after, and the change with its 95% interval."""
     lines = [
-        "| seed | proxy before → after | change in sd (95% interval) | gold before → after "
+        "| seed | reward before → after | change in sd (95% interval) | gold before → after "
         "| change in sd (95% interval) | KL, nats | length | minutes |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
