@@ -57,7 +57,7 @@ def effective_share(log_weights: Tensor) -> float:
 
 
 def _share(inside: Tensor, among: Tensor) -> float:
-    """NaN where there are none."""
+    """NaN if there are none."""
     return float((inside & among).sum() / among.sum())
 
 
@@ -66,12 +66,12 @@ class BehaviorCheck:
     """Whether the log-probs that ratios start from can be those of who wrote the responses."""
 
     mean: float
-    """What would be 0 if they were, per response."""
+    """Per response; 0 is expected of a true claim."""
     standard_error: float
 
     @property
     def is_suspicious(self) -> bool:
-        """True where chance does not explain the mean."""
+        """Whether chance does not explain the mean."""
         return abs(self.mean) > SUSPICIOUS_Z * max(self.standard_error, 1e-6)
 
 

@@ -151,24 +151,24 @@ class Learner:
     def tensors(self) -> Tensors:
         """What training has changed, by name: the trainable weights, and AdamW's state of each.
 
-        They are the learner's own, not copies; but where each process has a part, the first gets
-        whole ones, and the others tensors of no size. Every process must call it.
+        No copies; but of sharded weights the first process gets full tensors, and the others empty
+        ones. Every process must call it.
         """
         return self.optimizer.tensors()
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Take over what `tensors` gave, whole; every process needs all of it.
+        """Take over what `tensors` gave the first process; every process needs all of it.
 
-        Raises ConfigError where they are another model's.
+        Raises ConfigError if they are another model's.
         """
         require_same_shapes(self._trainable(), tensors["weights"])
         self.optimizer.load_tensors(tensors)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over the weights alone, in this process, where the policy's are `whole`.
+        """Take over the weights alone, in this process, if the policy's are gathered.
 
-        Raises ConfigError where they are another model's.
+        Raises ConfigError if they are another model's.
         """
         named = self._trainable()
         require_same_shapes(named, weights)
@@ -185,7 +185,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Resume from what `state_dict` gave."""
         self.num_steps_done = int(state["num_steps_done"])
         self.kl_controller.coef = float(state["kl_coef"])
         self.score_moments.load_state_dict(state["score_moments"])
@@ -251,25 +251,25 @@ def build_schedule(
     return LambdaLR(optimizer, factor, last_epoch=num_steps_done - 1)
 
 
-def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError where tensors of a checkpoint are not those of this policy and critic."""
-    here = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if here == there:
+def require_same_shapes(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError if tensors of a checkpoint are not those of this policy and critic."""
+    ours, theirs = (
+        {name: f"shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+        for tensors in (expected, stored)
+    )
+    if ours == theirs:
         return
-    name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-
-    def told(shapes: Mapping[str, tuple[int, ...]]) -> str:
-        return f"shape {shapes[name]}" if name in shapes else "no such weight"
-
+    name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    absent = "no such weight"
     raise ConfigError(
-        f"the checkpoint is of another model: {name} has {told(there)} there and {told(here)} in "
-        "this policy and critic; resume with the model that the run began with"
+        f"the checkpoint is of another model: {name} has {theirs.get(name, absent)} there and "
+        f"{ours.get(name, absent)} in this policy and critic; resume with the model that the run "
+        "began with"
     )
 
 
 def require_equal_shares(ppo: PPOSettings, ranks: Ranks) -> None:
-    """Raise ConfigError where the processes cannot share batch and minibatch evenly."""
+    """Raise ConfigError if the processes cannot share batch and minibatch evenly."""
     sizes = {"batch_size": ppo.batch_size, "minibatch_size": ppo.minibatch}
     for name, size in sizes.items():
         if size % ranks.world_size != 0:

@@ -243,7 +243,7 @@ def parts_of(
 ) -> list[Tensor]:
     """Rows of a batch, all by default, in micro-batches as the settings want them.
 
-    Processes with as many rows as each other have as many micro-batches: where weights are
+    Processes with equally many rows have equally many micro-batches: if weights are
     sharded, every pass is one of all processes.
     """
     if rows is None:
