@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -118,7 +117,6 @@ def run_half(name: str, half: str, folder: Path) -> dict[str, Any]:
     device = choose_device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         loaded = config_from_mapping(settings(CASES[name], folder, Path(scratch) / "run"))
-        before = peak_memory_gib(device)
         trainer = PPOTrainer(loaded, quiet=True)
         if half == "measure":
             trainer.train()
@@ -127,7 +125,6 @@ def run_half(name: str, half: str, folder: Path) -> dict[str, Any]:
     return {
         "name": name,
         "estimate_gib": round(estimate.peak / 2**30, 4),
-        "before_gib": round(before, 4),
         "phase": estimate.peak_phase,
         "components_mib": {
             part: round(size / 2**20, 1) for part, size in estimate.biggest(estimate.peak_phase)
@@ -180,7 +177,6 @@ def _result(cases: Sequence[Mapping[str, Any]], jobs: int) -> dict[str, Any]:
         "command": f"python benchmarks/memory_estimate.py --jobs {jobs}",
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "framework_gib": round(statistics.median(case["before_gib"] for case in cases), 2),
         "cases": list(cases),
     }
 

@@ -22,22 +22,17 @@ def section(result: dict[str, Any]) -> str:
         [
             f"## {result['name']}",
             "",
-            "Peak resident size of a process that runs two PPO steps on the CPU, against what "
-            "`klippo train --dry-run` estimates before. W1's shape with one epoch, batch 64 and "
-            "response 32 unless the row says otherwise; SmolLM2-135M with batch 16. About "
-            f"{result['framework_gib']:.2f} GiB of each are Python, PyTorch and the libraries, "
-            "which the estimate takes as it finds them. The last column is the phase in which the "
-            "estimate is largest.",
+            "Peak resident size of a process that runs two PPO steps on the CPU, against what the "
+            "trial step of `klippo train --dry-run` finds in another process. W1's shape with one "
+            "epoch, batch 64 and response 32 unless the row says otherwise; SmolLM2-135M with "
+            "batch 16. The last column is the phase in which the estimate is largest.",
             "",
             "| | measured, GiB | estimated, GiB | off by | phase |",
             "|---|--:|--:|--:|---|",
             *lines,
             "",
-            f"{len(off) - beyond} of {len(off)} are within {MEMORY_AIM:.0%}. The share that glibc "
-            "keeps back (half of what passes through a phase in blocks below 32 MiB) was chosen "
-            "with the rows `full`, `full, micro-batches of 8`, `LoRA` and those of response 128 in "
-            "view; the others had no part in it. Not measured: GPUs, 4-bit weights, several "
-            "processes.",
+            f"{len(off) - beyond} of {len(off)} are within {MEMORY_AIM:.0%}. Not measured: GPUs, "
+            "4-bit weights, several processes.",
             "",
             *([result["note"], ""] if "note" in result else []),
             f"Measured {result['date']} with `{result['command']}` on {machine['cores']} "
