@@ -157,7 +157,7 @@ def test_a_wrong_reward_section_is_reported_with_its_line(cli, recorded, tmp_pat
     (tmp_path / "gold.yaml").write_text("kind: classifier\nmodle: x\n")
     code, _, err = cli("gold-eval", recorded, tmp_path / "gold.yaml")
     assert code == 2
-    assert "gold.yaml:2: reward.modle: unknown key; did you mean model?" in err
+    assert "gold.yaml:2: rewards.gold.modle: unknown key; did you mean model?" in err
 
 
 def test_a_language_model_is_refused_before_its_weights_are_read(cli, recorded, gpt2):
