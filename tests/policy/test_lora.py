@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from klippo.policy.adapters import using_adapter
 from klippo.policy.settings import CriticSettings
 from tests.policy.test_reference import start
-from tests.tolerance import FLOAT64
+from tests.tolerance import FLOAT64, float32
 from tests.toys import (
     FAMILIES,
     LORA,
@@ -86,6 +86,20 @@ def test_nothing_wide_is_multiplied_by_the_scale():
     assert count() == 0
     del layer.forward
     assert count() == 2  # peft's: forward and backward
+
+
+@torch.no_grad()
+def test_a_float32_layer_gives_what_peft_gives_to_rounding():
+    model = load(llama().float(), tuning="lora").policy.lm.model
+    layer = model.model.layers[0].mlp.up_proj
+    disturb(layer.parameters(), scale=0.2)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    ours = layer(x)
+    del layer.forward
+    # Sums of 16 and of 2 terms, a scale and a sum, here and there.
+    weights = layer.base_layer.weight, layer.get_delta_weight("default")
+    largest = 16 * float(x.abs().max()) * sum(float(weight.abs().max()) for weight in weights)
+    torch.testing.assert_close(ours, layer(x), **float32(2 * (16 + 2 + 2), largest))
 
 
 @pytest.mark.parametrize("name", [None, "reference", "critic"])

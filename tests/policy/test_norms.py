@@ -37,9 +37,9 @@ def backward(norm, x, grad):
 
 def test_by_hand():
     # mean of squares (9 + 16) / 2 + 0.5 = 13
-    norm = LeanRMSNorm(torch.nn.Parameter(torch.tensor([2.0, -1.0])), 0.5)
-    out = norm(torch.tensor([[3.0, 4.0]]))
-    torch.testing.assert_close(out, torch.tensor([[6.0, -4.0]]) / 13**0.5)
+    norm = LeanRMSNorm(torch.nn.Parameter(torch.tensor([2.0, -1.0]).double()), 0.5)
+    out = norm(torch.tensor([[3.0, 4.0]]).double())
+    torch.testing.assert_close(out, torch.tensor([[6.0, -4.0]]).double() / 13**0.5)
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -130,10 +130,11 @@ def test_uwo_divides_its_variance_by_the_ddof_of_the_settings(folders, ddof):
     raw = np.stack([alone(folder).double().numpy() for folder in members])
     expected = raw.mean(0) - 10.0 * np.var(raw, axis=0, ddof=ddof)
     other = raw.mean(0) - 10.0 * np.var(raw, axis=0, ddof=1 - ddof)
-    np.testing.assert_allclose(scores.reward.numpy(), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores.reward.numpy(), expected, **FLOAT64)
     assert np.abs(expected - other).max() > 1e-3
 
 
+@IN_FLOAT64
 def test_each_member_reads_text_through_its_own_tokenizer(folders):
     _root, found = folders
     scores = ensemble([found["gpt2_1"], found["llama"]]).score(
