@@ -88,7 +88,9 @@ def full_weights(*modules: nn.Module) -> Iterator[None]:
     are not sharded, or already gathered.
     """
     roots = [
-        root for root in _roots(*modules) if any(isinstance(x, DTensor) for x in root.parameters())
+        root
+        for root in sharded_roots(*modules)
+        if any(isinstance(x, DTensor) for x in root.parameters())
     ]
     sharded = _sharded_modules(*roots)
     for module in sharded:
@@ -104,13 +106,13 @@ def full_weights(*modules: nn.Module) -> Iterator[None]:
 
 def free_gathered(*modules: nn.Module) -> None:
     """After passes without a backward pass: free gathered weights, and forget the passes."""
-    for root in _roots(*modules):
+    for root in sharded_roots(*modules):
         root.reset_iter_state()
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether each process has only a shard of the module's weights."""
-    return bool(_roots(module))
+    return bool(sharded_roots(module))
 
 
 def full_state(module: nn.Module | HFModel | PeftModel) -> dict[str, Tensor]:
@@ -154,11 +156,11 @@ def shard_like(x: Tensor, target: Tensor) -> Tensor:
     )
 
 
-def _roots(*modules: nn.Module) -> list[Any]:
+def sharded_roots(*modules: nn.Module) -> list[Any]:
     """The outermost sharded modules of these, each once."""
     roots: list[Any] = []
     for module in modules:
-        inner = [module] if isinstance(module, FSDPModule) else _roots(*module.children())
+        inner = [module] if isinstance(module, FSDPModule) else sharded_roots(*module.children())
         roots += [root for root in inner if root not in roots]
     return roots
 

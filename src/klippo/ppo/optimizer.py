@@ -15,11 +15,11 @@ from torch.optim import AdamW
 
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.sharding import (
-    free_gathered,
     full_tensor,
     is_sharded,
     on_main_cpu,
     shard_like,
+    sharded_roots,
 )
 from klippo.ppo.settings import OptimizerSettings
 from klippo.ranks import Ranks
@@ -61,7 +61,7 @@ class Optimizer:
             fused=True,
         )
         self._parameters = of_policy + of_critic
-        self._models = (policy, reference.lm)
+        self._sharded = sharded_roots(policy, reference.lm)
         self._max_grad_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         self._ranks = ranks
         self._ddp = None
@@ -75,7 +75,8 @@ class Optimizer:
 
     def free_gathered(self) -> None:
         """Called after passes without gradients: drop the weights that they gathered."""
-        free_gathered(*self._models)
+        for root in self._sharded:
+            root.reset_iter_state()
 
     def backward(self, passes: Sequence[Callable[[], Tensor]]) -> None:
         """Add up the gradients of the losses that these passes return in all processes.
@@ -95,7 +96,8 @@ class Optimizer:
 
         Returns the gradient's norm before clipping; if it is not finite nothing moves.
         """
-        norm = float(full_tensor(clip_grad_norm_(self._parameters, self._max_grad_norm)))
+        total = clip_grad_norm_(self._parameters, self._max_grad_norm)
+        norm = float(full_tensor(total) if self._sharded else total)
         if math.isfinite(norm):
             self.adam.step()
         self.forget()
