@@ -6,10 +6,10 @@ Masks come from lengths; True always means "keep".
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -173,39 +173,13 @@ class Tokenizer(Protocol):
     model_max_length: int
 
     def __len__(self) -> int: ...
-
-    def __call__(
-        self,
-        text: str | list[str],
-        *,
-        add_special_tokens: bool = True,
-        truncation: bool = False,
-        max_length: int | None = None,
-        verbose: bool = True,
-    ) -> Mapping[str, Any]: ...
-
+    def __call__(self, text: str | list[str], **options: object) -> Mapping[str, Any]: ...
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(
-        self, token_ids: list[int], *, clean_up_tokenization_spaces: bool | None = None
-    ) -> str: ...
-
-    def batch_decode(
-        self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool = False
-    ) -> list[str]: ...
-
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-    ) -> object: ...
-
+    def decode(self, token_ids: list[int], **options: object) -> str: ...
+    def batch_decode(self, rows: Sequence[Sequence[int]], **options: object) -> list[str]: ...
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> object: ...
     def convert_ids_to_tokens(self, token_id: int) -> str: ...
-
     def get_vocab(self) -> dict[str, int]: ...
-
     def save_pretrained(self, folder: str | Path) -> object: ...
 
 
@@ -219,63 +193,21 @@ class ModelConfig(Protocol):
     def get_text_config(self) -> ModelConfig: ...
 
 
-class ModelOutput(Protocol):
-    """What a Hugging Face model returns: logits if it has a head, hidden states if not."""
+class HFModel(nn.Module):
+    """What Klippo uses of a Hugging Face model (a causal LM, a classifier or a trunk); a type only.
 
-    logits: Tensor
-    last_hidden_state: Tensor
-
-
-class HFModel(Protocol):
-    """What Klippo uses of a Hugging Face model: a causal LM, a classifier or a trunk.
-
-    The members after `gradient_checkpointing_enable` are those of every PyTorch module.
+    A model returns `logits` if it has a head, and `last_hidden_state` if not.
     """
 
     config: ModelConfig
     generation_config: object
     name_or_path: str
-
-    @property
-    def base_model(self) -> HFModel: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, **inputs: object) -> ModelOutput: ...
-
-    def get_output_embeddings(self) -> nn.Linear: ...
-
-    def save_pretrained(self, folder: str | Path, **options: object) -> object: ...
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, object]
-    ) -> None: ...
-
-    forward: Callable[..., ModelOutput]
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def get_submodule(self, name: str) -> Any: ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
-
-    def eval(self) -> Self: ...
-
-    def to(self, device: torch.device) -> Self: ...
+    base_model: HFModel
+    dtype: torch.dtype
+    device: torch.device
+    get_output_embeddings: Callable[[], nn.Linear]
+    save_pretrained: Callable[..., object]
+    gradient_checkpointing_enable: Callable[[Mapping[str, object]], None]
 
 
 OnDone = Callable[[int, Completion], None]

@@ -57,6 +57,11 @@ class CausalLM(nn.Module):
     def hidden_size(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[1])
 
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes with 16 bits."""
+        return self.autocast or self.model.dtype.itemsize < 4
+
     def head(self, temperature: float) -> LMHead:
         """The LM head with the model's own scale and soft cap, divided by the temperature."""
         config = self.model.config
@@ -73,16 +78,13 @@ class CausalLM(nn.Module):
 
     def hidden(self, batch: TokenBatch, *, after_last: bool = False) -> Tensor:
         """Hidden states of the states that emit response tokens: (B, T, D), or (B, T+1, D)."""
-        with self._known(batch, after_last):
+        states = batch.frozen_states
+        context: AbstractContextManager[None] = nullcontext()
+        if self.frozen is not None and states is not None:
+            context = self.frozen.replaced_by(states if after_last else states[:, :-1])
+        with context:
             hidden = trunk_hidden(self.trunk, batch, after_last=after_last, autocast=self.autocast)
         return hidden.bfloat16() if self.autocast else hidden
-
-    def _known(self, batch: TokenBatch, after_last: bool) -> AbstractContextManager[None]:
-        """Leaves the frozen blocks out if the batch has their output."""
-        if self.frozen is None or batch.frozen_states is None:
-            return nullcontext()
-        length = batch.frozen_states.shape[1]
-        return self.frozen.replaced_by(batch.frozen_states[:, : length if after_last else -1])
 
     @torch.no_grad()
     def with_frozen_states(self, batch: TokenBatch) -> TokenBatch:
@@ -148,8 +150,8 @@ def trunk_hidden(trunk: HFModel, batch: TokenBatch, *, after_last: bool, autocas
         # Padding before a row's first token must not shift its positions.
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     with torch.autocast(ids.device.type, torch.bfloat16) if autocast else nullcontext():
-        output = trunk(**inputs, use_cache=False)
-    return output.last_hidden_state[:, batch.prompt_ids.shape[1] - 1 :]
+        hidden: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, batch.prompt_ids.shape[1] - 1 :]
 
 
 def _spread(x: Tensor, mask: Tensor) -> Tensor:

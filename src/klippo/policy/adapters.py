@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, Protocol
 
@@ -23,21 +23,17 @@ CRITIC = "critic"
 WIDE = (torch.float32, torch.float64)
 
 
-class PeftModel(Protocol):
-    """What Klippo uses of peft's model: a base with LoRA layers."""
+class PeftModel(nn.Module):
+    """What Klippo uses of peft's model, a base with LoRA layers; a type only."""
 
     active_adapter: str
     peft_config: Mapping[str, Any]
-
-    def get_base_model(self) -> HFModel: ...
-    def add_adapter(self, name: str, config: object) -> None: ...
-    def set_adapter(self, name: str) -> None: ...
-    def load_adapter(self, folder: str, adapter_name: str, *, is_trainable: bool) -> object: ...
-    def disable_adapter(self) -> AbstractContextManager[None]: ...
-    def save_pretrained(self, folder: object, **options: object) -> None: ...
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    get_base_model: Callable[[], HFModel]
+    add_adapter: Callable[[str, object], None]
+    set_adapter: Callable[[str], None]
+    load_adapter: Callable[..., object]
+    disable_adapter: Callable[[], AbstractContextManager[None]]
+    save_pretrained: Callable[..., None]
 
 
 class LoraLayer(Protocol):
@@ -190,13 +186,6 @@ def using_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
         model.set_adapter(active)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def checkpoint_contexts(
-    model: PeftModel,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts for forward and recomputation: the latter uses the adapter of the former."""
-    return nullcontext(), using_adapter(model, model.active_adapter)
 
 
 def with_lean_adapters(model: HFModel) -> HFModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +26,6 @@ from klippo.policy.adapters import (
     REFERENCE,
     PeftModel,
     add_adapters,
-    checkpoint_contexts,
     quiet_peft,
     using_adapter,
     with_lean_adapters,
@@ -110,7 +110,7 @@ def load_causal_lm(settings: PolicySettings, device: torch.device) -> HFModel:
     return model
 
 
-def turn_dropout_off(model: nn.Module | HFModel) -> None:
+def turn_dropout_off(model: nn.Module) -> None:
     """Set every dropout probability to 0, so that the sampler and the update see one policy.
 
     That is modules, float attributes of modules (attention, layer drop), and the config that inner
@@ -160,7 +160,7 @@ def check_head(lm: CausalLM) -> None:
         output = lm.model(input_ids=ids[:, :-1], attention_mask=mask, use_cache=False)
     log_probs = output.logits.to(ours.dtype).log_softmax(-1)
     theirs = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    if not torch.allclose(ours, theirs, atol=0.1 if _is_half(lm) else 1e-3):
+    if not torch.allclose(ours, theirs, atol=0.1 if lm.is_half else 1e-3):
         raise PreflightError(
             f"{type(lm.model).__name__} computes its logits in a way that Klippo does not know "
             f"(log-probs differ by {float((ours - theirs).abs().max()):.3g} nats); "
@@ -175,7 +175,7 @@ def check_frozen(*lms: CausalLM) -> None:
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[0, 0] = mask[1, 5] = False  # padding on both sides
     batch = _trial_batch(lms[0], mask, num_prompt=3)
-    tolerance = 0.05 if _is_half(lms[0]) else 1e-5
+    tolerance = 0.05 if lms[0].is_half else 1e-5
     with torch.no_grad():
         expected = [lm.hidden(batch) for lm in lms]
         try:
@@ -200,18 +200,14 @@ def check_frozen(*lms: CausalLM) -> None:
 
 def _trial_batch(lm: CausalLM, mask: Tensor, num_prompt: int) -> TokenBatch:
     """Tokens 1, 2, ... in the shape of a mask (B, S)."""
-    device = lm.model.get_output_embeddings().weight.device
-    ids = torch.arange(1, mask.numel() + 1).view(mask.shape)
+    vocab_size = lm.model.config.get_text_config().vocab_size
+    ids = torch.arange(1, mask.numel() + 1).view(mask.shape) % vocab_size
     return TokenBatch(
-        prompt_ids=ids[:, :num_prompt] % lm.model.config.get_text_config().vocab_size,
+        prompt_ids=ids[:, :num_prompt],
         prompt_mask=mask[:, :num_prompt],
-        response_ids=ids[:, num_prompt:] % lm.model.config.get_text_config().vocab_size,
+        response_ids=ids[:, num_prompt:],
         response_mask=mask[:, num_prompt:],
-    ).to(device)
-
-
-def _is_half(lm: CausalLM) -> bool:
-    return lm.autocast or lm.model.dtype.itemsize < 4
+    ).to(lm.model.get_output_embeddings().weight.device)
 
 
 def _causal_lm(settings: PolicySettings, model: HFModel) -> CausalLM:
@@ -277,11 +273,16 @@ def _four_bit(device: torch.device) -> dict[str, object]:
 
 
 def _checkpoint_gradients(policy: ActorCritic) -> None:
-    """Recompute activations in the backward pass, under the adapter of the forward pass."""
+    """Recompute activations in the backward pass."""
     options: dict[str, object] = {"use_reentrant": False}
     with quiet_peft():
         if isinstance(policy.critic, SeparateCritic):
             policy.critic.trunk.gradient_checkpointing_enable(options)
         if policy.peft_model is not None:
-            options["context_fn"] = partial(checkpoint_contexts, policy.peft_model)
+            model = policy.peft_model
+            # Recomputation uses the adapter of the forward pass.
+            options["context_fn"] = lambda: (
+                nullcontext(),
+                using_adapter(model, model.active_adapter),
+            )
         policy.lm.model.gradient_checkpointing_enable(options)

@@ -20,11 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from klippo.errors import PreflightError
 from klippo.policy.actor_critic import ActorCritic, Reference, SeparateCritic
-from klippo.policy.adapters import PeftModel
 from klippo.policy.blocks import decoder_blocks
 from klippo.policy.settings import Sharding
 from klippo.ranks import Ranks
-from klippo.types import HFModel, TokenBatch
+from klippo.types import TokenBatch
 
 PASSES = ("hidden", "with_frozen_states", "logprobs", "loss", "exact_kl")
 """Methods of a CausalLM that compute with its weights."""
@@ -55,12 +54,12 @@ def shard(
     blocks = [block for lm in lms for block in decoder_blocks(lm.model)]
     if isinstance(policy.critic, SeparateCritic):
         blocks += decoder_blocks(policy.critic.trunk)
-    for module in (*blocks, *lms, policy.critic):
+    roots = [*lms, policy.critic]
+    for module in (*blocks, *roots):
         fully_shard(module, mesh=mesh)
     for lm in lms:
         for name in PASSES:
             register_fsdp_forward_method(lm, name)
-    roots = [*lms, policy.critic]
     for module in _sharded_modules(*roots):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
@@ -115,7 +114,7 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(sharded_roots(module))
 
 
-def full_state(module: nn.Module | HFModel | PeftModel) -> dict[str, Tensor]:
+def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's `state_dict`, inside `full_weights`: PyTorch's own has this process's shards."""
     state = {name: weight.detach() for name, weight in module.named_parameters()}
     for prefix, child in module.named_modules():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from klippo.policy.actor_critic import ActorCritic
-from klippo.policy.adapters import LoraLayer, is_plain_lora
+from klippo.policy.adapters import is_plain_lora
 from klippo.types import HFModel
 
 _BASE = "base_layer."
@@ -41,7 +42,7 @@ def effective_weights(model: HFModel) -> Iterator[tuple[str, Tensor]]:
         value = parameter.float()
         layer_name, is_in_layer, _ = name.rpartition("." + _BASE)
         if is_in_layer:
-            layer: LoraLayer = model.get_submodule(layer_name)
+            layer: Any = model.get_submodule(layer_name)
             if not is_plain_lora(layer):
                 raise ValueError(f"the adapter at {layer_name} is not plain LoRA")
             if name.endswith("weight"):
