@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ from klippo.evaluation.history import Floats
 from klippo.lab import fingerprints
 from klippo.lab.reward_names import reward_label, reward_named, rewards_in
 from klippo.rewards import stored
-from klippo.rewards.settings import ClassifierSettings, EnsembleSettings, RewardSettings
+from klippo.rewards.settings import EnsembleSettings, RewardSettings
 from klippo.tensors.ensembles import Objective, combine
 
 Standardize = Literal["start", "stored", "none"]
@@ -64,9 +64,7 @@ class Arm:
             return _measured(members, [reward_label(settings) for _, settings in self.members])
         moments = []
         for _, one in self.members:
-            known = None
-            if isinstance(one, ClassifierSettings):
-                known = stored.read(one.model, one.revision)
+            known = stored.read(one.model, one.revision) if one.kind == "classifier" else None
             if known is None or known.mean is None or known.sd is None:
                 raise ConfigError(
                     f"ensemble member {reward_label(one)} has no stored mean and standard "
@@ -102,13 +100,18 @@ def arms_named(
     """
     if not proxies:
         raise ConfigError("nothing picks the best sample; give --proxy NAME, as in demo:proxy")
-    rewards = list(_proxies(proxies))
-    arms = [_proxy_arm(name, settings) for name, settings in rewards]
-    singles = [
-        arm.members[0]
-        for arm, (_, settings) in zip(arms, rewards, strict=True)
-        if not isinstance(settings, EnsembleSettings)
-    ]
+    rewards: list[tuple[str, RewardSettings]] = []
+    for name in proxies:
+        path = Path(name)
+        is_file = path.suffix in (".yaml", ".yml") and path.is_file()
+        rewards += rewards_in(path).items() if is_file else [(name, reward_named(name))]
+    short = [Path(name).name for name, _ in rewards]  # used if it tells a proxy from the others
+    arms: list[Arm] = []
+    singles: list[tuple[str, RewardSettings]] = []
+    for (name, settings), last in zip(rewards, short, strict=True):
+        arms.append(_proxy_arm(last if short.count(last) == 1 else name, settings))
+        if not isinstance(settings, EnsembleSettings):
+            singles += arms[-1].members
     if ensembles and len(singles) < 2:
         raise ConfigError(
             f"--ensemble {ensembles[0]} combines the single proxies, and there are "
@@ -123,20 +126,6 @@ def arms_named(
     return arms
 
 
-def _proxies(names: Sequence[str]) -> Iterator[tuple[str, RewardSettings]]:
-    """Each proxy under the shortest name that tells it from the others."""
-    rewards: list[tuple[str, RewardSettings]] = []
-    for name in names:
-        path = Path(name)
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            rewards += rewards_in(path).items()
-        else:
-            rewards.append((name, reward_named(name)))
-    short = [Path(name).name for name, _ in rewards]
-    for (name, settings), last in zip(rewards, short, strict=True):
-        yield (last if short.count(last) == 1 else name), settings
-
-
 def _proxy_arm(name: str, settings: RewardSettings) -> Arm:
     """A single score; or an ensemble of a YAML file, whose members are scored once."""
     if not isinstance(settings, EnsembleSettings):
@@ -146,12 +135,7 @@ def _proxy_arm(name: str, settings: RewardSettings) -> Arm:
         name=name,
         members=[(reward_key(one), one) for one in settings.classifiers()],
         objective=settings.objective,
-        weights={
-            "uwo_weight": settings.uwo_weight or 0.0,
-            "sd_weight": settings.sd_weight or 0.0,
-            "ddof": settings.ddof,
-            "temperature": settings.temperature,
-        },
+        weights=settings.weights,
         standardize=settings.standardize if moments is None else (moments.mean, moments.sd),
     )
 
@@ -163,24 +147,20 @@ def _ensemble_arm(
     word, _, weight = text.partition(":")
     if word not in OBJECTIVES:
         raise ConfigError(f"ensemble={text}: the objective must be one of {', '.join(OBJECTIVES)}")
-    objective: Objective = word
     weights: dict[str, float] = {}
-    if objective not in WEIGHTS:
-        if weight:
-            raise ConfigError(f"ensemble={text}: {word} takes no weight; write {word}")
-    else:
-        if not weight and objective != "soft_min":
+    if word in WEIGHTS:
+        if not weight and word != "soft_min":
             raise ConfigError(f"ensemble={text}: {word} needs a weight, as in {word}:0.5")
         try:
             number = float(weight or 1)
         except ValueError:
             number = -1.0
-        if not 0 <= number < math.inf or (objective == "soft_min" and number == 0):
+        if not 0 <= number < math.inf or (word == "soft_min" and number == 0):
             raise ConfigError(f"ensemble={text}: {weight!r} is no weight; write {word}:0.5")
-        weights[WEIGHTS[objective]] = number
-    return Arm(
-        name=text, members=members, objective=objective, weights=weights, standardize=standardize
-    )
+        weights = {WEIGHTS[word]: number}
+    elif weight:
+        raise ConfigError(f"ensemble={text}: {word} takes no weight; write {word}")
+    return Arm(name=text, members=members, objective=word, weights=weights, standardize=standardize)
 
 
 def reward_key(settings: RewardSettings) -> str:

@@ -28,9 +28,8 @@ from klippo.evaluation.best_of_n import (
     points,
 )
 from klippo.evaluation.history import Floats
-from klippo.evaluation.scaling import Fit
 from klippo.lab import fingerprints
-from klippo.lab.arms import Arm, Standardize, arms_named, reward_key
+from klippo.lab.arms import Standardize, arms_named, reward_key
 from klippo.lab.held_out import held_out, own_prompts
 from klippo.lab.reward_names import check_reward, reward_label, reward_named
 from klippo.lab.sample_storage import (
@@ -38,21 +37,26 @@ from klippo.lab.sample_storage import (
     SAMPLES_FILE,
     SCORES_DIR,
     Samples,
-    draw_missing,
     drawn_samples,
     samples_in,
     score_samples,
+    show_progress,
     store_prompts,
 )
 from klippo.ranks import choose_device
 from klippo.report.best_of_n import draw_best_of_n
-from klippo.runs.folder import write_text, writing
+from klippo.rollouts.collate import decode
+from klippo.rollouts.sampling import Sampling, response_seeds
+from klippo.runs.folder import append_lines, complete_lines, read_object, write_text, writing
 from klippo.runs.models import UNNAMED, OpenModel, open_model
+from klippo.runs.progress import LiveLine
 from klippo.types import Prompt
 
 REQUEST_FILE = "sampling.json"
 RESULT_FILE = "best_of_n.json"
 FIGURE = "best_of_n"
+NUMBERS_PER_PROMPT = 2**32
+"""Response number of sample s of prompt p: p * 2**32 + s, where p is the prompt's row."""
 
 
 @dataclass(kw_only=True)
@@ -80,7 +84,6 @@ class BestOfN:
 
     def run(self) -> int:
         """Returns the exit code."""
-        console = Console()
         if (self.policy is None) == (self.samples is None):
             raise ConfigError("give either POLICY to sample from, or --samples FILE with samples")
         if self.temperature <= 0:
@@ -90,27 +93,31 @@ class BestOfN:
         arms = arms_named(self.proxies, self.ensembles, self.standardize)
         rewards = {key: settings for arm in arms for key, settings in arm.members}
         gold_reward = None if self.gold is None else reward_named(self.gold)
-        gold_key = None if gold_reward is None else reward_key(gold_reward)
-        if gold_key is not None and gold_reward is not None:
-            rewards[gold_key] = gold_reward
+        if gold_reward is not None:
+            rewards[reward_key(gold_reward)] = gold_reward
         for settings in rewards.values():
             check_reward(settings)
         if self.policy is not None:
             self._check_ns(self.num_samples)
-        samples = self._samples(console)
+        samples = self._samples()
         order = np.argsort(samples.prompt_of_sample, kind="stable")
         counts = np.bincount(samples.prompt_of_sample, minlength=len(samples.prompts))
         groups = np.split(order, np.cumsum(counts)[:-1])  # the sample numbers of every prompt
         self._check_ns(int(counts.min()))
         scores = score_samples(
-            samples, rewards, self.output / SCORES_DIR, console, device=choose_device("auto")
+            samples, rewards, self.output / SCORES_DIR, self._console, choose_device("auto")
         )
-        if gold_key is None and samples.gold is not None:
-            console.print("Gold scores are those in the file.")
-        gold = samples.gold if gold_key is None else scores[gold_key]
-        label = None if gold_reward is None else reward_label(gold_reward)
-        self._write(arms, scores, gold, label, groups, console)
+        gold, label = samples.gold, None
+        if gold_reward is not None:
+            gold, label = scores[reward_key(gold_reward)], reward_label(gold_reward)
+        elif gold is not None:
+            self._console.print("Gold scores are those in the file.")
+        self._write({arm.name: arm.score(scores) for arm in arms}, gold, label, groups)
         return 0
+
+    @cached_property
+    def _console(self) -> Console:
+        return Console()
 
     def _check_ns(self, num_samples: int) -> None:
         if any(n < 1 for n in self.ns):
@@ -122,7 +129,7 @@ class BestOfN:
                 f"take more samples (--num-samples {most})"
             )
 
-    def _samples(self, console: Console) -> Samples:
+    def _samples(self) -> Samples:
         """All samples; the folder begins when all is checked."""
         request = self._request()
         resumes = self._resumes(request)
@@ -131,24 +138,52 @@ class BestOfN:
             if not resumes:
                 self._begin(request)
             num = len(samples.prompt_of_sample)
-            console.print(f"{num:,} samples of {len(samples.prompts):,} prompts")
+            self._console.print(f"{num:,} samples of {len(samples.prompts):,} prompts")
             return samples
         if not resumes:
             prompts = self._chosen_prompts()
             self._begin(request)
             store_prompts(self.output, prompts)
         samples = drawn_samples(self.output, self.num_samples)
-        draw_missing(
-            samples,
-            self.output,
-            lambda: self._opened,
-            response_length=self.response_length,
-            temperature=self.temperature,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            console=console,
-        )
+        self._draw_missing(samples.prompts, len(samples.prompt_of_sample))
         return samples
+
+    def _draw_missing(self, prompts: Sequence[Prompt], total: int) -> None:
+        """Sample what is missing; every batch is on disk before the next one starts."""
+        file = self.output / SAMPLES_FILE
+        num_done = complete_lines(file)
+        if num_done >= total:
+            self._console.print("Every sample is there already.")
+            return
+        opened = self._opened
+        engine = opened.engine(Sampling(temperature=self.temperature))
+        length = self.response_length or opened.max_tokens
+        with LiveLine(self._console, num_lines=10, num_done=num_done) as line:
+            for start in range(num_done, total, self.batch_size):
+                numbers = range(start, min(start + self.batch_size, total))
+                asked = [prompts[i % len(prompts)] for i in numbers]
+                ranks = [i // len(prompts) for i in numbers]
+                seeds = response_seeds(
+                    self.seed,
+                    [p.id * NUMBERS_PER_PROMPT + s for p, s in zip(asked, ranks, strict=True)],
+                )
+                completions = engine.generate(asked, [length] * len(asked), seeds)
+                responses = decode([c.token_ids for c in completions], opened.tokenizer)
+                rows = [
+                    {
+                        "prompt_id": prompt.id,
+                        "sample": rank,
+                        "prompt": prompt.text,
+                        "response": response,
+                        "response_ids": completion.token_ids,
+                        "finished": completion.finished,
+                    }
+                    for prompt, rank, response, completion in zip(
+                        asked, ranks, responses, completions, strict=True
+                    )
+                ]
+                append_lines(file, rows)
+                show_progress(line, "sampled", numbers.stop, total)
 
     @cached_property
     def _opened(self) -> OpenModel:
@@ -198,7 +233,7 @@ class BestOfN:
                     "choose another --output"
                 )
             return False
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_object(file)
         changed = [
             f"{key} is {known.get(key)} there and {request.get(key)} here"
             for key in dict.fromkeys([*known, *request])
@@ -222,29 +257,27 @@ class BestOfN:
 
     def _write(
         self,
-        arms: Sequence[Arm],
-        scores: Mapping[str, Floats],
+        arms: Mapping[str, Floats],
         gold: Floats | None,
         gold_label: str | None,
         groups: Sequence[NDArray[np.intp]],
-        console: Console,
     ) -> None:
+        """Results from the scores (M,) of every arm and of gold."""
         num_samples = min(len(group) for group in groups)
         ns = sorted(set(self.ns)) or default_ns(num_samples)
         fitted_ns = sorted({1, *ns})
         shown = [fitted_ns.index(n) for n in ns]
         figures: dict[str, dict[str, Any]] = {}
-        fits: dict[str, Fit] = {}
-        unscored: dict[str, int] = {}
-        for arm in arms:
-            of_arm = curves(arm.score(scores), gold, groups, fitted_ns)
-            figures[arm.name] = {"proxy": points(of_arm.proxy[:, shown])}
+        fits, unscored = {}, {}
+        for name, scores in arms.items():
+            of_arm = curves(scores, gold, groups, fitted_ns)
+            figures[name] = {"proxy": points(of_arm.proxy[:, shown])}
             if of_arm.num_unscored:
-                unscored[arm.name] = of_arm.num_unscored
+                unscored[name] = of_arm.num_unscored
             if of_arm.gold is not None:
-                figures[arm.name]["gold"] = points(of_arm.gold[:, shown])
-                law = fit_gold(of_arm.gold, fitted_ns)
-                fits |= {} if law is None else {arm.name: law}
+                figures[name]["gold"] = points(of_arm.gold[:, shown])
+                if (law := fit_gold(of_arm.gold, fitted_ns)) is not None:
+                    fits[name] = law
         result = {
             "policy": self.policy or str(self.samples),
             "num_prompts": len(groups),
@@ -258,10 +291,10 @@ class BestOfN:
         }
         write_text(self.output / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         draw_best_of_n(result, fits, self.output / FIGURE)
-        console.print(_table(result))
+        self._console.print(_table(result))
         for name, number in unscored.items():
-            console.print(Text(f"{name}: {number} samples without a score are left out."))
-        console.print(f"Results: {self.output / RESULT_FILE}", soft_wrap=True)
+            self._console.print(Text(f"{name}: {number} samples without a score are left out."))
+        self._console.print(f"Results: {self.output / RESULT_FILE}", soft_wrap=True)
 
 
 def _table(result: Mapping[str, Any]) -> Table:

@@ -16,6 +16,7 @@ from klippo.errors import ConfigError
 from klippo.lengths import room_for_prompts
 from klippo.ranks import choose_device
 from klippo.report.text import one_line
+from klippo.rollouts.collate import decode
 from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.runs.models import OpenModel, open_model
 from klippo.types import Prompt
@@ -50,9 +51,7 @@ def generate(
         for _ in range(num_samples):
             seeds = response_seeds(seed, itertools.islice(numbers, len(ready)))
             completions = engine.generate(ready, [limit] * len(ready), seeds)
-            answers = opened.tokenizer.batch_decode(
-                [completion.token_ids for completion in completions], skip_special_tokens=True
-            )
+            answers = decode([c.token_ids for c in completions], opened.tokenizer)
             for prompt, answer in zip(ready, answers, strict=True):
                 console.print(
                     Text(one_line(prompt.text), style="bold") + Text(f" → {one_line(answer)}")

@@ -77,16 +77,11 @@ class EnsembleReward:
         """The same from prompts and decoded responses alone; the scores lie on `device`."""
         assert not self.waits_for_moments, "measure() comes first"
         raw, cut = self._raw(prompts, responses)
-        settings = self.settings
-        members = self._standardized(raw).to(device)
-        reward = combine(
-            members,
-            settings.objective,
-            uwo_weight=settings.uwo_weight or 0.0,
-            sd_weight=settings.sd_weight or 0.0,
-            ddof=settings.ddof,
-            temperature=settings.temperature,
-        )
+        if self._moments is not None:
+            mean, sd = self._moments
+            raw = (raw - mean) / sd
+        members, settings = raw.to(device), self.settings
+        reward = combine(members, settings.objective, **settings.weights)
         parts = {"variance": variance(members, settings.ddof), "cut": cut.to(device)}
         return Scores(reward=reward, members=members, parts=parts)
 
@@ -119,23 +114,15 @@ class EnsembleReward:
             cut = torch.maximum(cut, was_cut)
         return raw, cut
 
-    def _standardized(self, raw: Tensor) -> Tensor:
-        if self._moments is None:
-            return raw
-        mean, sd = self._moments
-        return (raw - mean) / sd
-
     def _known_moments(self) -> tuple[Tensor, Tensor] | None:
         """mean (K, 1) and sd (K, 1): from the settings, or stored with every member."""
-        settings = self.settings
-        if settings.standardize == "none":
+        moments = self.settings.moments
+        if self.settings.standardize == "none":
             return None
-        if settings.moments is not None:
-            return _as_tensors(settings.moments)
-        if settings.standardize == "start":
-            return None
-        means, sds = zip(*(stored.moments_of(one.settings) for one in self.members), strict=True)
-        return _as_tensors(MomentsSettings(mean=list(means), sd=list(sds)))
+        if moments is None and self.settings.standardize == "stored":
+            means, sds = zip(*(stored.moments_of(m.settings) for m in self.members), strict=True)
+            moments = MomentsSettings(mean=list(means), sd=list(sds))
+        return None if moments is None else _as_tensors(moments)
 
 
 def _as_tensors(moments: MomentsSettings) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -33,23 +33,20 @@ class ReadingSettings(CodeSettings):
     """Storage of the weights."""
 
 
-class ClassifierSettings(ReadingSettings):
+class MemberSettings(ReadingSettings):
+    """One member of an ensemble, if it is read in another way than the others."""
+
+    model: str
+    """Folder, hub name, `demo:proxy` or `demo:gold`; `{seed}` is filled by `rm_seed` (of a single
+    model) or `seeds` (of an ensemble's members)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+
+
+class ClassifierSettings(MemberSettings):
     """A sequence-classification model: a reward model with one output, or one label of several."""
 
     kind: Literal["classifier"]
-    model: str
-    """Folder, hub name, `demo:proxy` or `demo:gold`; `{seed}` is filled by `rm_seed`."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
-
-
-class MemberSettings(ReadingSettings):
-    """One member of an ensemble, where it is read in another way than the others."""
-
-    model: str
-    """Folder or hub name."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
 
 
 class MomentsSettings(Settings):
@@ -107,7 +104,7 @@ class EnsembleSettings(ReadingSettings):
                 "sd_weight is missing: objective=mean_minus_sd is mean - sd_weight * standard "
                 "deviation; try 1.0, or objective=mean"
             )
-        names = [m if isinstance(m, str) else m.model for m in self.members]
+        names = (m if isinstance(m, str) else m.model for m in self.members)
         open_names = [name for name in names if "{seed}" in name]
         if open_names and self.seeds is None:
             yield (
@@ -127,23 +124,30 @@ class EnsembleSettings(ReadingSettings):
                 if len(getattr(self.moments, name)) != len(expanded):
                     yield f"moments.{name} must have one number per member, {len(expanded)}"
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What `combine` takes besides the objective."""
+        return {
+            "uwo_weight": self.uwo_weight or 0.0,
+            "sd_weight": self.sd_weight or 0.0,
+            "ddof": self.ddof,
+            "temperature": self.temperature,
+        }
+
     def classifiers(self) -> list[ClassifierSettings]:
         """One reading of each member: its own settings over those of the ensemble."""
         shared = {name: getattr(self, name) for name in ReadingSettings.model_fields}
         readings = []
         for member in self.members:
-            own = (
-                {"model": member}
-                if isinstance(member, str)
-                else member.model_dump(exclude_unset=True)
-            )
-            pattern = str(own["model"])
-            names = [pattern]
-            if self.seeds is not None and "{seed}" in pattern:
-                names = [pattern.replace("{seed}", str(seed)) for seed in self.seeds]
-            for name in names:
-                reading = shared | own | {"kind": "classifier", "model": name}
-                readings.append(ClassifierSettings.model_validate(reading))
+            if isinstance(member, str):
+                member = MemberSettings(model=member)
+            own = member.model_dump(exclude_unset=True)
+            is_pattern = self.seeds and "{seed}" in member.model
+            for seed in (self.seeds or ()) if is_pattern else [0]:
+                model = member.model.replace("{seed}", str(seed)) if is_pattern else member.model
+                readings.append(
+                    ClassifierSettings(**shared | own | {"kind": "classifier", "model": model})
+                )
         return readings
 
     def trusted_models(self) -> list[str]:

@@ -232,21 +232,21 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises ConfigError for a file that cannot be read, BrokenLineError for what is no object.
     """
     try:
-        # Not splitlines: a response may hold characters that it takes for the end of a line.
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")  # as text, more characters than \n would end a line
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            is_last = number == len(lines)
-            raise BrokenLineError(path, number, "broken JSON", is_last=is_last) from None
-        if not isinstance(row, dict):
-            raise BrokenLineError(path, number, "no JSON object")
-        yield number, row
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                is_last = not line.endswith(b"\n")
+                raise BrokenLineError(path, number, "broken JSON", is_last=is_last) from None
+            if not isinstance(row, dict):
+                raise BrokenLineError(path, number, "no JSON object")
+            yield number, row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
