@@ -27,7 +27,7 @@ def run_script(*words: str) -> str:
     """What the script prints; it ends with 1 where a config shows a fault."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 with faults" in f" {done.stdout.splitlines()[-1]}"

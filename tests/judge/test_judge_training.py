@@ -102,7 +102,7 @@ def test_a_killed_run_pays_no_answer_twice_and_ends_with_the_same_bytes(workplac
 def kill_after(folder: Path, checkpoint: str | None) -> None:
     """`klippo train`, killed when it has written that checkpoint; to its end without one."""
     command = [sys.executable, "-m", "klippo", "train", "run.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as run:
         if checkpoint is not None:
             while not (folder / "run/checkpoints" / checkpoint).is_dir():

@@ -172,7 +172,7 @@ def test_a_process_that_waits_holds_up_the_other_by_no_more_than_its_slowest_ans
         ended = subprocess.run(
             [sys.executable, *launcher, "-m", "klippo", "train", "run.yaml"],
             cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "1"} | os.environ,
             capture_output=True,
             text=True,
             timeout=120,

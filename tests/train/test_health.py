@@ -266,7 +266,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     )
     ended = subprocess.run(
         [*alone, sys.executable, "-c", ON_A_SMALL_DISK, str(disk), str(config)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        env={"OMP_NUM_THREADS": "1"} | os.environ, capture_output=True, text=True, timeout=120,
         check=True,
     )  # fmt: skip
     told = json.loads(ended.stdout)

@@ -36,7 +36,7 @@ def finish(command: list[str], **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        env={"OMP_NUM_THREADS": "1"} | os.environ | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -179,7 +179,7 @@ def test_a_signal_to_the_launcher_ends_the_run_and_keeps_the_policy(
     metrics = tmp_path / "run/metrics.jsonl"
     launched = subprocess.Popen(
         torchrun(2, whole_config, "ppo.num_steps=2000"),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -41,7 +41,7 @@ def train(config: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: one that has done other things before may end a bit beside it."""
     return subprocess.run(
         [sys.executable, "-m", "klippo", "train", str(config), *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
         capture_output=True,
         text=True,
         timeout=120,
@@ -52,7 +52,7 @@ def train(config: Path, *more: str) -> subprocess.CompletedProcess[str]:
 def begin(config: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "klippo", "train", str(config), *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

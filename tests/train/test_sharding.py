@@ -213,7 +213,7 @@ def test_the_launch_file_of_two_machines(write_config: Callable[..., Path], tmp_
         subprocess.Popen(
             [sys.executable, *launcher, "--machine_rank", str(rank), "-m", "klippo", "train",
              str(config), "ppo.num_steps=1"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "1"} | os.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
