@@ -6,7 +6,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from klippo.ppo.health import NAMES, OF_ROLLOUT, OF_UPDATE, HealthMonitor
+from klippo.ppo.health import CAUSES, HealthMonitor
 from klippo.ppo.settings import HealthSettings, PPOSettings
 
 HEALTHY = {
@@ -179,11 +179,11 @@ def test_off_is_quiet_and_stop_says_so():
 
 
 def test_every_check_has_its_action_and_names_settings_to_change():
-    assert set(HealthSettings.model_fields) >= set(NAMES)
-    assert len(NAMES) == 10
-    for check in (*OF_ROLLOUT, *OF_UPDATE):
-        assert check.means
-        assert check.remedy
+    assert set(HealthSettings.model_fields) >= set(CAUSES)
+    assert len(CAUSES) == 10
+    for cause, remedy in CAUSES.values():
+        assert cause
+        assert remedy
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from klippo.ppo.health import NAMES
+from klippo.ppo.health import CAUSES
 from klippo.ppo.settings import HealthSettings
 from tests.report.conftest import metric_lines
 
@@ -48,9 +48,9 @@ def test_a_status_that_was_tampered_with_does_no_harm(make_run, page_of):
 def test_every_rail_and_setting_is_in_the_docs():
     docs = (Path(__file__).parents[2] / "docs/health.md").read_text(encoding="utf-8")
     defaults = HealthSettings().model_dump()
-    for name in NAMES:
+    for name in CAUSES:
         (line,) = [line for line in docs.splitlines() if line.startswith(f"| `{name}`")]
         assert line.split("|")[3].strip() == defaults[name]
     for name, value in defaults.items():
-        if name not in NAMES:
+        if name not in CAUSES:
             assert f"`{name}` ({value:g}" in docs, name
