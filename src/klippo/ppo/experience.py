@@ -125,7 +125,13 @@ def build_experience(
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, all_sum=ranks.all_sum)
 
-    old_logprobs = _old_logprobs(rollout, forward)
+    # of the policy that wrote the responses: ratios start from them
+    old_logprobs = {
+        "policy": forward.logprobs,
+        "start": forward.ref_logprobs,
+        "recorded": rollout.behavior_logprobs,
+    }[rollout.behavior]
+    assert old_logprobs is not None
     weights, mismatch = _engine_weights(ppo, rollout, old_logprobs, mask, ranks)
     measured_kl = token_kl if forward.exact_kl is None else forward.exact_kl
     sequence_kl = float(masked_mean(masked_sum(measured_kl, mask, 1), scored, ranks.all_sum))
@@ -147,7 +153,8 @@ def build_experience(
     )
     metrics = _metrics(experience, rollout, forward.entropy, scores, shaped, ranks)
     if has_critic:
-        metrics |= _value_errors(ppo, experience, rollout, ranks)
+        known = scored & rollout.finished if ppo.bootstrap_truncated else scored
+        metrics |= _value_errors(experience, known, ppo.gamma, ranks)
     return replace(experience, metrics=experience.metrics | metrics | mismatch)
 
 
@@ -158,11 +165,10 @@ def shape_scores(
     moments: RunningMoments,
     all_sum: AllSum = local,
 ) -> Tensor:
-    """Shaped scores (B,) float32; NaN stays NaN and enters no statistic.
+    """Shaped scores (B,) float32, in the order of `ScoreSettings`.
 
-    scores (B,) with NaN for "unscored"; finished (B,) is False if the length limit cut the
-    response. The order is fixed: missing end-of-sequence, running normalisation, scale, whitening,
-    clip. `moments` takes in the batch when running normalisation is on.
+    scores (B,) are NaN if unscored, stay so and enter no statistic; finished (B,) is False if the
+    length limit cut the response. `moments` takes in the batch if `normalize` is on.
     """
     if settings.missing_eos == "replace":
         value = torch.full_like(scores, settings.missing_eos_value)
@@ -188,17 +194,6 @@ def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
     last = (lengths - 1).clamp(min=0)[:, None]
     landed = torch.where(lengths > 0, scores, torch.zeros_like(scores))
     return scores.new_zeros(mask.shape).scatter(1, last, landed[:, None])
-
-
-def _old_logprobs(rollout: Rollout, forward: Forward) -> Tensor:
-    """Log-probs (B, T) of the policy that wrote the responses, from which ratios start."""
-    match rollout.behavior:
-        case "policy":
-            return forward.logprobs
-        case "start":
-            return forward.ref_logprobs
-    assert rollout.behavior_logprobs is not None
-    return rollout.behavior_logprobs
 
 
 def _engine_weights(
@@ -275,21 +270,17 @@ def _metrics(
     return metrics
 
 
-def _value_errors(
-    ppo: PPOSettings, experience: Experience, rollout: Rollout, ranks: Ranks
-) -> Metrics:
+def _value_errors(experience: Experience, known: Tensor, gamma: float, ranks: Ranks) -> Metrics:
     """How far the first values are from the rewards that followed, and how far 0 would have been.
 
         mean (V_0 - sum_t gamma^t r_t)^2,    mean (sum_t gamma^t r_t)^2
 
-    over responses, in squared reward units. GAE's returns hold the values themselves, so that a
-    critic which is wrong by a constant shows in no explained variance; sums of rewards do not. If
-    responses that the limit cut are bootstrapped, only finished ones have such a sum.
+    over `known` responses (B,), in squared reward units. GAE's returns hold the values themselves,
+    so explained variance cannot show that a critic is wrong by a constant; sums of rewards do.
     """
-    mask = experience.mask
-    discounts = ppo.gamma ** torch.arange(mask.shape[1], device=mask.device)
-    followed = (experience.token_rewards * discounts).sum(1)
-    known = mask.any(1) & rollout.finished if ppo.bootstrap_truncated else mask.any(1)
+    rewards = experience.token_rewards
+    discounts = gamma ** torch.arange(rewards.shape[1], device=rewards.device)
+    followed = (rewards * discounts).sum(1)
     errors = {
         "value/mean_squared_error": followed - experience.old_values[:, 0],
         "value/mean_squared_return": followed,

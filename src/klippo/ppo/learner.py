@@ -46,27 +46,19 @@ class Learner:
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.ranks = ranks or Ranks()
         require_equal_shares(self.ppo, self.ranks)
-        self.kl_controller = KLController(
-            coef=self.kl.coef,
-            target=self.kl.target if self.kl.controller == "adaptive" else None,
-            horizon=self.kl.horizon,
-        )
+        target = self.kl.target if self.kl.controller == "adaptive" else None
+        self.kl_controller = KLController(self.kl.coef, target, self.kl.horizon)
         self.score_moments = RunningMoments()
         self.optimizer = Optimizer(policy, reference, self.optimizer_settings, self.ranks)
-        self.scheduler = build_schedule(
-            self.optimizer.adam, self.optimizer_settings, self.ppo.num_steps
-        )
+        self.scheduler = self._schedule()
         self.generator = torch.Generator().manual_seed(seed)  # the same on every process
         self.num_steps_done = 0
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Forward:
-        """What policy, critic and reference say of this rollout, while its scores are on their way.
-
-        Every model runs once, in the update's own micro-batches.
-        """
-        batch, temperature = rollout.tokens, rollout.temperature
-        policy, after_last = self.policy, self.ppo.bootstrap_truncated
+        """Run policy, critic and reference once, in the update's own micro-batches."""
+        batch, temperature, policy = rollout.tokens, rollout.temperature, self.policy
+        after_last = self.ppo.bootstrap_truncated
         (num_rows, num_response), num_prompt = batch.response_ids.shape, batch.prompt_ids.shape[1]
         full: dict[str, Tensor] = {}
 
@@ -107,10 +99,7 @@ class Learner:
     def experience(
         self, rollout: Rollout, scores: Scores, forward: Forward | None = None
     ) -> Experience:
-        """What this rollout teaches under the current policy, reference and KL coefficient.
-
-        `forward` is what `self.forward` gave for it; by default it runs here.
-        """
+        """What the rollout teaches; `forward` is what `self.forward` gave, and runs by default."""
         return build_experience(
             self.ppo,
             self.kl,
@@ -149,11 +138,7 @@ class Learner:
         return experience.metrics | stats
 
     def tensors(self) -> Tensors:
-        """What training has changed, by name: the trainable weights, and AdamW's state of each.
-
-        No copies; but of sharded weights the first process gets full tensors, and the others empty
-        ones. Every process must call it.
-        """
+        """What training has changed; see `Optimizer.tensors`. Every process must call it."""
         return self.optimizer.tensors()
 
     def load_tensors(self, tensors: Tensors) -> None:
@@ -166,10 +151,7 @@ class Learner:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over the weights alone, in this process, if the policy's are gathered.
-
-        Raises ConfigError if they are another model's.
-        """
+        """The same for the weights alone, in this process, if the policy's are not sharded."""
         named = self._trainable()
         require_same_shapes(named, weights)
         for name, parameter in named.items():
@@ -190,9 +172,11 @@ class Learner:
         self.kl_controller.coef = float(state["kl_coef"])
         self.score_moments.load_state_dict(state["score_moments"])
         self.generator.set_state(torch.tensor(state["shuffling"], dtype=torch.uint8))
-        self.scheduler = build_schedule(
-            self.optimizer.adam, self.optimizer_settings, self.ppo.num_steps, self.num_steps_done
-        )
+        self.scheduler = self._schedule(self.num_steps_done)
+
+    def _schedule(self, num_steps_done: int = 0) -> LambdaLR:
+        settings, num_steps = self.optimizer_settings, self.ppo.num_steps
+        return build_schedule(self.optimizer.adam, settings, num_steps, num_steps_done)
 
     def _trainable(self) -> dict[str, Parameter]:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
@@ -234,8 +218,7 @@ def build_schedule(
     num_steps_done: int = 0,
 ) -> LambdaLR:
     """Linear warm-up, then constant, linear or cosine decay, counted in PPO steps."""
-    warmup = settings.num_warmup_steps
-    end = settings.num_decay_steps or num_steps
+    warmup, end = settings.num_warmup_steps, settings.num_decay_steps or num_steps
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -253,25 +236,21 @@ def build_schedule(
 
 def require_same_shapes(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     """Raise ConfigError if tensors of a checkpoint are not those of this policy and critic."""
-    ours, theirs = (
-        {name: f"shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-        for tensors in (expected, stored)
-    )
-    if ours == theirs:
-        return
-    name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    absent = "no such weight"
-    raise ConfigError(
-        f"the checkpoint is of another model: {name} has {theirs.get(name, absent)} there and "
-        f"{ours.get(name, absent)} in this policy and critic; resume with the model that the run "
-        "began with"
-    )
+    for name in sorted(expected.keys() | stored.keys()):
+        there, here = (
+            f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such weight"
+            for tensors in (stored, expected)
+        )
+        if there != here:
+            raise ConfigError(
+                f"the checkpoint is of another model: {name} has {there} there and {here} in this "
+                "policy and critic; resume with the model that the run began with"
+            )
 
 
 def require_equal_shares(ppo: PPOSettings, ranks: Ranks) -> None:
     """Raise ConfigError if the processes cannot share batch and minibatch evenly."""
-    sizes = {"batch_size": ppo.batch_size, "minibatch_size": ppo.minibatch}
-    for name, size in sizes.items():
+    for name, size in {"batch_size": ppo.batch_size, "minibatch_size": ppo.minibatch}.items():
         if size % ranks.world_size != 0:
             raise ConfigError(
                 f"ppo.{name}={size} must be a multiple of the {ranks.world_size} processes; try "

@@ -6,10 +6,9 @@ B sequences, T response tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,26 +26,22 @@ Loss = Callable[[Experience], tuple[Tensor, Tensor]]
 ONE_PROCESS = Ranks()
 Lengths = tuple[int, int]
 """Tokens of a row's prompt, and of its response."""
-ORDERS: tuple[Callable[[Lengths], int] | None, ...] = (sum, max, lambda of: of[1], None)
-"""By total length, by the longer of the two, by response; and as given, so that sorting never adds
-padding: rows of one length may have prompts and responses of unlike ones."""
+ORDERS: tuple[Callable[[Lengths], int], ...] = (sum, max, lambda of: of[1], lambda _: 0)
+"""Longest first: by total, by the longer of the two, by response; and as given, so that sorting
+never adds padding."""
 Skip = Literal["empty", "loss", "ratio", "gradient"]
-"""Why a minibatch was skipped: nothing to learn from; a loss (or ratio) that is not finite; a mean
-ratio above the threshold; a gradient that is not finite."""
+"""Why a minibatch was skipped: no scored token; a loss, ratio or gradient that is not finite; a
+mean ratio above the threshold."""
 ON_POLICY = dict.fromkeys(LOGGED, 0.0) | {"ratio": 1.0}
 """Means of an update without any optimizer step."""
 
 
-@dataclass(frozen=True, slots=True)
-class MinibatchResult:
+class Minibatch(NamedTuple):
     """What became of one minibatch."""
 
-    means: Mapping[str, float]
-    """Of `LOGGED`, over its tokens; empty without tokens."""
-    skipped: Skip | None
-    """Why there was no optimizer step."""
-    grad_norm: float = 0.0
-    """Before clipping."""
+    means: dict[str, float]  # of `LOGGED`, over its tokens; empty without tokens
+    skipped: Skip | None  # why there was no optimizer step
+    grad_norm: float = 0.0  # before clipping
 
 
 def ppo_update(
@@ -63,29 +58,25 @@ def ppo_update(
 ) -> Metrics:
     """Run `num_epochs` passes; returns means over the optimizer steps.
 
-    `experience` holds this process's rows, an equal share of the batch. Minibatches are those of a
-    single process, and each process learns from the rows of them that it holds. `critic_only`
-    trains the critic's own weights and leaves the policy alone (warm-up). `generator` (CPU)
-    shuffles the rows, and must be in the same state on every process. With `exact_kl_to` the KL in
-    the loss is the exact one.
+    `experience` holds this process's rows, an equal share of the batch. `critic_only` trains the
+    critic's own weights and leaves the policy alone. `generator` (CPU) shuffles the rows, from the
+    same state on every process. With `exact_kl_to` the KL in the loss is the exact one.
     """
     loss: Loss = partial(warm_up_loss, settings, policy)
     if not critic_only:
         loss = partial(loss_of, settings, policy, kl_coef=kl_in_loss_coef, exact_kl_to=exact_kl_to)
     limit = math.inf if settings.target_kl is None else settings.target_kl
-    results: list[MinibatchResult] = []
-    stopped_early = False
+    results: list[Minibatch] = []
     policy.train()
     for rows in minibatches(settings, experience, generator, ranks):
         num_tokens = float(ranks.all_sum(experience.mask[rows].sum()))
         parts = parts_of(settings, experience.tokens, rows, ranks=ranks)
         means = add_gradients(loss, optimizer, experience, parts, num_tokens, ranks)
         results.append(step(optimizer, means, settings.ratio_threshold))
-        stopped_early = means.get("update_kl", 0.0) > limit
-        if stopped_early:
+        if means.get("update_kl", 0.0) > limit:
             break
     policy.eval()
-    return summary(results, stopped_early)
+    return summary(results, limit)
 
 
 def minibatches(
@@ -93,10 +84,9 @@ def minibatches(
 ) -> Iterator[Tensor]:
     """This process's rows of each minibatch: every row once per epoch, in an order that changes.
 
-    The batch, all processes' rows one after the other, is cut into groups of as many consecutive
-    rows as an epoch has minibatches, and each minibatch takes one row of every group. So processes
-    hold equally many rows of each minibatch, and which rows these are does not depend on their
-    number.
+    The rows of all processes, one after the other, are cut into groups of as many rows as an epoch
+    has minibatches, and each minibatch takes one row of every group: processes hold equally many
+    rows of each, and which rows these are does not depend on their number.
     """
     num_own = len(experience.tokens)
     first, size = ranks.rank * num_own, settings.minibatch
@@ -146,9 +136,9 @@ def loss_of(
 def warm_up_loss(
     settings: PPOSettings, policy: ActorCritic, batch: Experience
 ) -> tuple[Tensor, Tensor]:
-    """The value loss alone, and only for the critic's own weights: the policy does not move.
+    """The value loss alone, only for the critic's own weights: the policy does not move.
 
-    So the hidden states that a critic on the policy's trunk reads are those of the forward phase.
+    So a critic on the policy's trunk can read the hidden states of the forward phase.
     """
     values = policy.values(batch.tokens, batch.hidden)
     losses = value_loss(
@@ -186,9 +176,7 @@ def add_gradients(
     return {name: total / num_tokens for name, total in zip(LOGGED, totals, strict=True)}
 
 
-def step(
-    optimizer: Optimizer, means: dict[str, float], ratio_threshold: float | None
-) -> MinibatchResult:
+def step(optimizer: Optimizer, means: dict[str, float], ratio_threshold: float | None) -> Minibatch:
     """One optimizer step, or none if it would do harm."""
     skipped: Skip | None = None
     if not means:
@@ -199,12 +187,12 @@ def step(
         skipped = "ratio"
     if skipped is not None:
         optimizer.forget()
-        return MinibatchResult(means, skipped)
+        return Minibatch(means, skipped)
     norm = optimizer.step()
-    return MinibatchResult(means, None if math.isfinite(norm) else "gradient", norm)
+    return Minibatch(means, None if math.isfinite(norm) else "gradient", norm)
 
 
-def summary(results: list[MinibatchResult], stopped_early: bool) -> Metrics:
+def summary(results: Sequence[Minibatch], target_kl: float) -> Metrics:
     """Means over the optimizer steps, largest values over all minibatches, and counts."""
     steps = [result for result in results if result.skipped is None]
     means = [result.means for result in steps] or [ON_POLICY]
@@ -212,7 +200,7 @@ def summary(results: list[MinibatchResult], stopped_early: bool) -> Metrics:
     skips = [result.skipped for result in results if result.skipped is not None]
 
     def largest(name: str) -> float:
-        values = [result.means.get(name, math.nan) for result in results]
+        values = (result.means.get(name, math.nan) for result in results)
         return max(filter(math.isfinite, values), default=ON_POLICY[name])
 
     return {
@@ -230,34 +218,27 @@ def summary(results: list[MinibatchResult], stopped_early: bool) -> Metrics:
         "update/num_losses_not_finite": float(skips.count("loss")),
         "update/num_gradients_not_finite": float(skips.count("gradient")),
         "update/num_ratio_skips": float(skips.count("ratio")),
-        "update/stopped_early": float(stopped_early),
+        "update/stopped_early": float(results[-1].means.get("update_kl", 0.0) > target_kl),
     }
 
 
 def parts_of(
-    ppo: PPOSettings,
-    tokens: TokenBatch,
-    rows: Tensor | None = None,
-    *,
-    ranks: Ranks = ONE_PROCESS,
+    ppo: PPOSettings, tokens: TokenBatch, rows: Tensor | None = None, *, ranks: Ranks = ONE_PROCESS
 ) -> list[Tensor]:
     """Rows of a batch, all by default, in micro-batches as the settings want them.
 
-    Processes with equally many rows have equally many micro-batches: if weights are
-    sharded, every pass is one of all processes.
+    Processes with equally many rows have equally many micro-batches, because all of them take part
+    in every pass over sharded weights: the largest groups are halved until the numbers agree.
     """
     if rows is None:
         rows = torch.arange(len(tokens), device=tokens.response_ids.device)
-    parts = micro_batches(
-        rows,
-        tokens.prompt_mask,
-        tokens.response_mask,
-        size=ppo.micro_batch_size,
-        budget=ppo.micro_batch_tokens,
-    )
-    if ppo.micro_batch_tokens is None:
-        return parts
-    return split_up(parts, ranks.largest(len(parts)))
+    size, budget = ppo.micro_batch_size, ppo.micro_batch_tokens
+    parts = micro_batches(rows, tokens.prompt_mask, tokens.response_mask, size=size, budget=budget)
+    num = len(parts) if budget is None else ranks.largest(len(parts))
+    while len(parts) < num:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[largest : largest + 1] = parts[largest].tensor_split(2)
+    return parts
 
 
 def micro_batches(
@@ -271,46 +252,31 @@ def micro_batches(
     """Row numbers (n,) in groups: every row once, at least one row in each group.
 
     Masks are (B, P) and (B, T) bool. Groups are of `size` rows in the order given; or, with
-    `budget`, of rows of like length whose number times the group's width is at most `budget`
-    tokens, a longer row being a group of its own; or, with neither, all rows are one group. The
-    number of groups depends on the lengths: processes may have unlike ones.
+    `budget`, of rows of like length with at most `budget` tokens, padding included, a longer row
+    being a group by itself; or, with neither, all rows are one group.
     """
     if budget is None:
         return [rows] if size is None else list(torch.split(rows, size))
     prompts, responses = prompt_mask[rows].sum(1).tolist(), response_mask[rows].sum(1).tolist()
     lengths = list(zip(prompts, responses, strict=True))
-    plans = [_packed(_ordered(lengths, key), lengths, budget) for key in ORDERS]
+    plans = [_packed(lengths, key, budget) for key in ORDERS]
     best = min(plans, key=lambda plan: padded_tokens(plan, lengths))
     return [rows[torch.tensor(group, device=rows.device)] for group in best]
 
 
-def split_up(groups: Sequence[Tensor], num: int) -> list[Tensor]:
-    """The groups in `num` smaller ones: the largest is halved, again and again.
-
-    They must have at least `num` rows together.
-    """
-    result = list(groups)
-    while len(result) < num:
-        largest = max(range(len(result)), key=lambda i: len(result[i]))
-        result[largest : largest + 1] = result[largest].tensor_split(2)
-    return result
-
-
 def padded_tokens(groups: Sequence[Sequence[int]], lengths: Sequence[Lengths]) -> int:
     """Tokens that go through the models, padding included."""
-    return sum(len(group) * _width(lengths[i] for i in group) for group in groups)
+    rows = [[lengths[i] for i in group] for group in groups]
+    return sum(len(of) * sum(map(max, zip(*of, strict=True))) for of in rows)
 
 
-def _ordered(lengths: Sequence[Lengths], key: Callable[[Lengths], int] | None) -> list[int]:
-    places = list(range(len(lengths)))
-    return places if key is None else sorted(places, key=lambda i: -key(lengths[i]))
-
-
-def _packed(order: Sequence[int], lengths: Sequence[Lengths], budget: int) -> list[list[int]]:
+def _packed(
+    lengths: Sequence[Lengths], key: Callable[[Lengths], int], budget: int
+) -> list[list[int]]:
     """Groups of neighbours, each as large as the budget lets it be."""
     groups: list[list[int]] = []
     prompt = response = 0  # the longest of the last group
-    for i in order:
+    for i in sorted(range(len(lengths)), key=lambda i: -key(lengths[i])):
         longer = max(prompt, lengths[i][0]), max(response, lengths[i][1])
         if groups and (len(groups[-1]) + 1) * sum(longer) <= budget:
             groups[-1].append(i)
@@ -319,8 +285,3 @@ def _packed(order: Sequence[int], lengths: Sequence[Lengths], budget: int) -> li
             groups.append([i])
             prompt, response = lengths[i]
     return groups
-
-
-def _width(lengths: Iterable[Lengths]) -> int:
-    pairs = list(lengths)
-    return max(prompt for prompt, _ in pairs) + max(response for _, response in pairs)
