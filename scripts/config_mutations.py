@@ -15,8 +15,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from klippo.config.located import write_yaml
+from klippo.config.problems import by_kind, child, members, sections_of
 from klippo.config.schema import RunConfig
-from klippo.config.walk import by_kind, child, members, sections_of
 from klippo.settings import Settings
 from klippo.supervised.settings import SFTConfig
 

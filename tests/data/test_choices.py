@@ -29,9 +29,9 @@ def pairs(rows, min_margin=0.0, max_per_prompt=9):
 
 def test_the_best_of_each_prompt_and_the_first_of_equals():
     rows = [(7, 1, 0.5), (8, 1, 3.0), (7, 2, 2.0), (7, 3, 2.0), (9, 1, -4.0), (8, 2, 1.0)]
-    best = best_responses(logged(*rows), 0.25)
-    assert ids(best.chosen) == [2, 1, 4]
-    assert best.by_prompt
+    best, by_prompt = best_responses(logged(*rows), 0.25)
+    assert ids(best) == [2, 1, 4]
+    assert by_prompt
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_the_best_of_each_prompt_and_the_first_of_equals():
 )
 def test_where_each_prompt_has_one_response_the_best_share_of_all(share, kept):
     rows = [(1, 5, 0.0), (2, 5, 2.0), (3, 5, -1.0), (4, 5, 9.0), (6, 5, -1.0)]
-    best = best_responses(logged(*rows), share)
-    assert ids(best.chosen) == kept
-    assert not best.by_prompt
+    best, by_prompt = best_responses(logged(*rows), share)
+    assert ids(best) == kept
+    assert not by_prompt
 
 
 def test_pairs_are_better_against_worse_of_one_prompt_widest_first():

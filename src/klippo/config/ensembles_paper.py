@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from klippo.config.located import Located, Problem, locate, write_value
@@ -26,24 +25,22 @@ Given = dict[str, Located]
 Values = dict[str, Any]
 """Klippo's dotted key -> value."""
 
-FARM = {"train": "tatsu-lab/alpaca_farm", "subset": "alpaca_instructions"}
-FARM |= {"split": "unlabeled", "validation": "val"}
 MODELS, OBJECTIVE = "rank_config.model_names", "rank_config.objective_name"
 WEIGHT = "rank_config.uwo_weight"
-MARKS = {"rank_config", "sft_config", "gold_config", "rng_seed", "num_eval_prompts"}
-MARKS |= {"datasets", "datasets_extra"}
-"""Keys by which a config is recognised as written in these names."""
 
 
-def _names(given: Given, key: str) -> list[Located]:
-    """A list of names; a name alone is a list."""
-    value = given.get(key, Located([], ""))
-    return value.value if isinstance(value.value, list) else [value]
+def _names(given: Given, *keys: str) -> list[Located]:
+    """The names in lists; a name alone is a list."""
+    values = [given[key] for key in keys if key in given]
+    lists = [value.value if isinstance(value.value, list) else [value] for value in values]
+    return [name for names in lists for name in names]
 
 
-def _check_names(names: list[Located]) -> None:
+def _checked_names(given: Given, *keys: str) -> list[Located]:
+    names = _names(given, *keys)
     if not all(isinstance(name.value, str) and name.value for name in names):
         raise ValueError("must be a list of names")
+    return names
 
 
 def _precision(_: Given, dtype: Located) -> Values:
@@ -61,13 +58,13 @@ def _layers(_: Given, layers: Located) -> Values:
 
 def _reward(given: Given, models: Located) -> Values:
     """One reward model, or an ensemble of several with the variance of the published code."""
-    _check_names(_names(given, MODELS))
-    section: Values = {"template": "open-assistant"}
-    if _is_ensemble(given):
-        section |= {"kind": "ensemble", "members": models, "ddof": 1, "standardize": "none"}
-    else:
-        section |= {"kind": "classifier", "model": next(iter(_names(given, MODELS)), None)}
-    return {f"reward.{key}": value for key, value in section.items()} if models.value else {}
+    names = _checked_names(given, MODELS)
+    section: Values = {"reward.template": "open-assistant"}
+    if len(names) > 1:
+        ensemble = {"kind": "ensemble", "members": models, "ddof": 1, "standardize": "none"}
+        return section | {f"reward.{key}": value for key, value in ensemble.items()}
+    model = names[0] if names else None
+    return section | {"reward.kind": "classifier", "reward.model": model} if models.value else {}
 
 
 def _is_ensemble(given: Given, objective: str | None = None) -> bool:
@@ -84,16 +81,18 @@ def _gold(given: Given, model: Located) -> Values:
 
 
 def _datasets(given: Given, _: Located) -> Values:
-    names = [*_names(given, "datasets"), *_names(given, "datasets_extra")]
-    _check_names(names)
+    names = _checked_names(given, "datasets", "datasets_extra")
     if not names:
         return {}
-    section: Values = {"train": Located(names, names[0].origin) if names[1:] else names[0]}
+    origin = names[0].origin
+    section: Values = {"prompt_column": ["instruction", "input"], "template": "open-assistant"}
+    section["train"] = Located(names, origin) if names[1:] else names[0]
     if "alpaca_farm" in [name.value for name in names]:
         if len(names) > 1:
             raise ValueError("alpaca_farm has splits of its own and stands alone; remove the rest")
-        section = {key: Located(value, names[0].origin) for key, value in FARM.items()}
-    section |= {"prompt_column": ["instruction", "input"], "template": "open-assistant"}
+        farm = {"train": "tatsu-lab/alpaca_farm", "subset": "alpaca_instructions"}
+        farm |= {"split": "unlabeled", "validation": "val"}
+        section |= {key: Located(value, origin) for key, value in farm.items()}
     return {f"data.{key}": value for key, value in section.items()}
 
 
@@ -200,16 +199,17 @@ ONLY: dict[str, tuple[list[Any], str]] = {
 KNOWN = {*TABLE, *ONLY}
 CONTAINERS = {key.rpartition(".")[0] for key in KNOWN} - {""}
 NEEDED = {
-    "policy": ("sft_config.model_name", "tlc4418/pythia_1.4b_sft_policy"),
-    "data": ("datasets", "[alpaca_farm]"),
-    "reward": (MODELS, "[models/rm-pythia-44m_seed1]"),
+    "policy": ("sft_config.model_name", "model_name: tlc4418/pythia_1.4b_sft_policy"),
+    "data": ("datasets", "datasets: [alpaca_farm]"),
+    "reward": (MODELS, "model_names: [models/rm-pythia-44m_seed1]"),
 }
-"""Klippo's sections without which there is no run, and what they are made of."""
+"""Klippo's sections without which there is no run, and what they are made of, as in an example."""
 
 
 def is_foreign(tree: Located) -> bool:
     """Is the config written in these names?"""
-    return not MARKS.isdisjoint(tree.value)
+    sections = {"rank_config", "sft_config", "gold_config", "datasets", "datasets_extra"}
+    return not {*sections, "rng_seed", "num_eval_prompts"}.isdisjoint(tree.value)
 
 
 def is_ppo_file(tree: Located) -> bool:
@@ -218,49 +218,43 @@ def is_ppo_file(tree: Located) -> bool:
     return name is not None and str(name.value).lower() == "ppoconfig"
 
 
-@dataclass
-class Translation:
-    """Klippo's tree, what it was made of, and what could not be translated."""
+def translate(tree: Located) -> tuple[Located, dict[str, str], list[Problem]]:
+    """A merged tree in Klippo's names; values keep their origin, and Klippo's own keys win.
 
-    tree: Located
-    sources: dict[str, str] = field(default_factory=dict)
-    """Klippo's key -> the key that was written."""
-    problems: list[Problem] = field(default_factory=list)
-
-    def refuse(self, key: str, value: Located, rule: str) -> None:
-        self.problems.append(Problem(value.origin, f"{key}={write_value(value.plain())}: {rule}"))
-
-
-def translate(tree: Located) -> Translation:
-    """A merged tree in Klippo's names; values keep their origin, and Klippo's own keys win."""
-    result = Translation(Located({}, tree.origin))
-    native, given = _sort(tree, result)
-    for key, rule in TABLE.items():
-        if key not in given:
-            continue
+    With it, Klippo's key -> the key that was written, and what could not be translated.
+    """
+    native, given, problems = _sort(tree)
+    result, sources = Located({}, tree.origin), {}
+    for key in [key for key in TABLE if key in given]:
+        rule, value = TABLE[key], given[key]
         try:
-            values = {rule: given[key]} if isinstance(rule, str) else rule(given, given[key])
+            values = {rule: value} if isinstance(rule, str) else rule(given, value)
         except ValueError as error:
-            result.refuse(key, given[key], str(error))
+            problems.append(_refusal(key, value, str(error)))
             continue
-        for target, value in values.items():
-            located = value if isinstance(value, Located) else locate(value, given[key].origin)
-            result.tree = merge(result.tree, nest(target, located))
-            result.sources[target] = key
+        for target, item in values.items():
+            located = item if isinstance(item, Located) else locate(item, value.origin)
+            result = merge(result, nest(target, located))
+            sources[target] = key
     for section, (key, example) in NEEDED.items():
         if section not in native.value and (key not in given or not given[key].value):
-            what = f"{key}: missing; as in {key.rpartition('.')[2]}: {example}"
-            result.problems.append(Problem(tree.origin_at(tuple(key.split("."))), what))
+            origin = tree.origin_at(tuple(key.split(".")))
+            problems.append(Problem(origin, f"{key}: missing; as in {example}"))
     if _is_ensemble(given, "UWO") and WEIGHT not in given:
         what = "objective_name=UWO is mean - uwo_weight * variance; try uwo_weight: 0.1"
-        result.problems.append(Problem(given[OBJECTIVE].origin, f"{WEIGHT}: missing; {what}"))
-    result.tree = merge(result.tree, native, RunConfig)
-    return result
+        problems.append(Problem(given[OBJECTIVE].origin, f"{WEIGHT}: missing; {what}"))
+    return merge(result, native, RunConfig), sources, problems
 
 
-def _sort(tree: Located, result: Translation) -> tuple[Located, Given]:
-    """Klippo's own keys, and theirs; a note lists those that change nothing."""
-    native, given, ignored = Located({}, tree.origin), {}, []
+def _refusal(key: str, value: Located, rule: str) -> Problem:
+    return Problem(value.origin, f"{key}={write_value(value.plain())}: {rule}")
+
+
+def _sort(tree: Located) -> tuple[Located, Given, list[Problem]]:
+    """Klippo's own keys, theirs, and what is wrong; a note lists those that change nothing."""
+    native, ignored = Located({}, tree.origin), []
+    given: Given = {}
+    problems: list[Problem] = []
     for key, value in _flat(tree):
         if key in KNOWN:
             allowed, why = ONLY.get(key, ([value.value], ""))
@@ -269,21 +263,21 @@ def _sort(tree: Located, result: Translation) -> tuple[Located, Given]:
             else:
                 words = [write_value(item) for item in allowed]
                 rule = choice_rule(str(value.value), words) if words else "must be empty"
-                result.refuse(key, value, f"{rule}; {why}" if why else rule)
+                problems.append(_refusal(key, value, f"{rule}; {why}" if why else rule))
         elif key.partition(".")[0] in RunConfig.model_fields:
             native = merge(native, nest(key, value))
             given |= {key: value} if key == "rm_seed" and value.value is not None else {}
         elif key in CONTAINERS:
-            result.refuse(key, value, "must be a mapping")
+            problems.append(_refusal(key, value, "must be a mapping"))
         elif advice := _advice(key, on_command_line=value.origin == COMMAND_LINE):
-            result.problems.append(Problem(value.origin, f"{key}: unknown key; {advice}"))
+            problems.append(Problem(value.origin, f"{key}: unknown key; {advice}"))
         else:
             ignored.append(key)
     if ignored:
         logger.warning("These keys of the config change nothing: %s.", ", ".join(ignored))
     if "sft_config.num_layers_unfrozen" in given:
         given.pop("model.num_layers_unfrozen", None)
-    return native, given
+    return native, given, problems
 
 
 def _flat(tree: Located, prefix: str = "") -> Iterator[tuple[str, Located]]:

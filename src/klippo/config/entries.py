@@ -43,9 +43,8 @@ def load_entries(
     sources = None
     if schema is RunConfig and ensembles_paper.is_foreign(tree):
         both = merge(entries.ppo_file(), tree, schema)
-        translated = ensembles_paper.translate(Located(both.value, tree.origin))
-        tree, sources = translated.tree, translated.sources
-        problems += translated.problems
+        tree, sources, refused = ensembles_paper.translate(Located(both.value, tree.origin))
+        problems += refused
     if problems := list(dict.fromkeys(entries.problems + problems)):
         raise config_error(problems)
     return resolve(tree, [], names[-1], schema, sources)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from typing_extensions import TypeVar
 
 from klippo.config.located import (
+    KeyPath,
     Located,
     Problem,
     dotted,
@@ -27,7 +28,6 @@ from klippo.config.located import (
     write_yaml,
 )
 from klippo.config.merge import COMMAND_LINE, merge, parse_overrides
-from klippo.config.placeholders import fill_placeholders, reopened
 from klippo.config.problems import describe
 from klippo.config.schema import RunConfig, WholeConfig
 from klippo.errors import ConfigError, nearest
@@ -77,7 +77,7 @@ def config_from_mapping(
 ) -> LoadedConfig[C]:
     """The same from Python: a mapping of YAML's shape, or a config of the schema."""
     if isinstance(mapping, schema):
-        mapping = reopened(mapping.model_dump(exclude_unset=True))
+        mapping = _reopened(mapping.model_dump(exclude_unset=True))
     return _load(locate(mapping, "argument"), [], overrides, name, schema)
 
 
@@ -93,7 +93,7 @@ def to_yaml(config: WholeConfig, origins: Mapping[str, str] | None = None) -> st
 
     `origins` (a LoadedConfig's) become comments behind the values.
     """
-    text = write_yaml(reopened(config.model_dump(mode="json")))
+    text = write_yaml(_reopened(config.model_dump(mode="json")))
     if origins is None:
         return text
     tree, _ = read_yaml(text, str)
@@ -167,7 +167,7 @@ def resolve(
 
     `sources` names the keys that were written in another spelling: Klippo's key -> theirs.
     """
-    tree, placeholder_problems = fill_placeholders(tree, name, schema)
+    tree, placeholder_problems = _fill_placeholders(tree, name, schema)
     problems = problems + placeholder_problems
     config: C | None = None
     try:
@@ -210,3 +210,83 @@ def _oversized(tree: Located) -> Iterator[Problem]:
             rule = "must lie within float32, below 3.4e+38"
         if rule is not None:
             yield Problem(node.origin, f"{dotted(path)}={write_value(node.value)[:40]}: {rule}")
+
+
+def _fill_placeholders(
+    tree: Located, name: str, schema: type[WholeConfig]
+) -> tuple[Located, list[Problem]]:
+    """The tree without placeholders, and those that nothing fills.
+
+    `{seed}` is replaced in all texts; `{name}` and `{rm_seed}` too in output_dir. Templates keep
+    their other braces.
+    """
+    defaults = {key: field.default for key, field in schema.model_fields.items()}
+    seeds = {
+        key: tree.value[key].plain() if key in tree.value else defaults.get(key)
+        for key in ("seed", "rm_seed")
+    }
+    seeds["seed"] = str(seeds["seed"])  # even if it is no number, which validation will say
+    problems: list[Problem] = []
+    items = {
+        key: _fill(
+            value, (key,), seeds["rm_seed" if key in schema.rm_seed_sections else "seed"], problems
+        )
+        for key, value in tree.value.items()
+    }
+    folder = tree.value.get("output_dir", Located(defaults["output_dir"], "default"))
+    if isinstance(folder.value, str):
+        words = {"name": name} | {key: seed for key, seed in seeds.items() if key in defaults}
+        problems += _unfilled(folder, words)
+        items["output_dir"] = Located(_folder(folder.value, words), folder.origin)
+    return Located(items, tree.origin), problems
+
+
+def _reopened(values: dict[str, Any]) -> dict[str, Any]:
+    """A filled config's values, to be loaded again: its folder names rm_seed by placeholder.
+
+    Otherwise loading would put another `seed{rm_seed}` inside.
+    """
+    folder, rm_seed = values.get("output_dir", ""), values.get("rm_seed")
+    if rm_seed is None or "{rm_seed}" in folder:
+        return values
+    start, seed, end = folder.rpartition(str(rm_seed))
+    return values | {"output_dir": f"{start}{{rm_seed}}{end}" if seed else folder}
+
+
+def _fill(node: Located, path: KeyPath, seed: object, problems: list[Problem]) -> Located:
+    """The node with {seed} filled; without a seed every text that has it is a problem.
+
+    The members of an ensemble keep {seed} for its `seeds`, and it reports its unfilled ones itself.
+    """
+    if isinstance(node.value, str) and "{seed}" in node.value:
+        if seed is not None:
+            return Located(node.value.replace("{seed}", str(seed)), node.origin)
+        rule = "nothing fills {seed}, which is rm_seed here; add --rm_seed 3 or rm_seed: 3"
+        problems.append(Problem(node.origin, f"{dotted(path)}={node.value}: {rule}"))
+    if not isinstance(node.value, dict | list):
+        return node
+    items = dict(node.items())
+    kind, seeds = (items[key].value if key in items else None for key in ("kind", "seeds"))
+    kept = "members" if kind == "ensemble" and (seed is None or seeds is not None) else None
+    return node.map(
+        lambda key, item: item if key == kept else _fill(item, (*path, key), seed, problems)
+    )
+
+
+def _folder(text: str, words: dict[str, object]) -> str:
+    """A run per reward-model seed: without {rm_seed} in it, the folder gets one inside."""
+    rm_seed = words.get("rm_seed")
+    if rm_seed is not None and "{rm_seed}" not in text:
+        ending = f"/seed{rm_seed}"
+        text = text if text.endswith(ending) else text.rstrip("/") + ending
+    return re.sub(r"\{(\w+)\}", lambda brace: str(words.get(brace[1], brace[0])), text)
+
+
+def _unfilled(folder: Located, words: dict[str, object]) -> Iterator[Problem]:
+    *first, last = [f"{{{word}}}" for word in words]
+    for word in sorted(set(re.findall(r"\{([^{}]*)\}", folder.value))):
+        rule = f"output_dir={folder.value}: nothing fills {{{word}}}"
+        if word not in words:
+            yield Problem(folder.origin, f"{rule}; use {', '.join(first)} or {last}")
+        elif words[word] is None:
+            yield Problem(folder.origin, f"{rule}; add --rm_seed 3 or rm_seed: 3")

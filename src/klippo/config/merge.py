@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from klippo.config.located import Located, Problem, read_yaml
-from klippo.config.walk import Section, by_kind, child
+from klippo.config.problems import Section, by_kind, child
 
 COMMAND_LINE = "command line"
 

@@ -1,17 +1,20 @@
-"""A pydantic error in the user's words: where, which key and value, the rule, the remedy."""
+"""A schema's types by key, and pydantic's errors in the user's words: key, rule and remedy."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import get_args
+from collections.abc import Iterable, Iterator
+from types import NoneType, UnionType
+from typing import Annotated, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from klippo.config.located import KeyPath, Located, Problem, dotted, write_value
-from klippo.config.walk import Field, Section, all_sections, by_kind, find, members, sections_of
 from klippo.errors import nearest
+from klippo.settings import Settings
+
+Section = type[Settings]
 
 _EXPECTED = {
     "int": "a whole number",
@@ -24,6 +27,90 @@ _EXPECTED = {
     "model": "a mapping",
     "model_attributes": "a mapping",
 }
+
+
+class Field(NamedTuple):
+    """What a pydantic error is about, in terms of what the user wrote."""
+
+    path: KeyPath
+    section: Section | None
+    """The settings class that holds the last key."""
+    annotation: object
+    """The type of the value."""
+
+
+def members(annotation: object) -> list[object]:
+    """The members of a (nested) union without None; any other type alone."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [member for arg in get_args(annotation) for member in members(arg)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def sections_of(annotation: object) -> list[Section]:
+    """The settings classes among `members`."""
+    return [m for m in members(annotation) if isinstance(m, type) and issubclass(m, Settings)]
+
+
+def by_kind(annotation: object) -> dict[str, Section]:
+    """`kind` -> settings class, if there are several to choose from; else empty."""
+    sections = sections_of(annotation)
+    if len(sections) < 2:
+        return {}
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+
+
+def child(annotation: object, key: str | int, kind: object = None) -> object:
+    """The type of `key`'s value; `object` if the schema does not know the key."""
+    kinds = by_kind(annotation)
+    for member in [kinds.get(str(kind))] if kinds else members(annotation):
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+        if get_origin(member) in (list, tuple):
+            return get_args(member)[0]
+        if isinstance(member, type) and issubclass(member, Settings) and key in member.model_fields:
+            return member.model_fields[str(key)].annotation
+    return object
+
+
+def find(loc: KeyPath, schema: Section) -> Field:
+    """The field of a pydantic `loc`, which also names the union members that it tried."""
+    path: KeyPath = ()
+    section: Section | None = None
+    annotation: object = schema
+    for step in loc:
+        choices = members(annotation)
+        if len(choices) > 1 and str(step).startswith("literal["):
+            continue
+        if len(choices) > 1:
+            lists = [choice for choice in choices if get_origin(choice) in (list, tuple)]
+            tried_list = lists[0] if lists and str(step).startswith(("list", "tuple")) else object
+            annotation = by_kind(annotation).get(str(step), tried_list)
+            continue
+        path = (*path, step)
+        section = next(iter(sections_of(annotation)), None)
+        annotation = child(annotation, step)
+    return Field(path, section, annotation)
+
+
+def all_sections(schema: Section) -> Iterator[tuple[str, Section]]:
+    """Every settings class with the name of its section, each reward kind once."""
+    seen: set[Section] = set()
+
+    def walk(annotation: object, name: str) -> Iterator[tuple[str, Section]]:
+        kinds = by_kind(annotation)
+        for kind, section in kinds.items():
+            if section not in seen:
+                seen.add(section)
+                yield f"{name} (kind: {kind})", section
+        for section in [] if kinds else sections_of(annotation):
+            yield name, section
+            for key, field in section.model_fields.items():
+                yield from walk(field.annotation, f"{name}.{key}".removeprefix("."))
+
+    return walk(schema, "")
 
 
 def describe(error: ValidationError, tree: Located, schema: Section) -> list[Problem]:

@@ -11,15 +11,6 @@ from klippo.types import LoggedResponse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """What supervised fine-tuning learns to write."""
-
-    chosen: list[LoggedResponse]
-    by_prompt: bool
-    """The best response to each prompt; else the best of all, for each prompt has one alone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardPairs:
     """Two responses to the same prompt, the better one first, and what was left out."""
 
@@ -30,19 +21,20 @@ class RewardPairs:
     """Other pairs whose rewards differ by less than the least margin."""
 
 
-def best_responses(responses: Sequence[LoggedResponse], share: float) -> Best:
+def best_responses(
+    responses: Sequence[LoggedResponse], share: float
+) -> tuple[list[LoggedResponse], bool]:
     """The best response to each prompt, the first of equals, in the prompts' order.
 
-    If each prompt has one response alone: the best `share` of them all, at least one, in the data's
-    order.
+    If each prompt has one response alone, the result is the best `share` of them all, at least one,
+    in the data's order, and False.
     """
     groups = _by_prompt(responses)
     if len(groups) < len(responses):
-        chosen = [max(group, key=lambda one: one.reward) for group in groups]
-        return Best(chosen=chosen, by_prompt=True)
+        return [max(group, key=lambda one: one.reward) for group in groups], True
     number = math.ceil(share * len(responses))
     order = sorted(range(len(responses)), key=lambda i: -responses[i].reward)
-    return Best(chosen=[responses[i] for i in sorted(order[:number])], by_prompt=False)
+    return [responses[i] for i in sorted(order[:number])], False
 
 
 def pairs_by_reward(

@@ -129,10 +129,8 @@ def read_file(name: str, source: str | None = None) -> list[Row]:
     if not path.is_file():
         raise ConfigError(f"{name}: there is no such file{_nearest_file(path)}")
     match path.suffix.lower():
-        case ".json":
-            numbered = _read_json(path)
-        case ".jsonl":
-            numbered = _read_json_lines(path, _text(path))
+        case ".json" | ".jsonl" as ending:
+            numbered = _read_json(path, _text(path), by_line=ending == ".jsonl")
         case ".csv":
             numbered = _read_csv(path)
         case ".parquet":
@@ -160,39 +158,41 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _read_json(path: Path) -> Numbered:
-    text = _text(path)
-    if not text.strip():
-        return []
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object per line, under the name .json
-            return _read_json_lines(path, text)
-        raise _broken_json(path, error.lineno, error) from None
-    except (ValueError, RecursionError) as error:
-        raise _broken_json(path, None, error) from None
-    if not isinstance(content, list):
-        held = shown(content, 40)
-        if isinstance(content, dict):
-            names = [str(name) for name in content]
-            held = f"one object with the keys {', '.join(names[:12])}" + ", ..." * (len(names) > 12)
-        raise ConfigError(
-            f"{path}: holds {held}; a list of objects is needed, [{{...}}, {{...}}], one per row"
-        )
-    return [(None, _object(path, f"row {i}", row)) for i, row in enumerate(content)]
-
-
-def _read_json_lines(path: Path, text: str) -> Numbered:
+def _read_json(path: Path, text: str, *, by_line: bool) -> Numbered:
+    """Objects, one per line or in one list."""
     numbered: Numbered = []
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
+    documents = list(enumerate(text.split("\n"), start=1)) if by_line else [(None, text)]
+    for line, document in documents:
+        if not document.strip():
             continue
+        position = str(path) if line is None else f"{path}, line {line}"
         try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise _broken_json(path, line, error) from None
-        numbered.append((line, _object(path, f"line {line}", row)))
+            content = json.loads(document)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data" and not by_line:  # one object per line, named .json
+                return _read_json(path, text, by_line=True)
+            raise ConfigError(
+                f"{path}, line {line or error.lineno}, column {error.colno}: broken JSON "
+                f"({error.msg}); fix that line"
+            ) from None
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise ConfigError(f"{position}: JSON that cannot be read ({error}); fix it") from None
+        if not by_line and not isinstance(content, list):
+            held = shown(content, 40)
+            if isinstance(content, dict):
+                names = ", ".join(map(str, [*content][:12])) + ", ..." * (len(content) > 12)
+                held = f"one object with the keys {names}"
+            raise ConfigError(
+                f"{path}: holds {held}; a list of objects is needed, [{{...}}, {{...}}], one per "
+                "row"
+            )
+        for number, row in enumerate([content] if by_line else content):
+            if not isinstance(row, dict):
+                position = position if by_line else f"{path}, row {number}"
+                raise ConfigError(
+                    f'{position}: {shown(row, 40)} where an object is needed, {{"prompt": "..."}}'
+                )
+            numbered.append((line, row))
     return numbered
 
 
@@ -201,21 +201,15 @@ def _read_csv(path: Path) -> Numbered:
     if not text.strip():
         return []
     rows = _read_table(path, "csv")
-    lines: Sequence[int | None] = _csv_lines(text)
-    if len(lines) != len(rows):
-        lines = [None] * len(rows)
-    return list(zip(lines, rows, strict=True))
-
-
-def _csv_lines(text: str) -> list[int]:
-    """The line on which each record after the header starts; a quoted cell can span several."""
     reader = csv.reader(io.StringIO(text, newline=""))
-    starts, start = [], 1
+    lines: list[int | None] = []  # on which each record starts; a quoted cell can span several
+    start = 1
     for record in reader:
         if record:
-            starts.append(start)
+            lines.append(start)
         start = reader.line_num + 1
-    return starts[1:]
+    del lines[:1]  # the header
+    return list(zip(lines if len(lines) == len(rows) else [None] * len(rows), rows, strict=True))
 
 
 def _read_table(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -235,23 +229,6 @@ def _read_table(path: Path, kind: str) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{path}: cannot be read as {kind}: {str(error).strip()}; fix the file"
         ) from error
-
-
-def _object(path: Path, position: str, row: object) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ConfigError(
-            f'{path}, {position}: {shown(row, 40)} where an object is needed, {{"prompt": "..."}}'
-        )
-    return row
-
-
-def _broken_json(path: Path, line: int | None, error: Exception) -> ConfigError:
-    """Broken syntax, a number with thousands of digits, or brackets in thousands of brackets."""
-    position = str(path) if line is None else f"{path}, line {line}"
-    if isinstance(error, json.JSONDecodeError):
-        what = f"column {error.colno}: broken JSON ({error.msg})"
-        return ConfigError(f"{position}, {what}; fix that line")
-    return ConfigError(f"{position}: JSON that cannot be read ({error}); fix it")
 
 
 def _nearest_file(path: Path) -> str:

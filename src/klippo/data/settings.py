@@ -15,7 +15,7 @@ class SourceSettings(Settings):
     """Rows to train on, and rows that are held out."""
 
     train: str | Names
-    """JSON, JSONL, CSV or Parquet file, or a hub data set."""
+    """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`; a list is joined."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -23,7 +23,8 @@ class SourceSettings(Settings):
     validation: str | None = None
     """File (or split of the hub data set) with held-out rows."""
     validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
-    """Without `validation`: how many rows (or which share) to hold out of `train`."""
+    """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
+    same prompt (without prompts: the same response) stay together, so copies can make it more."""
 
     @model_validator(mode="after")
     def _one_held_out_source(self) -> Self:
@@ -41,11 +42,6 @@ class SourceSettings(Settings):
 
 
 class DataSettings(SourceSettings):
-    train: str | Names
-    """JSON, JSONL, CSV or Parquet file, a hub data set, or `demo:prompts`; a list is joined."""
-    validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
-    """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
-    same prompt stay together, so copies can make it a little more."""
     prompt_column: str | Names = "prompt"
     """Column with the prompt: text, or a list of chat messages with `format: chat`. Several columns
     are joined by line breaks, empty ones left out."""
@@ -70,15 +66,12 @@ class DataSettings(SourceSettings):
             raise ValueError(
                 f"cut_tokens={self.cut_tokens} would cut the chat template; use format: text"
             )
-        if self.template is not None:
-            self._check_template(self.template)
-        return self
-
-    def _check_template(self, template: str) -> None:
+        if self.template is None:
+            return self
         if self.format == "chat":
             raise ValueError(
-                f"template={template!r} and format: chat both put text around the prompt; remove "
-                "one of them"
+                f"template={self.template!r} and format: chat both put text around the prompt; "
+                "remove one of them"
             )
         if self.cut_tokens is not None:
             raise ValueError(
@@ -86,9 +79,10 @@ class DataSettings(SourceSettings):
                 "of them"
             )
         try:
-            check_template(template)
+            check_template(self.template)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        return self
 
     @property
     def prompt_columns(self) -> list[str]:
@@ -138,9 +132,6 @@ class PreferenceSettings(SourceSettings):
     validation: str | None = None
     """File (or split of the hub data set) with held-out rows; those that share a prompt with
     training rows (without prompts: a response) are left out, and counted."""
-    validation_size: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0
-    """Without `validation`: how many rows (or which share) to hold out of `train`. Rows with the
-    same prompt (without prompts: the same response) stay together."""
     format: Literal["pairs", "ratings"] = "pairs"
     """A row is a pair of responses, or one response with a rating; ratings become pairs of
     responses to the same prompt, or of any two responses if there are no prompts."""
@@ -176,15 +167,10 @@ class PreferenceSettings(SourceSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        only: dict[str, tuple[str, ...]] = {
-            "pairs": ("chosen_column", "rejected_column", "preference_column", "margin_column"),
-            "ratings": (
-                *("response_column", "rating_column", "rater"),
-                *("num_pairs", "num_validation_pairs"),
-            ),
-        }
+        ratings = ("response_column", "rating_column", "rater", "num_pairs", "num_validation_pairs")
+        pairs = ("chosen_column", "rejected_column", "preference_column", "margin_column")
         other = "ratings" if self.format == "pairs" else "pairs"
-        for name in only[other]:
+        for name in ratings if other == "ratings" else pairs:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name}={getattr(self, name)} does nothing with format: {self.format}; "

@@ -53,14 +53,13 @@ class BestResponses:
 
     def __init__(self, train: Responses, held_out: Responses, share: float = 0.25) -> None:
         """If each prompt has one response, `share` of all are learnt."""
-        best = best_responses(train, share)
-        self.examples = [_example(one) for one in best.chosen]
-        other = best_responses(held_out, share).chosen if held_out else []
-        self._held_out = [_example(one) for one in other]
-        which = "of each prompt" if best.by_prompt else f"{share:.0%}"
-        mean, of_all = (fmean(one.reward for one in some) for some in (best.chosen, train))
+        best, by_prompt = best_responses(train, share)
+        self.examples = [_example(one) for one in best]
+        self._held_out = [_example(one) for one in best_responses(held_out, share)[0]]
+        which = "of each prompt" if by_prompt else f"{share:.0%}"
+        mean, of_all = (fmean(one.reward for one in some) for some in (best, train))
         self.about = (
-            f"{len(best.chosen)} of {len(train)} responses, the best {which} "
+            f"{len(best)} of {len(train)} responses, the best {which} "
             f"(mean reward {mean:.3g}, of all {of_all:.3g})"
         )
 
