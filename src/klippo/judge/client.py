@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
 import json
 import logging
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from klippo.errors import BudgetError, JudgeError
-from klippo.judge import security, wire
+from klippo.judge import security
 from klippo.judge.messages import Answer, Request
 from klippo.judge.settings import TransportSettings
-from klippo.judge.store import Meter, Spend, Store, Stored, cache_key
-from klippo.judge.transport import (
-    NOT_READ,
-    Connections,
-    Exchange,
-    Gate,
-    Timing,
-    Verdict,
-    judge_exchange,
-    post,
-)
+from klippo.judge.store import Meter, Spend, Store, Stored
+from klippo.judge.transport import Connections, Exchange, Gate, Timing, Verdict, judge_exchange
+from klippo.judge.wire import WIRES, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +36,7 @@ class _Work:
     request: Request
     key: str
     max_tokens: int
+    task: asyncio.Task[Answer] = field(init=False)
     num_waiting: int = 0
     num_changes: int = 0
     """Attempts after which the body was changed; they do not count against max_attempts."""
@@ -53,9 +46,9 @@ class _Work:
     completion_tokens: int = 0
     nano_usd: int = 0
 
-    @property
-    def has_more_tokens(self) -> bool:
-        return self.max_tokens > self.request.max_tokens
+    def wants_more_tokens(self, answer: Answer) -> bool:
+        has_more = self.max_tokens > self.request.max_tokens
+        return answer.cause in ("truncated", "empty") and not has_more
 
 
 class JudgeClient:
@@ -79,21 +72,18 @@ class JudgeClient:
         security.refuse_foreign_key(settings.key_variable, settings.url)
         self.settings = settings
         self.timing = timing or Timing()
-        self.gate = Gate(settings.concurrency)
-        self.learned = wire.Learned()
+        self._gate = Gate(settings.concurrency)
         self._secret = security.read_key(settings.key_variable)
-        self._wire = wire.WIRES[settings.wire_format]
+        self._wire = WIRES[settings.wire_format]()
         self._url = settings.url + self._wire.path
         self.store = Store(Path(settings.cache).expanduser() if settings.cache else cache, account)
         self._meter = Meter(settings)
         self._reserved = Spend()
         """By attempts in flight; calls stay spent in any case."""
         self._connections = Connections(self._url, self._wire, self._secret)
-        self._running: dict[str, tuple[_Work, asyncio.Task[Answer]]] = {}
+        self._running: dict[str, _Work] = {}
         self._random = random.Random()  # the pauses; no seed of a run depends on it
         self._fatal: str | None = None
-        self._is_stopped = False
-        self._halt = asyncio.Event()
         self._num_strays = 0
         self._last_stray = 0.0
         self._warned: set[str] = set()
@@ -112,47 +102,47 @@ class JudgeClient:
         stored = self.store.look_up(key)
         if stored is not None:
             return self._from_store(stored)
-        if self._is_stopped:
-            return Answer(cause="stopped")
-        while True:
-            shared = self._running.get(key)
-            work, task = shared or self._begin(request, key)
+        while not self._is_stopped:
+            is_first = key not in self._running
+            work = self._begin(request, key) if is_first else self._running[key]
             work.num_waiting += 1
             try:
-                answer = await asyncio.shield(task)
+                answer = await asyncio.shield(work.task)
             finally:
                 work.num_waiting -= 1
             if answer.cause != "stopped" or self._is_stopped:
-                # Whoever asked first has paid.
-                return answer if shared is None else replace(_answer_of(answer), cached=True)
+                return answer if is_first else _unpaid(answer)
+        return Answer(cause="stopped")
 
     def key(self, request: Request) -> str:
-        """What its answer is stored under."""
-        return cache_key(
-            {
-                "protocol": self.settings.wire_format,
-                "origin": security.origin_of(self._url),
-                "path": urlsplit(self._url).path,
-                "model": self.settings.model,
-                "messages": [dict(message) for message in request.messages],
-                "max_tokens": request.max_tokens,
-                "schema": request.schema,
-                "labels": list(request.labels),
-                "temperature": request.temperature,
-                "vote": request.vote,
-            }
-        )
+        """What its answer is stored under: sha256 of the question's canonical JSON."""
+        question = {
+            "protocol": self.settings.wire_format,
+            "origin": security.origin_of(self._url),
+            "path": urlsplit(self._url).path,
+            "model": self.settings.model,
+            "messages": [dict(message) for message in request.messages],
+            "max_tokens": request.max_tokens,
+            "schema": request.schema,
+            "labels": list(request.labels),
+            "temperature": request.temperature,
+            "vote": request.vote,
+        }
+        text = json.dumps(question, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._gate.halted.is_set() and self._fatal is None
 
     def stop(self) -> None:
         """Issue no new call; those in flight finish. Call this on the client's event loop."""
-        self._is_stopped = True
-        self._halt.set()
-        self.gate.open_all()
+        self._gate.halt()
 
     async def close(self, drain_s: float | None = None) -> None:
         """Stop, let the calls in flight finish for so long, and close connections and cache."""
         self.stop()
-        tasks = [task for _, task in self._running.values()]
+        tasks = [work.task for work in self._running.values()]
         if tasks:
             patience_s = self.timing.drain_s if drain_s is None else drain_s
             _, late = await asyncio.wait(tasks, timeout=patience_s)
@@ -163,43 +153,33 @@ class JudgeClient:
         await self.store.flush()
         self.store.close()
 
-    def _begin(self, request: Request, key: str) -> tuple[_Work, asyncio.Task[Answer]]:
-        work = _Work(request=request, key=key, max_tokens=request.max_tokens)
-        task = asyncio.get_running_loop().create_task(self._answer(work))
-        self._running[key] = (work, task)
-
-        def end(task: asyncio.Task[Answer]) -> None:
-            self._running.pop(key, None)
-            if not task.cancelled():
-                task.exception()  # seen, even if everyone who asked has gone
-
-        task.add_done_callback(end)
-        return work, task
+    def _begin(self, request: Request, key: str) -> _Work:
+        work = self._running[key] = _Work(request, key, request.max_tokens)
+        work.task = asyncio.get_running_loop().create_task(self._answer(work))
+        # An exception counts as seen, even if everyone who asked has gone.
+        work.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return work
 
     async def _answer(self, work: _Work) -> Answer:
         """Attempts until there is an answer, a cause, or no patience left."""
         try:
             while True:
-                await self.gate.enter()
-                try:
+                async with self._gate:
                     outcome = await self._step(work)
-                finally:
-                    self.gate.leave()
                 if isinstance(outcome, Answer):
                     return outcome
-                if outcome > 0 and not self._halt.is_set():
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._halt.wait(), outcome)
+                await self._gate.wait(outcome)
         finally:
+            del self._running[work.key]
             if work.is_claimed:
                 self.store.release(work.key)
 
     async def _step(self, work: _Work) -> Answer | float:
         """One attempt, with a turn at the gate: the answer, or how long to wait for the next."""
-        if self._is_stopped or work.num_waiting == 0:
-            return self._priced(Answer(cause="stopped"), work)
         if self._fatal is not None:
             raise JudgeError(self._fatal)
+        if self._is_stopped or work.num_waiting == 0:
+            return self._priced(Answer(cause="stopped"), work)
         await self._connections.open(allow_plain_http=self.settings.allow_plain_http)
         body = self._body(work)
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
@@ -216,7 +196,7 @@ class JudgeClient:
         verdict = await self._attempt(work, content, worst)
         answer = self._conclude(work, body, verdict)
         if answer is not None:
-            return answer
+            return self._priced(answer, work)
         if verdict.kind != "retry":  # the gate waits for a 429; what was learned is tried at once
             return 0.0
         wait_s = self._wait_s(work.num_attempts, verdict)
@@ -224,7 +204,7 @@ class JudgeClient:
         return wait_s
 
     def _body(self, work: _Work) -> dict[str, object]:
-        return self._wire.body(self.settings.model, work.request, work.max_tokens, self.learned)
+        return self._wire.body(self.settings.model, work.request, work.max_tokens)
 
     def _refuse_beyond_budget(self, total: Spend, worst: Spend) -> None:
         """Raise BudgetError, unless what is in flight may turn out to cost less."""
@@ -243,41 +223,42 @@ class JudgeClient:
         self._reserved += reserved
         began = time.monotonic()
         try:
-            async with self._connections.connection() as http:
-                exchange = await post(http, self._url, content, timeout_s=self.settings.timeout_s)
-            if self._secret is not None:  # a server may echo it
-                exchange = replace(exchange, body=self._secret.hide_in(exchange.body))
+            exchange = await self._connections.post(content, self.settings.timeout_s)
             verdict = self._judge(work, exchange, began)
-            usage = verdict.reply.usage if verdict.reply is not None else None
+            counted = verdict.answer or Answer()
+            num_tokens = counted.prompt_tokens + counted.completion_tokens
             actual = worst
             if not exchange.was_sent:
                 actual = Spend()
             elif not verdict.is_paid:
                 actual = Spend(calls=1)
-            elif usage is not None:
-                actual = self._meter.spend(usage.prompt_tokens, usage.completion_tokens)
+            elif num_tokens > 0:
+                actual = self._meter.spend(counted.prompt_tokens, counted.completion_tokens)
             work.num_attempts += 1
             work.nano_usd += actual.nano_usd
-            stored = self._to_store(work, exchange, verdict)
+            work.prompt_tokens += counted.prompt_tokens
+            work.completion_tokens += counted.completion_tokens
+            stored = None  # what is final is kept
+            if verdict.kind == "unusable" and verdict.is_paid:
+                stored = Stored(cause=verdict.cause)
+            elif verdict.answer is not None and not work.wants_more_tokens(verdict.answer):
+                stored = Stored(body=exchange.body)
             await self.store.settle(worst - actual, work.key, stored)
         finally:
             self._reserved -= reserved
-        if usage is not None:
-            work.prompt_tokens += usage.prompt_tokens
-            work.completion_tokens += usage.completion_tokens
-            excess = self._meter.learn(usage.prompt_tokens + usage.completion_tokens, worst)
-            if excess is not None:
-                text = f"a call used {excess:.2f} times the tokens reserved for it"
-                self._warn_once("margin", text)
+        excess = self._meter.learn(num_tokens, worst)
+        if excess is not None:
+            text = f"a call used {excess:.2f} times the tokens reserved for it"
+            self._warn_once("margin", text)
         return verdict
 
     def _judge(self, work: _Work, exchange: Exchange, began: float) -> Verdict:
         verdict = judge_exchange(exchange, self._wire, self.settings.model)
         if verdict.kind == "answer":
             self._num_strays = 0
-            self.gate.succeeded()
+            self._gate.succeeded()
         elif verdict.kind == "limited":
-            self.gate.limited(self._wait_s(work.num_attempts, verdict))
+            self._gate.limited(self._wait_s(work.num_attempts, verdict))
         if verdict.is_stray and began >= self._last_stray:  # not counted: begun before the last one
             self._num_strays += 1
             self._last_stray = time.monotonic()
@@ -285,17 +266,6 @@ class JudgeClient:
             detail = f"{STRAYS} answers in a row were no judge's ({verdict.detail}); is base_url "
             return replace(verdict, kind="fatal", detail=detail + "right? most end in /v1")
         return verdict
-
-    def _to_store(self, work: _Work, exchange: Exchange, verdict: Verdict) -> Stored | None:
-        """What is final is kept."""
-        if verdict.kind == "unusable" and verdict.is_paid:
-            return Stored(cause=verdict.cause)
-        if verdict.reply is None or self._wants_more_tokens(work, verdict.reply):
-            return None
-        return Stored(body=exchange.body)
-
-    def _wants_more_tokens(self, work: _Work, reply: wire.Reply) -> bool:
-        return reply.cause in ("truncated", "empty") and not work.has_more_tokens
 
     def _conclude(self, work: _Work, body: Mapping[str, object], verdict: Verdict) -> Answer | None:
         """The answer, or None for another attempt. Raises JudgeError for what is fatal."""
@@ -305,28 +275,27 @@ class JudgeClient:
                 key = "no key is sent" if variable is None else f"the key is from {variable}"
                 judge = f"judge {self.settings.model} at {self.settings.url}"
                 self._fatal = self._hide(f"{judge} cannot be used: {verdict.detail}; {key}")
-            self._halt.set()
-            self.gate.open_all()
+            self._gate.halt()
             raise JudgeError(self._fatal)
-        if verdict.reply is not None:
-            if self._wants_more_tokens(work, verdict.reply):
+        if verdict.answer is not None:
+            if work.wants_more_tokens(verdict.answer):
                 work.max_tokens *= MORE_TOKENS
                 if work.num_attempts < self.settings.max_attempts:
                     return None
-            return self._priced(_answer_of(verdict.reply), work)
+            return verdict.answer
         if verdict.kind == "refused" and self._learns(work, body, verdict):
             return None
         if verdict.kind in ("unusable", "refused"):
             self._warn_once(verdict.detail, f"a request has no answer: {verdict.detail}")
-            return self._priced(Answer(cause=verdict.cause or "rejected"), work)
+            return Answer(cause=verdict.cause)
         if work.num_attempts - work.num_changes >= self.settings.max_attempts:
             self._warn_once(verdict.detail, f"gave a request up: {verdict.detail}")
-            return self._priced(Answer(cause=verdict.cause or "transport"), work)
+            return Answer(cause=verdict.cause or "transport")
         return None
 
     def _learns(self, work: _Work, body: Mapping[str, object], verdict: Verdict) -> bool:
         """True if the next body will be another one, by this refusal or by another request's."""
-        lesson = wire.learn(self._wire, self.learned, body, verdict.error)
+        lesson = self._wire.learn(body, verdict.error)
         if lesson is not None:
             logger.info("judge %s: %s from now on (%s)", *self._named(lesson, verdict.detail))
         if lesson is None and self._body(work) == body:
@@ -347,10 +316,9 @@ class JudgeClient:
         if stored.cause is not None:
             return Answer(cause=stored.cause, cached=True)
         try:
-            reply = wire.read_reply(self._wire, stored.body)
-        except NOT_READ:
+            return _unpaid(self._wire.read(stored.body))
+        except UnreadableError:
             return Answer(cause="parse", cached=True)
-        return replace(_answer_of(reply), cached=True)
 
     def _priced(self, answer: Answer, work: _Work) -> Answer:
         return replace(
@@ -373,6 +341,8 @@ class JudgeClient:
         return text if self._secret is None else self._secret.hide(text)
 
 
-def _answer_of(reply: wire.Reply | Answer) -> Answer:
-    """Without what it cost."""
-    return Answer(text=reply.text, label_logprobs=reply.label_logprobs, cause=reply.cause)
+def _unpaid(answer: Answer) -> Answer:
+    """The same without its costs, because somebody else has paid or it was paid before."""
+    return Answer(
+        text=answer.text, label_logprobs=answer.label_logprobs, cause=answer.cause, cached=True
+    )

@@ -12,14 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -123,12 +121,6 @@ class Meter:
             "max_usd": (total.nano_usd, nano_usd),
         }
         return next((name for name, (n, cap) in caps.items() if cap is not None and n > cap), None)
-
-
-def cache_key(question: Mapping[str, object]) -> str:
-    """sha256 of the canonical JSON."""
-    text = json.dumps(question, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 Outcome = Stored | Spend | None

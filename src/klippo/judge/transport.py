@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import math
 import ssl
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from klippo.judge import security
-from klippo.judge import wire as wires
-from klippo.judge.wire import Reply, Wire
+from klippo.judge.messages import Answer
+from klippo.judge.wire import JSON, UnreadableError, Wire, error_codes, error_text, parse_body
 
 if TYPE_CHECKING:
     import httpx2
@@ -26,7 +26,6 @@ BODY_CAP = 256 * 1024
 """Longest body, in bytes after unpacking."""
 NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 WRONG_MODEL = {"model_not_found", "invalid_model", "model_not_available"}
-NOT_READ = (wires.NoAnswerError, wires.BrokenJSONError, wires.DuplicateKeyError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +68,8 @@ class Verdict:
     """For logs and errors; may quote the server."""
     cause: str | None = None
     """Of `unusable`, and of `retry` if no attempt is left."""
-    reply: Reply | None = None
-    error: Mapping[str, object] = field(default_factory=dict)
+    answer: Answer | None = None
+    error: JSON = field(default_factory=dict)
     """The body of a refusal."""
     is_paid: bool = True
     """False if the server cannot have charged for it."""
@@ -110,14 +109,28 @@ class Connections:
             is_https = self._url.startswith("https://")
             self._tls = httpx2.create_ssl_context() if is_https else False
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[httpx2.AsyncClient]:
-        """A client that nobody else uses meanwhile."""
+    async def post(self, body: bytes, timeout_s: float) -> Exchange:
+        """One POST under a total deadline; whatever goes wrong is in the Exchange."""
+        import httpx2
+
         client = self._idle.pop() if self._idle else self._new()
         try:
-            yield client
+            async with (
+                asyncio.timeout(timeout_s),
+                client.stream("POST", self._url, content=body) as response,
+            ):
+                exchange = await _receive(response, BODY_CAP)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol) as error:
+            return Exchange(problem=f"no connection ({type(error).__name__})", was_sent=False)
+        except (TimeoutError, httpx2.TimeoutException):
+            return Exchange(problem="timeout")
+        except (httpx2.HTTPError, httpx2.StreamError, OSError, zlib.error) as error:
+            return Exchange(problem=f"broken connection ({type(error).__name__})")
         finally:
             self._idle.append(client)
+        if self._secret is None:
+            return exchange
+        return replace(exchange, body=self._secret.hide_in(exchange.body))  # a server may echo it
 
     async def close(self) -> None:
         """Close them all."""
@@ -147,26 +160,6 @@ class Connections:
         value = None if self._secret is None else self._secret.header()
         request.headers.update(self._wire.headers(value))
         return request
-
-
-async def post(
-    client: httpx2.AsyncClient, url: str, body: bytes, *, timeout_s: float, cap: int = BODY_CAP
-) -> Exchange:
-    """One POST under a total deadline; whatever goes wrong is in the Exchange."""
-    import httpx2
-
-    try:
-        async with (
-            asyncio.timeout(timeout_s),
-            client.stream("POST", url, content=body) as response,
-        ):
-            return await _receive(response, cap)
-    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol) as error:
-        return Exchange(problem=f"no connection ({type(error).__name__})", was_sent=False)
-    except (TimeoutError, httpx2.TimeoutException):
-        return Exchange(problem="timeout")
-    except (httpx2.HTTPError, httpx2.StreamError, OSError, zlib.error) as error:
-        return Exchange(problem=f"broken connection ({type(error).__name__})")
 
 
 async def _receive(response: httpx2.Response, cap: int) -> Exchange:
@@ -205,33 +198,32 @@ def judge_exchange(exchange: Exchange, wire: Wire, model: str) -> Verdict:
     if exchange.problem is not None:
         return Verdict(kind="retry", detail=exchange.problem)
     try:
-        return Verdict(kind="answer", reply=wires.read_reply(wire, exchange.body))
-    except wires.NoAnswerError as error:
-        return Verdict(kind="retry", detail=f"a 200 with {error}", is_stray=True)
-    except wires.BrokenJSONError as error:
-        return Verdict(kind="retry", detail=f"a 200 with {error}", cause="parse")
-    except wires.DuplicateKeyError:
-        return Verdict(kind="unusable", cause="parse", detail="JSON with a key twice")
+        return Verdict(kind="answer", answer=wire.read(exchange.body))
+    except UnreadableError as error:
+        return Verdict(
+            kind="retry" if error.can_retry else "unusable",
+            detail=f"a 200 with {error}",
+            cause=error.cause,
+            is_stray=error.cause is None,
+        )
 
 
 def _judge_failure(exchange: Exchange, status: int, model: str) -> Verdict:
     try:
-        error = wires.parse_json(exchange.body)
-    except NOT_READ:
+        error = parse_body(exchange.body)
+    except UnreadableError:
         error = {}
-    codes = wires.error_codes(error)
-    said = f"{status}: {wires.error_text(error)}" if error else str(status)
-    fatal: str | None = None
+    codes = error_codes(error)
+    said = f"{status}: {error_text(error)}" if error else str(status)
+    pause_s = retry_after_s(exchange.headers)
     if status == 402 or codes & NO_CREDIT or "credit balance" in said.lower():
         fatal = f"no credit is left ({said}); top it up"
     elif status in (401, 403):
         fatal = f"the key was refused ({said})"
     elif status == 429:
-        pause_s = retry_after_s(exchange.headers)
         return Verdict(kind="limited", detail=said, is_paid=False, pause_s=pause_s)
     elif status in (408, 409, 425) or status >= 500:
         is_paid = status >= 500 and status not in (503, 529)
-        pause_s = retry_after_s(exchange.headers)
         return Verdict(kind="retry", detail=said, is_paid=is_paid, pause_s=pause_s)
     elif _is_wrong_model(status, codes, error, model):
         fatal = f"no model {model} there ({said})"
@@ -239,18 +231,18 @@ def _judge_failure(exchange: Exchange, status: int, model: str) -> Verdict:
         location = exchange.headers.get("location", "")
         moved = f"; it points to {location[:200]}, which is not followed" if location else ""
         fatal = f"no judge answers at base_url ({said}{moved}); is base_url right? most end in /v1"
-    if fatal is not None:
-        return Verdict(kind="fatal", detail=fatal, is_paid=False)
-    if codes & {"content_filter", "content_policy_violation"}:
+    elif codes & {"content_filter", "content_policy_violation"}:
         return Verdict(kind="unusable", cause="refusal", detail=said, is_paid=False)
-    return Verdict(kind="refused", cause="rejected", detail=said, error=error, is_paid=False)
+    else:
+        return Verdict(kind="refused", cause="rejected", detail=said, error=error, is_paid=False)
+    return Verdict(kind="fatal", detail=fatal, is_paid=False)
 
 
-def _is_wrong_model(status: int, codes: set[str], error: Mapping[str, object], model: str) -> bool:
+def _is_wrong_model(status: int, codes: set[str], error: JSON, model: str) -> bool:
     details = error.get("error", error)
     if codes & WRONG_MODEL or (isinstance(details, Mapping) and details.get("param") == "model"):
         return True
-    text = wires.error_text(error).lower()
+    text = error_text(error).lower()
     if "server is pinned to" in text:  # transformers serve, with status 400
         return True
     return status == 404 and ("model" in text or model.lower() in text)
@@ -259,14 +251,11 @@ def _is_wrong_model(status: int, codes: set[str], error: Mapping[str, object], m
 def retry_after_s(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
     """The pause that a server asks for: `Retry-After-Ms`, or `Retry-After` in seconds or a date."""
     value = headers.get("retry-after", "").strip().lower()
-    milliseconds = _number(headers.get("retry-after-ms", ""))
-    if milliseconds is None and value.endswith("ms"):
-        milliseconds = _number(value[:-2])
-    if milliseconds is not None:
-        return milliseconds / 1000
-    seconds = _number(value)
-    if seconds is not None:
-        return seconds
+    given = headers.get("retry-after-ms", "")
+    for text, unit in ((given, 1000), (value.removesuffix("ms"), 1000 if "ms" in value else 1)):
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(text)) and number >= 0:
+                return number / unit
     try:
         date = email.utils.parsedate_to_datetime(value)
     except (TypeError, ValueError):
@@ -276,43 +265,29 @@ def retry_after_s(headers: Mapping[str, str], now: datetime | None = None) -> fl
     return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
-
-
 class Gate:
     """How many calls may be in flight, and from when on: one for all requests of a client.
 
     A 429 pauses all of them and halves their number; each answer raises it again by 1 / number,
-    so by one per round.
+    so by one per round. First come, first served.
     """
 
     def __init__(self, concurrency: int) -> None:
         self.concurrency = concurrency
         self.limit = float(concurrency)
         self.num_in_flight = 0
+        self.halted = asyncio.Event()
         self._paused_until = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
+        self._has_timer = False
 
-    async def enter(self) -> None:
-        """Wait for a turn; first come, first served."""
+    async def __aenter__(self) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._admit()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave()
-            raise
+        await turn
 
-    def leave(self) -> None:
-        """Let the next one in."""
+    async def __aexit__(self, *_: object) -> None:
         self.num_in_flight -= 1
         self._admit()
 
@@ -327,24 +302,29 @@ class Gate:
             self.limit = max(1.0, self.limit / 2)
         self._paused_until = max(self._paused_until, now + pause_s)
 
-    def open_all(self) -> None:
+    def halt(self) -> None:
         """Let everyone who waits through, to see that the client has stopped."""
-        self._paused_until = 0.0
-        self._admit(all_of_them=True)
+        self.halted.set()
+        self._admit()
 
-    def _admit(self, *, all_of_them: bool = False) -> None:
+    async def wait(self, seconds: float) -> None:
+        """Outside the gate; a halt ends it."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.halted.wait(), seconds)
+
+    def _admit(self) -> None:
         pause_s = self._paused_until - time.monotonic()
         while self._waiting and (
-            all_of_them or (pause_s <= 0 and self.num_in_flight < math.floor(self.limit))
+            self.halted.is_set() or (pause_s <= 0 and self.num_in_flight < math.floor(self.limit))
         ):
             turn = self._waiting.popleft()
             if not turn.done():
                 self.num_in_flight += 1
                 turn.set_result(None)
-        if self._waiting and pause_s > 0 and self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(pause_s + 0.001, self._wake)
+        if self._waiting and pause_s > 0 and not self._has_timer:
+            self._has_timer = True
+            asyncio.get_running_loop().call_later(pause_s + 0.001, self._wake)
 
     def _wake(self) -> None:
-        self._timer = None
+        self._has_timer = False
         self._admit()

@@ -25,7 +25,7 @@ from klippo.judge.rubric import Material, render
 from klippo.judge.settings import JudgeSettings
 from klippo.judge.store import Meter, Spend, spent_in
 from klippo.judge.watch import PROBES
-from klippo.judge.wire import WIRES, Learned
+from klippo.judge.wire import WIRES
 from klippo.rewards.build import JUDGE_CACHE
 from klippo.rewards.settings import RewardSettings, SumSettings, ensembles
 
@@ -231,7 +231,7 @@ def _every_attempt(judge: Judge, criterion: str, sizes: tuple[int, int, int]) ->
     for source in judge.sources:
         request = _request(judge, criterion, source, sizes)
         more = MORE_TOKENS * request.max_tokens
-        body = WIRES[api.wire_format].body(api.model, request, more, Learned())
+        body = WIRES[api.wire_format]().body(api.model, request, more)
         size = len(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
         first, again = (
             meter.worst(size, len(request.messages), tokens)
