@@ -61,34 +61,26 @@ class Secret:
                 body = body.replace(form.encode(), HIDDEN.encode())
         return body
 
-
-class KeyFilter(logging.Filter):
-    """Hides the key in what the HTTP library logs: a server may echo it in a header."""
-
-    def __init__(self, secret: Secret) -> None:
-        super().__init__()
-        self._secret = secret
-
     def filter(self, record: logging.LogRecord) -> bool:
+        """Hide the key in a log record: a server may echo it in a header."""
         shown = record.getMessage()
-        hidden = self._secret.hide(shown)
+        hidden = self.hide(shown)
         if hidden != shown:
             record.msg, record.args = hidden, None
         return True
 
 
-def hide_in_logs(secret: Secret) -> KeyFilter:
-    """Put the filter on the HTTP library's loggers; `unhide_logs` takes it off."""
-    key_filter = KeyFilter(secret)
+def hide_in_logs(secret: Secret) -> Secret:
+    """Hide the key in what the HTTP library logs; `unhide_logs` ends it."""
     for name in HTTP_LOGGERS:
-        logging.getLogger(name).addFilter(key_filter)
-    return key_filter
+        logging.getLogger(name).addFilter(secret)
+    return secret
 
 
-def unhide_logs(key_filter: KeyFilter) -> None:
+def unhide_logs(secret: Secret) -> None:
     """Take the filter off."""
     for name in HTTP_LOGGERS:
-        logging.getLogger(name).removeFilter(key_filter)
+        logging.getLogger(name).removeFilter(secret)
 
 
 def is_variable_name(value: object) -> bool:

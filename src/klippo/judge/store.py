@@ -66,7 +66,7 @@ class Spend:
         return Spend(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Spend) -> Spend:
-        return Spend(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return self + other * -1
 
     def __mul__(self, times: int) -> Spend:
         return Spend(*(times * number for number in astuple(self)))
@@ -115,7 +115,7 @@ class Meter:
         """The name of a cap that this total passes."""
         settings = self.settings
         nano_usd = None if settings.max_usd is None else math.floor(settings.max_usd * 1e9)
-        caps: dict[str, tuple[int, int | None]] = {
+        caps = {
             "max_calls": (total.calls, settings.max_calls),
             "max_tokens_total": (total.tokens, settings.max_tokens_total),
             "max_usd": (total.nano_usd, nano_usd),
@@ -145,7 +145,7 @@ class Store:
         self.path = path
         self.account = account
         self._db = open_database(path)
-        self._reader = self._db if path is None else _connect(str(path))
+        self._reader = self._db if path is None else _connect(path)
         self._lock_file = None if path is None else _lock_file(path.absolute())
         self._jobs: list[tuple[_Work, asyncio.Future[Outcome]]] = []
         self._writing: asyncio.Task[None] | None = None
@@ -160,13 +160,13 @@ class Store:
 
     def claim(self, key: str) -> bool:
         """True if nobody else is asking this question now; then nobody may until `release`."""
-        if self._lock_file is None or fcntl is None:
+        if self._lock_file is None:
             return True
-        claim = (self._lock_file, _byte(key))
+        claim = (self._lock_file, int(key[:15], 16))
         if claim in _claimed:
             return False
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, claim[1])
+            fcntl.lockf(claim[0], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, claim[1])
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:  # no locks on this file system: the worst is a second call
@@ -176,10 +176,11 @@ class Store:
 
     def release(self, key: str) -> None:
         """Let others ask."""
-        if self._lock_file is not None and fcntl is not None:
-            _claimed.discard((self._lock_file, _byte(key)))
+        if self._lock_file is not None:
+            byte = int(key[:15], 16)
+            _claimed.discard((self._lock_file, byte))
             with contextlib.suppress(OSError):
-                fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, _byte(key))
+                fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
 
     async def reserve(self, key: str, worst: Spend, meter: Meter) -> Outcome:
         """Count the worst case of one attempt as spent: None.
@@ -204,7 +205,7 @@ class Store:
         """Take off what was reserved in excess and keep the answer, in one transaction."""
 
         def work(db: sqlite3.Connection) -> None:
-            _add(db, self.account, Spend() - excess)
+            _add(db, self.account, excess * -1)
             if stored is not None:
                 row = (key, stored.cause, stored.body)
                 db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
@@ -236,8 +237,7 @@ class Store:
     async def _write_all(self) -> None:
         while self._jobs:
             jobs, self._jobs = self._jobs, []
-            outcomes: list[Outcome] = []
-            problem: str | None = None
+            waiting = [done for _, done in jobs]
             try:
                 outcomes = await asyncio.to_thread(self._commit, [work for work, _ in jobs])
             except Exception as error:
@@ -245,27 +245,18 @@ class Store:
                     f"cannot write {self.path}: {error}; free some space, or choose another cache "
                     "(the answers written before are complete)"
                 )
-            for number, (_, done) in enumerate(jobs):
-                if done.done():  # whoever asked has gone
-                    continue
-                if problem is None:
-                    done.set_result(outcomes[number])
-                else:
-                    done.set_exception(StorageError(problem))
+                for done in waiting:
+                    if not done.done():  # else whoever asked has gone
+                        done.set_exception(StorageError(problem))
+                continue
+            for done, outcome in zip(waiting, outcomes, strict=True):
+                if not done.done():
+                    done.set_result(outcome)
 
     def _commit(self, works: list[_Work]) -> list[Outcome]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            outcomes = [work(self._db) for work in works]
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-        return outcomes
-
-
-def _byte(key: str) -> int:
-    return int(key[:15], 16)
+        with self._db:  # commits, or rolls back
+            self._db.execute("BEGIN IMMEDIATE")
+            return [work(self._db) for work in works]
 
 
 def _look_up(db: sqlite3.Connection, key: str) -> Stored | None:
@@ -310,7 +301,7 @@ def open_database(path: Path | None) -> sqlite3.Connection:
     aside with a warning.
     """
     if path is None:
-        return _prepare(_connect(":memory:"), path)
+        return _check(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _opening(path):
@@ -326,40 +317,37 @@ def open_database(path: Path | None) -> sqlite3.Connection:
         ) from None
 
 
-def _connect(path: str) -> sqlite3.Connection:
+def _connect(path: Path | None) -> sqlite3.Connection:
+    name = ":memory:" if path is None else str(path)
     return sqlite3.connect(
-        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=64
+        name, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=64
     )
 
 
-def _check(path: Path) -> sqlite3.Connection:
-    db = _connect(str(path))
+def _check(path: Path | None) -> sqlite3.Connection:
+    db = _connect(path)
     try:
         problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
-        return _prepare(db, path)
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, 1, VERSION):
+            raise PreflightError(
+                f"the judge's cache {path} is of version {version}, and this Klippo reads version "
+                f"{VERSION}; choose another file with cache"
+            )
+        if version == 0 and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise PreflightError(
+                f"{path} is a database of something else; choose another file with cache"
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if version != VERSION:
+            db.executescript(SCHEMA)
+        return db
     except BaseException:
         db.close()
         raise
-
-
-def _prepare(db: sqlite3.Connection, path: Path | None) -> sqlite3.Connection:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, 1, VERSION):
-        raise PreflightError(
-            f"the judge's cache {path} is of version {version}, and this Klippo reads version "
-            f"{VERSION}; choose another file with cache"
-        )
-    if version == 0 and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        raise PreflightError(
-            f"{path} is a database of something else; choose another file with cache"
-        )
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    if version != VERSION:
-        db.executescript(SCHEMA)
-    return db
 
 
 def _replace(path: Path, problem: sqlite3.DatabaseError) -> sqlite3.Connection:
@@ -390,7 +378,7 @@ def _replace(path: Path, problem: sqlite3.DatabaseError) -> sqlite3.Connection:
 
 
 def _rescued_totals(path: Path) -> dict[str, Spend]:
-    with contextlib.closing(_connect(str(path))) as db:
+    with contextlib.closing(_connect(path)) as db:
         try:
             rows = db.execute("SELECT account, calls, tokens, nano_usd FROM totals").fetchall()
         except sqlite3.Error:
@@ -402,18 +390,18 @@ def _rescued_totals(path: Path) -> dict[str, Spend]:
 
 
 @functools.cache
-def _lock_file(path: Path) -> int:
+def _lock_file(path: Path) -> int | None:
     """Stays open: closing any descriptor of a file drops all locks that the process has on it."""
-    return os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    return os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644) if fcntl else None
 
 
 @contextlib.contextmanager
 def _opening(path: Path) -> Iterator[None]:
     """One process at a time opens the database, checks it and sets it aside."""
-    if fcntl is None:  # SQLite's own locks must do
+    file = _lock_file(path.absolute())
+    if file is None:  # SQLite's own locks must do
         yield
         return
-    file = _lock_file(path.absolute())
     fcntl.lockf(file, fcntl.LOCK_EX, 1, OPENING_BYTE)
     try:
         yield

@@ -90,7 +90,6 @@ class Connections:
         self._url, self._wire, self._secret = url, wire, secret
         self._all: list[httpx2.AsyncClient] = []
         self._idle: list[httpx2.AsyncClient] = []
-        self._filter: security.KeyFilter | None = None
         self._opening = asyncio.Lock()
         self._tls: ssl.SSLContext | bool | None = None
 
@@ -103,7 +102,7 @@ class Connections:
                 self._url, has_key=self._secret is not None, allow_plain_http=allow_plain_http
             )
             if self._secret is not None:
-                self._filter = security.hide_in_logs(self._secret)
+                security.hide_in_logs(self._secret)
             import httpx2
 
             is_https = self._url.startswith("https://")
@@ -136,8 +135,8 @@ class Connections:
         """Close them all."""
         for client in self._all:
             await client.aclose()
-        if self._filter is not None:
-            security.unhide_logs(self._filter)
+        if self._secret is not None:
+            security.unhide_logs(self._secret)
 
     def _new(self) -> httpx2.AsyncClient:
         import httpx2
