@@ -29,6 +29,18 @@ def load_rows(settings: DataSettings, seed: int) -> Data:
     return train, validation
 
 
+def rows_kept(settings: DataSettings, seed: int) -> list[Row]:
+    """The rows that a run with this seed did not train on, or all rows if it held none out."""
+    train, validation = load_rows(settings, seed)
+    return validation or train
+
+
+def data_of(source: str, settings: DataSettings) -> DataSettings:
+    """All rows of another file or data set, read in the same way."""
+    changed = {"train": source, "subset": None, "split": "train"}
+    return settings.model_copy(update=changed | {"validation": None, "validation_size": 0})
+
+
 def load_sources(settings: SourceSettings) -> Data:
     """The rows of `train` and of `validation`. Raises ConfigError."""
     train = _load_all(settings.sources, settings.subset, settings.split)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from klippo.data.rows import data_of, rows_kept
 from klippo.data.sampler import pick
 from klippo.errors import ConfigError
 from klippo.evaluation.best_of_n import (
@@ -30,7 +31,6 @@ from klippo.evaluation.best_of_n import (
 from klippo.evaluation.history import Floats
 from klippo.lab import fingerprints
 from klippo.lab.arms import Standardize, arms_named, reward_key
-from klippo.lab.held_out import held_out, own_prompts
 from klippo.lab.reward_names import check_reward, reward_label, reward_named
 from klippo.lab.sample_storage import (
     PROMPTS_FILE,
@@ -193,12 +193,13 @@ class BestOfN:
     def _chosen_prompts(self) -> list[Prompt]:
         data = self._opened.data
         if self.prompts is not None:
-            data = own_prompts(data, self.prompts)
+            data = data_of(self.prompts, data)
         elif data.train == UNNAMED.train:
             raise ConfigError(f"{self.policy} is no run folder; say which prompts: --prompts FILE")
         length = self.response_length or self._opened.max_tokens
-        rows = held_out(data, self._opened.data_seed)
-        return pick(rows.prompts(self._opened, length, self.seed), self.num_prompts, self.seed)
+        rows = rows_kept(data, self._opened.data_seed)
+        prompts = self._opened.prompts(rows, data, length, self.seed)
+        return pick(prompts, self.num_prompts, self.seed)
 
     def _request(self) -> dict[str, Any]:
         """What decides the samples; all but their number, which can grow."""

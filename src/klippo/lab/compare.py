@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
 from rich.console import Console
 
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
-from klippo.data.files import source_of
+from klippo.data.files import Row, source_of
+from klippo.data.rows import data_of, rows_kept
 from klippo.data.sampler import pick
+from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.evaluation.comparison import (
     Answer,
@@ -28,7 +28,6 @@ from klippo.evaluation.comparison import (
 )
 from klippo.evaluation.style import word_shift
 from klippo.judge.reward import prompt_text
-from klippo.lab.held_out import HeldOut, held_out, own_prompts
 from klippo.lab.measures import (
     Measure,
     groups_of,
@@ -46,7 +45,7 @@ from klippo.ranks import choose_device
 from klippo.report.comparison import answers_table, comparison_tables
 from klippo.rollouts.collate import collate
 from klippo.rollouts.sampling import Sampling, response_seeds
-from klippo.runs.folder import write_text
+from klippo.runs.folder import write_bytes
 from klippo.runs.models import (
     START,
     UNNAMED,
@@ -105,16 +104,19 @@ def compare(
     sources = _named_sources(afters)
     base = start_of(sources.values()) if before == START else locate_model(before)
     runs = [source.config for source in (*sources.values(), base)]
-    kept, lead = _rows(prompts, next((run for run in runs if run is not None), None))
+    rows, data, lead = _rows(prompts, next((run for run in runs if run is not None), None))
     settings = rewards_by_name(rewards, runs)
-    groups = groups_of(kept.rows, by, source_of(kept.rows))
-    columns, column = kept.rows[0].columns, kept.data.prompt_columns[0]
+    groups = groups_of(rows, by, source_of(rows))
+    columns, column = rows[0].columns, data.prompt_columns[0]
     measures = open_measures(settings, columns, device=device, prompt_column=column)
     with console.status("The answers before"):
         opened = open_model(base, device, dtype=dtype, like=lead)
         of_run = None if lead is None else longest(lead.rollout.response_length)
         length = next(n for n in (max_tokens, of_run, opened.max_tokens) if n is not None)
-        chosen = pick(_once(kept.prompts(opened, length, seed)), num_prompts, seed)
+        readable = opened.prompts(rows, data, length, seed)
+        # Logged data has a row per response; the first of each prompt is kept.
+        once = {tuple(prompt.token_ids): prompt for prompt in reversed(readable)}
+        chosen = pick(list(once.values())[::-1], num_prompts, seed)
         numbers = response_seeds(seed, range(len(chosen)))
         questions = _Questions(
             groups=groups,
@@ -129,8 +131,8 @@ def compare(
     for name, source in sources.items():
         with console.status(f"The answers of {name}"):
             opened = open_model(source, device, dtype=dtype, like=lead)
-            asked = kept.prompts(opened, length, seed, among=questions.seeds)
-            side = _answer(opened, asked, questions)
+            asked = [row for row in rows if row.number in questions.seeds]
+            side = _answer(opened, opened.prompts(asked, data, length, seed), questions)
             comparisons.append(_compare(name, first, side, questions))
             answers[name] = side.answers
             del opened, side  # before the next model is loaded
@@ -143,10 +145,10 @@ def compare(
             "num_prompts": len(chosen),
             "max_tokens": length,
             "seed": seed,
-            "comparisons": _plain(comparisons),
+            "comparisons": comparisons,
             "answers": [_row(prompt.id, answers) for prompt in chosen],
         }
-        write_text(output, json.dumps(figures, indent=1) + "\n")
+        write_bytes(output, to_json(figures, indent=1, inf_nan_mode="null") + b"\n")
     return 0
 
 
@@ -168,8 +170,10 @@ def _named_sources(afters: Sequence[str]) -> dict[str, ModelSource]:
     return {name: locate_model(rest) for name, (_, rest) in zip(names, split, strict=True)}
 
 
-def _rows(prompts: str | None, lead: RunConfig | None) -> tuple[HeldOut, RunConfig | None]:
-    """The rows to ask about, and the run that says how prompts are read."""
+def _rows(
+    prompts: str | None, lead: RunConfig | None
+) -> tuple[list[Row], DataSettings, RunConfig | None]:
+    """The rows to ask about, how prompts are read, and the run that says so."""
     if prompts is not None and prompts.endswith((".yaml", ".yml")):
         lead, prompts = load_config(prompts).config, None
     if lead is None and prompts is None:
@@ -179,16 +183,8 @@ def _rows(prompts: str | None, lead: RunConfig | None) -> tuple[HeldOut, RunConf
         )
     data = UNNAMED if lead is None else lead.data
     if prompts is not None:
-        data = own_prompts(data, prompts)
-    return held_out(data, 0 if lead is None else lead.seed), lead
-
-
-def _once(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Each prompt once: logged data has a row per response."""
-    first: dict[tuple[int, ...], Prompt] = {}
-    for prompt in prompts:
-        first.setdefault(tuple(prompt.token_ids), prompt)
-    return list(first.values())
+        data = data_of(prompts, data)
+    return rows_kept(data, 0 if lead is None else lead.seed), data, lead
 
 
 def _answer(opened: OpenModel, prompts: list[Prompt], questions: _Questions) -> _Side:
@@ -257,19 +253,5 @@ def _row(prompt_id: int, answers: Mapping[str, Mapping[int, Answer]]) -> dict[st
         "prompt_id": prompt_id,
         "prompt": given["before"].prompt,
         "group": given["before"].group,
-        "answers": {
-            name: {"response": answer.text} | _plain(answer.values)
-            for name, answer in given.items()
-        },
+        "answers": {name: {"response": a.text, **a.values} for name, a in given.items()},
     }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as mappings, and what JSON has no number for as null."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from klippo import hub
-from klippo.lab.reward_names import classifiers_in, digest_of, functions_in
+from klippo.lab.reward_names import classifiers_in, digest_of
 from klippo.rewards.function import load_function
-from klippo.rewards.settings import RewardSettings
+from klippo.rewards.settings import FunctionSettings, RewardSettings, leaves
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
 from klippo.types import Prompt
 
@@ -45,12 +45,13 @@ def of_reward(settings: RewardSettings) -> str:
     """Of a reward's settings, its models and its functions' files."""
     parts = [digest_of(settings)]
     parts += [of_model(one.model, one.revision) for one in classifiers_in(settings)]
-    for name in functions_in(settings):
-        try:
-            source = inspect.getsourcefile(inspect.unwrap(load_function(name)))
-        except TypeError:  # written in C
-            source = None
-        parts.append(name if source is None else of_files([Path(source)]))
+    for one in leaves(settings):
+        if isinstance(one, FunctionSettings):
+            try:
+                source = inspect.getsourcefile(inspect.unwrap(load_function(one.function)))
+            except TypeError:  # written in C
+                source = None
+            parts.append(one.function if source is None else of_files([Path(source)]))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:_LENGTH]
 
 

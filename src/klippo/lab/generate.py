@@ -10,16 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from klippo.data.prompts import build_prompts
 from klippo.data.rows import as_rows
 from klippo.errors import ConfigError
-from klippo.lengths import room_for_prompts
 from klippo.ranks import choose_device
 from klippo.report.text import one_line
 from klippo.rollouts.collate import decode
 from klippo.rollouts.sampling import Sampling, response_seeds
-from klippo.runs.models import OpenModel, open_model
-from klippo.types import Prompt
+from klippo.runs.models import open_model
 
 
 def generate(
@@ -44,10 +41,11 @@ def generate(
             raise ConfigError("standard input has no prompt; give --prompt TEXT or --file FILE")
     opened = open_model(source, choose_device("auto"))
     limit = opened.max_tokens if max_tokens is None else max_tokens
+    uncut = opened.data.model_copy(update={"cut_tokens": None, "max_prompt_tokens": None})
     engine = opened.engine(Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     numbers = itertools.count()
     for batch in _typed(console) if is_interactive else iter([texts]):
-        ready = as_prompts(opened, batch, limit)
+        ready = opened.prompts(as_rows(batch, uncut.prompt_columns), uncut, limit)
         for _ in range(num_samples):
             seeds = response_seeds(seed, itertools.islice(numbers, len(ready)))
             completions = engine.generate(ready, [limit] * len(ready), seeds)
@@ -57,14 +55,6 @@ def generate(
                     Text(one_line(prompt.text), style="bold") + Text(f" → {one_line(answer)}")
                 )
     return 0
-
-
-def as_prompts(opened: OpenModel, texts: Sequence[str], max_tokens: int) -> list[Prompt]:
-    """Texts as this model reads prompts: with the template of its run; never cut."""
-    settings = opened.data.model_copy(update={"cut_tokens": None})
-    rows = as_rows(texts, settings.prompt_columns)
-    room = room_for_prompts(opened.model, max_tokens, None)
-    return build_prompts(rows, settings, opened.tokenizer, max_prompt_tokens=room, seed=0)
 
 
 def _lines(file: Path) -> list[str]:

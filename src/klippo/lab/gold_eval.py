@@ -5,23 +5,22 @@ A row that has gold names in `gold_model` the reward that gave it.
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from klippo.config.load import load_config
-from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
-from klippo.evaluation.history import Floats, History, history
+from klippo.evaluation.history import History, history
 from klippo.evaluation.samples import SampleRow, known, prompt_of, rollout_of
-from klippo.evaluation.statistics import Estimate, estimate
+from klippo.evaluation.statistics import estimate
 from klippo.evaluation.verdict import judge
 from klippo.lab.reward_names import check_reward, reward_label, reward_named
 from klippo.ranks import choose_device
@@ -35,6 +34,7 @@ from klippo.runs.folder import (
     BrokenLineError,
     RunFolder,
     evaluation_files,
+    read_object,
     read_rows,
     write_rows,
 )
@@ -72,17 +72,30 @@ def gold_eval(
     check_reward(settings)
     folder = next(iter(files.values())).parent
     run = folder.parent if folder.name else folder.resolve().parent
-    status = _status(run)
+    try:
+        status = read_object(run / STATUS_FILE)
+    except ConfigError:
+        status = {}
     is_running = status.get("state") == "running"
     if is_running:
         console.print(
             "The run is still going on: the evaluations that are complete get gold scores; run "
             "this again for those to come."
         )
-    files = dict(_complete(files, console, is_running=is_running))
+    for step, file in list(files.items()):
+        try:
+            read_rows(file)
+        except BrokenLineError as error:
+            if not (is_running and error.is_last):  # a running run may be writing it
+                raise
+            console.print(Text(f"Left out: {file}, line {error.line} is not complete."))
+            del files[step]
     if not files:
         raise ConfigError("no evaluation is complete yet; wait for the run's first")
-    data = _data(run)
+    try:
+        data = load_config(run / CONFIG_FILE).config.data
+    except ConfigError:  # written by another version
+        data = None
     evaluations = add_gold(
         files,
         settings,
@@ -93,10 +106,10 @@ def gold_eval(
         overwrite=overwrite,
     )
     try:
-        _tell(history(evaluations), console)
+        _print(history(evaluations), console)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}, so there is no curve to show") from error
-    if status and not is_running:
+    if "state" in status and not is_running:
         from klippo.report.write import refresh_report, write_figures
 
         status |= {"before_after": write_figures(run, evaluations), "gold": gold_found(settings)}
@@ -145,15 +158,12 @@ def add_gold(
     if not any(missing.values()):
         console.print(Text(f"Every row has its gold score by {label} already."), soft_wrap=True)
         return evaluations
-    by_id = None if prompts is None else {prompt.id: prompt for prompt in prompts}
+    by_id = {prompt.id: prompt for prompt in prompts or ()}
     source = build_reward(settings, device=device, prompt_column=prompt_column)
     for step, lacking in missing.items():
         for start in range(0, len(lacking), CHUNK):
             chunk = lacking[start : start + CHUNK]
-            asked = [
-                prompt_of(row, prompt_column) if by_id is None else by_id[row["prompt_id"]]
-                for row in chunk
-            ]
+            asked = [by_id.get(row["prompt_id"]) or prompt_of(row, prompt_column) for row in chunk]
             gold = known(resolve_scores(source, rollout_of(chunk, asked)).reward)
             for row, score in zip(chunk, gold, strict=True):
                 row.update(gold=score, gold_model=label)
@@ -199,15 +209,18 @@ def gold_missing(run: Path, reason: str) -> dict[str, Any]:
     return {"state": "missing", "reason": reason, "command": shlex.join(command)}
 
 
-def _tell(run: History, console: Console) -> None:
-    """Print proxy, gold and KL at every step, and the verdict."""
+def _print(run: History, console: Console) -> None:
+    """Proxy, gold and KL at every step, and the verdict."""
     num = len(run.prompt_ids)
     table = Table(title=f"The same {num} prompts at every step", title_justify="left")
     for name in ("step", "reward", "gold (95% interval)", "KL (nats/response)"):
         table.add_column(name, justify="right")
     for i, step in enumerate(run.steps):
-        gold = None if run.gold is None else _mean(run.gold[i])
-        proxy = _mean(run.proxy[i])
+        cells = []
+        for values in (run.proxy, run.gold):
+            scored = [] if values is None else values[i][~np.isnan(values[i])].tolist()
+            cells.append(estimate(scored) if scored else None)
+        proxy, gold = cells
         table.add_row(
             str(step),
             "" if proxy is None else f"{proxy.mean:+.3f}",
@@ -217,40 +230,3 @@ def _tell(run: History, console: Console) -> None:
     console.print(table, soft_wrap=False)
     verdict = judge(run)
     console.print(Text(f"{verdict.outcome.capitalize()}. {verdict.reason}"))
-
-
-def _mean(values: Floats) -> Estimate | None:
-    scored = [value for value in values.tolist() if value == value]  # not NaN
-    return estimate(scored) if scored else None
-
-
-def _complete(
-    files: Mapping[int, Path], console: Console, *, is_running: bool
-) -> Iterator[tuple[int, Path]]:
-    """The files that can be read. A running run's last line may be cut: those are named."""
-    for step, file in files.items():
-        try:
-            read_rows(file)
-        except BrokenLineError as error:
-            if not (is_running and error.is_last):
-                raise
-            console.print(Text(f"Left out: {file}, line {error.line} is not complete."))
-        else:
-            yield step, file
-
-
-def _status(run: Path) -> dict[str, Any]:
-    """The content of run_status.json; empty if it cannot be read."""
-    try:
-        status = json.loads((run / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) and "state" in status else {}
-
-
-def _data(run: Path) -> DataSettings | None:
-    """How the run read its prompts; None if its config cannot tell (another version's)."""
-    try:
-        return load_config(run / CONFIG_FILE).config.data
-    except ConfigError:
-        return None

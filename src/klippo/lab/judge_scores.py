@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections import Counter
@@ -104,16 +105,15 @@ async def _test(settings: JudgeSettings, backend: JudgeBackend | None) -> int:
         for source in SOURCES:
             if settings.rationale and source == "logprobs":
                 continue
-            judge.tally = spent[source] = Tally()
+            judge.tally = tally = spent[source] = Tally()
             start = time.perf_counter()
             reading = await judge.try_source(source)
-            seconds, tally = time.perf_counter() - start, judge.tally
+            seconds = f"{time.perf_counter() - start:.2f}"
             works = f"no: {reading.cause}"
             if reading.score is not None:
                 works = f"yes: the sample gets {reading.score:.2f} of 10"
             numbers = (tally.num_calls, tally.prompt_tokens, tally.completion_tokens)
-            cells = (SOURCE_NAMES[source], works, f"{seconds:.2f}", *map(str, numbers))
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(Text, (SOURCE_NAMES[source], works, seconds, *map(str, numbers))))
         judge.tally = Tally()
         console.print(table)
         await judge.choose_source()
@@ -178,6 +178,86 @@ class ScoreFile:
     score_column: str = "reward"
     overwrite: bool = False
 
+    def material(self, row: Row) -> Material:
+        """What the judge reads of a row. Raises ConfigError for a missing column or no text."""
+        columns = {"prompt": self.prompt_column, "response": self.response_column}
+        if self.settings.reference_column is not None:
+            columns["reference"] = self.settings.reference_column
+        texts: dict[str, str | None] = {"reference": None}
+        for name, column in columns.items():
+            if column not in row.columns:
+                raise ConfigError(
+                    f"{self.file}: there is no column {column!r} for the {name}; there are "
+                    f"{', '.join(row.columns)}: name it with --{name}-column"
+                )
+            value = row.columns[column]
+            if not isinstance(value, str | None):
+                raise ConfigError(
+                    f"{row}: column {column!r} holds {type(value).__name__} where text is needed"
+                )
+            texts[name] = value
+        prompt, response = texts["prompt"] or "", texts["response"] or ""
+        return Material(prompt=prompt, response=response, reference=texts["reference"])
+
+    def kept(self, row: Row) -> OutputRow:
+        """The row's columns, without those that the judge writes."""
+        written = (*JUDGE_COLUMNS, self.score_column)
+        return {name: value for name, value in row.columns.items() if name not in written}
+
+    def judged(self, judgement: Judgement, reward: JudgeReward) -> OutputRow:
+        """The columns that the judge writes."""
+        columns: OutputRow = {
+            self.score_column: reward.stand_in(judgement),
+            "judge_scores": dict(judgement.scores),
+            "judge_cause": judgement.cause,
+            "judge": judge_label(self.settings),
+        }
+        if len(reward.judge.criteria) > 1:
+            columns["judge_parts"] = dict(judgement.parts)
+        if self.settings.rationale:
+            columns["judge_rationales"] = dict(judgement.rationales)
+        return columns
+
+    def resume(self, rows: Sequence[Row], label: str) -> list[OutputRow | None]:
+        """What the output has already, row by row. Raises ConfigError if it is another's."""
+        done: list[OutputRow | None] = [None] * len(rows)
+        if self.overwrite or not self.output.exists():
+            return done
+        for i, old in enumerate(self._written()):
+            if old.get("judge") != label:
+                raise ConfigError(
+                    f"{self.output}: exists and was judged by {old.get('judge')}, and this is "
+                    f"{label}; choose another --output, or pass --overwrite"
+                )
+            if i >= len(rows) or not self.kept(rows[i]).items() <= old.items():
+                raise ConfigError(
+                    f"{self.output}: row {i} is not that of {self.file}; choose another --output, "
+                    "or pass --overwrite"
+                )
+            done[i] = old
+        return done
+
+    def _written(self) -> list[OutputRow]:
+        if self.output.suffix == ".jsonl":
+            return list(read_rows(self.output))
+        try:
+            rows = json.loads(self.output.read_text(encoding="utf-8"))
+        except ValueError:
+            rows = None
+        if not rows or not isinstance(rows, list) or not isinstance(rows[0], dict):
+            raise ConfigError(
+                f"{self.output}: exists and holds no list of rows; choose another --output"
+            )
+        return rows
+
+    def write(self, done: Sequence[OutputRow | None]) -> None:
+        """The rows up to the first that is missing."""
+        rows = list(itertools.takewhile(lambda row: row is not None, done))
+        if self.output.suffix == ".jsonl":
+            write_rows(self.output, filter(None, rows))
+        else:
+            write_text(self.output, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+
 
 def judge_score(asked: ScoreFile, *, backend: JudgeBackend | None = None) -> int:
     """Score a file's rows into another file; resumes an earlier command's output."""
@@ -185,19 +265,22 @@ def judge_score(asked: ScoreFile, *, backend: JudgeBackend | None = None) -> int
     if asked.output.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"output={asked.output}: must end in .jsonl or .json")
     rows = read_file(resolve(asked.file), asked.file)
-    materials = [_material(row, asked) for row in rows]
+    materials = [asked.material(row) for row in rows]
     label = judge_label(asked.settings)
-    done = _resume(asked, rows, label)
+    done = asked.resume(rows, label)
     pending = [i for i, row in enumerate(done) if row is None or row["judge_cause"] in CAN_RETRY]
     if not pending:
         console.print(Text(f"{asked.output}: every row is judged already by {label}."))
         return 0
 
+    def say(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
     async def score() -> None:
         reward = JudgeReward(
             asked.settings,
             judge_client(asked.settings) if backend is None else backend,
-            say=lambda text: console.print(Text(f"Warning: {text}"), soft_wrap=True),
+            say=lambda text: say(f"Warning: {text}"),
         )
         try:
             await reward.open()
@@ -205,111 +288,24 @@ def judge_score(asked: ScoreFile, *, backend: JudgeBackend | None = None) -> int
                 chunk = pending[start : start + CHUNK]
                 judgements = await reward.judge_unwatched([materials[i] for i in chunk])
                 for i, judgement in zip(chunk, judgements, strict=True):
-                    done[i] = _kept(rows[i], asked) | _judged(asked, judgement, reward)
-                _write(asked.output, done)
-                num_done = min(start + CHUNK, len(pending))
-                console.print(_progress(num_done, len(pending), reward.judge.tally), soft_wrap=True)
+                    done[i] = asked.kept(rows[i]) | asked.judged(judgement, reward)
+                asked.write(done)
+                tally = reward.judge.tally
+                say(
+                    f"judged {start + len(chunk):,} of {len(pending):,}: "
+                    f"{tally.num_calls:,} calls, {tally.num_cached:,} cached"
+                    + (f", {tally.cost_usd:.4f} USD" if tally.cost_is_known else "")
+                )
                 reward.note(judgements)
         finally:
             await reward.close()
 
     asyncio.run(score())
-    _print_scores(asked, [row for row in done if row is not None], console)
+    say(_summary(asked, [row for row in done if row is not None]))
     return 0
 
 
-def _material(row: Row, asked: ScoreFile) -> Material:
-    columns = {"prompt": asked.prompt_column, "response": asked.response_column}
-    if asked.settings.reference_column is not None:
-        columns["reference"] = asked.settings.reference_column
-    texts: dict[str, str | None] = {}
-    for name, column in columns.items():
-        if column not in row.columns:
-            raise ConfigError(
-                f"{asked.file}: there is no column {column!r} for the {name}; there are "
-                f"{', '.join(row.columns)}: name it with --{name}-column"
-            )
-        value = row.columns[column]
-        if not isinstance(value, str | None):
-            raise ConfigError(
-                f"{row}: column {column!r} holds {type(value).__name__} where text is needed"
-            )
-        texts[name] = value
-    return Material(
-        prompt=texts["prompt"] or "",
-        response=texts["response"] or "",
-        reference=texts.get("reference"),
-    )
-
-
-def _resume(asked: ScoreFile, rows: Sequence[Row], label: str) -> list[OutputRow | None]:
-    """What the output has already, row by row."""
-    done: list[OutputRow | None] = [None] * len(rows)
-    if asked.overwrite or not asked.output.exists():
-        return done
-    if asked.output.suffix == ".jsonl":
-        written = read_rows(asked.output)
-    else:
-        try:
-            written = json.loads(asked.output.read_text(encoding="utf-8"))
-        except ValueError:
-            written = []
-        if not written or not isinstance(written, list) or not isinstance(written[0], dict):
-            raise ConfigError(
-                f"{asked.output}: exists and holds no list of rows; choose another --output"
-            )
-    for i, old in enumerate(written):
-        if old.get("judge") != label:
-            raise ConfigError(
-                f"{asked.output}: exists and was judged by {old.get('judge')}, and this is "
-                f"{label}; choose another --output, or pass --overwrite"
-            )
-        kept = _kept(rows[i], asked) if i < len(rows) else {"": None}
-        if any(name not in old or old[name] != value for name, value in kept.items()):
-            raise ConfigError(
-                f"{asked.output}: row {i} is not that of {asked.file}; choose another --output, "
-                "or pass --overwrite"
-            )
-        done[i] = old
-    return done
-
-
-def _kept(row: Row, asked: ScoreFile) -> OutputRow:
-    """The row's columns, without those that the judge writes."""
-    written = (*JUDGE_COLUMNS, asked.score_column)
-    return {name: value for name, value in row.columns.items() if name not in written}
-
-
-def _judged(asked: ScoreFile, judgement: Judgement, reward: JudgeReward) -> OutputRow:
-    columns: OutputRow = {
-        asked.score_column: reward.stand_in(judgement),
-        "judge_scores": dict(judgement.scores),
-        "judge_cause": judgement.cause,
-        "judge": judge_label(asked.settings),
-    }
-    if len(reward.judge.criteria) > 1:
-        columns["judge_parts"] = dict(judgement.parts)
-    if asked.settings.rationale:
-        columns["judge_rationales"] = dict(judgement.rationales)
-    return columns
-
-
-def _write(path: Path, done: Sequence[OutputRow | None]) -> None:
-    """The rows up to the first that is missing."""
-    number = next((i for i, row in enumerate(done) if row is None), len(done))
-    rows = [row for row in done[:number] if row is not None]
-    if path.suffix == ".jsonl":
-        write_rows(path, rows)
-    else:
-        write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-
-
-def _progress(number: int, total: int, tally: Tally) -> str:
-    text = f"judged {number:,} of {total:,}: {tally.num_calls:,} calls, {tally.num_cached:,} cached"
-    return text + (f", {tally.cost_usd:.4f} USD" if tally.cost_is_known else "")
-
-
-def _print_scores(asked: ScoreFile, rows: Sequence[OutputRow], console: Console) -> None:
+def _summary(asked: ScoreFile, rows: Sequence[OutputRow]) -> str:
     causes = Counter(row["judge_cause"] for row in rows if row["judge_cause"] is not None)
     rewards = (row[asked.score_column] for row in rows)
     scored = [float(reward) for reward in rewards if isinstance(reward, int | float)]
@@ -319,4 +315,4 @@ def _print_scores(asked: ScoreFile, rows: Sequence[OutputRow], console: Console)
         text += f", mean {mean.mean:+.3f} (95% interval {mean.low:+.3f} to {mean.high:+.3f})"
     if causes:
         text += "; " + ", ".join(f"{cause}: {num}" for cause, num in causes.most_common())
-    console.print(Text(text), soft_wrap=True)
+    return text

@@ -16,7 +16,6 @@ from klippo.evaluation.comparison import Match
 from klippo.evaluation.samples import known
 from klippo.evaluation.style import STYLE
 from klippo.judge.fencing import is_blank
-from klippo.judge.judging import Judgement
 from klippo.judge.reward import JudgeReward
 from klippo.judge.rubric import load_rubric
 from klippo.judge.settings import JudgeSettings
@@ -151,32 +150,24 @@ def matches(
     """
     judge = measure.source
     assert isinstance(judge, JudgeReward)
-    decided = [_without_judge(old, new) for old, new in zip(before, after, strict=True)]
-    rows = [i for i, match in enumerate(decided) if match is None]
-    judgements = wait_for(
-        judge.compare(
-            [prompts[i] for i in rows], [after[i] for i in rows], [before[i] for i in rows]
+    result: list[Match | None] = [
+        Match(margin=float(is_blank(old)) - float(is_blank(new)))
+        if old == new or is_blank(old) or is_blank(new)
+        else None
+        for old, new in zip(before, after, strict=True)
+    ]
+    rows = [i for i, match in enumerate(result) if match is None]
+    comparing = judge.compare(
+        [prompts[i] for i in rows], [after[i] for i in rows], [before[i] for i in rows]
+    )
+    for i, judgement in zip(rows, wait_for(comparing), strict=True):
+        orders = judgement.orders.values()
+        result[i] = Match(
+            margin=judgement.reward,
+            num_questions=len(orders),
+            num_turned=sum((first - 5) * (second - 5) < 0 for first, second in orders),
         )
-    )
-    judged = dict(zip(rows, judgements, strict=True))
-    return [match or _match(judged[i]) for i, match in enumerate(decided)]
-
-
-def _without_judge(before: str, after: str) -> Match | None:
-    if before == after or (is_blank(before) and is_blank(after)):
-        return Match(margin=0.0)
-    if is_blank(after):
-        return Match(margin=-1.0)
-    return Match(margin=1.0) if is_blank(before) else None
-
-
-def _match(judgement: Judgement) -> Match:
-    orders = judgement.orders.values()
-    return Match(
-        margin=judgement.reward,
-        num_questions=len(orders),
-        num_turned=sum((first - 5) * (second - 5) < 0 for first, second in orders),
-    )
+    return [match for match in result if match is not None]
 
 
 def groups_of(rows: Sequence[Row], column: str | None, source: str) -> dict[int, str]:
@@ -192,14 +183,13 @@ def groups_of(rows: Sequence[Row], column: str | None, source: str) -> dict[int,
             f"--by {column}: {source} has no such column; there are {', '.join(rows[0].columns)}"
             + (f": did you mean {near}?" if near else "")
         )
-    shown = {True: "true", False: "false", None: "(none)"}
-    given = {row.number: row.columns[column] for row in rows}
-    values = {
-        number: shown[value] if isinstance(value, bool | None) else str(value)
-        for number, value in given.items()
-    }
-    num = len(set(values.values()))
-    if num > MAX_GROUPS:
+    shown = {"True": "true", "False": "false", "None": "(none)"}
+    values = {}
+    for row in rows:
+        value = row.columns[column]
+        text = str(value)
+        values[row.number] = text if isinstance(value, str) else shown.get(text, text)
+    if (num := len(set(values.values()))) > MAX_GROUPS:
         raise ConfigError(
             f"--by {column}: has {num} different values, and each becomes a table; name a column "
             f"with at most {MAX_GROUPS}"

@@ -140,11 +140,6 @@ def classifiers_in(settings: RewardSettings) -> Iterator[ClassifierSettings]:
             yield one
 
 
-def functions_in(settings: RewardSettings) -> list[str]:
-    """Every function that a reward calls."""
-    return [one.function for one in leaves(settings) if isinstance(one, FunctionSettings)]
-
-
 def judges_in(settings: RewardSettings) -> list[JudgeSettings]:
     """Every judge that a reward asks."""
     return [one for one in leaves(settings) if isinstance(one, JudgeSettings)]
@@ -153,20 +148,28 @@ def judges_in(settings: RewardSettings) -> list[JudgeSettings]:
 def check_reward(settings: RewardSettings, columns: Iterable[str] | None = None) -> None:
     """Whatever can go wrong with a reward, as far as that shows without loading any weights.
 
-    `columns` are the data's, where they are known. Raises ConfigError or PreflightError.
+    `columns` are the data's, if they are known. Raises ConfigError or PreflightError.
     """
     _check_scale(settings)
-    for function in functions_in(settings):
-        source = FunctionReward(load_function(function), function)
-        if columns is not None:
-            source.check_columns(columns)
-    for judge in judges_in(settings):
-        check_settings(judge, columns)
-        read_key(judge.api.key_variable)
-    for one in classifiers_in(settings):
-        _check_model(one)
-    if isinstance(settings, EnsembleSettings):
-        _check_moments(settings)
+    for one in leaves(settings):
+        if isinstance(one, FunctionSettings):
+            source = FunctionReward(load_function(one.function), one.function)
+            if columns is not None:
+                source.check_columns(columns)
+        elif isinstance(one, JudgeSettings):
+            check_settings(one, columns)
+            read_key(one.api.key_variable)
+    for model in classifiers_in(settings):
+        _check_model(model)
+    if not isinstance(settings, EnsembleSettings) or settings.moments is not None:
+        return
+    if settings.standardize == "start":
+        raise ConfigError(
+            "standardize=start: members are measured only when a run begins, for its training "
+            "reward; use stored or none, or write down moments"
+        )
+    for member in settings.classifiers() if settings.standardize == "stored" else ():
+        stored.moments_of(member)
 
 
 def _check_scale(settings: RewardSettings) -> None:
@@ -212,15 +215,3 @@ def _check_model(settings: ClassifierSettings) -> None:
         template=stored.template_of(settings, None if kind is None else kind.template),
         response_only=settings.reads == "response",
     )
-
-
-def _check_moments(settings: EnsembleSettings) -> None:
-    if settings.standardize == "none" or settings.moments is not None:
-        return
-    if settings.standardize == "start":
-        raise ConfigError(
-            "standardize=start: members are measured only when a run begins, for its training "
-            "reward; use stored or none, or write down moments"
-        )
-    for one in settings.classifiers():
-        stored.moments_of(one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,12 @@ import torch
 
 from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
+from klippo.data.files import Row
+from klippo.data.prompts import build_prompts
 from klippo.data.settings import DataSettings
 from klippo.errors import ConfigError
 from klippo.hub import find_file, load_tokenizer, resolve
-from klippo.lengths import context_length, longest
+from klippo.lengths import context_length, longest, room_for_prompts
 from klippo.policy.adapters import with_adapter
 from klippo.policy.loading import load_causal_lm, turn_dropout_off
 from klippo.policy.settings import PolicySettings
@@ -23,7 +25,7 @@ from klippo.rollouts.collate import stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, STATUS_FILE
-from klippo.types import Tokenizer
+from klippo.types import Prompt, Tokenizer
 
 UNNAMED = DataSettings(train="prompts")
 MAX_TOKENS = 64
@@ -60,6 +62,13 @@ class OpenModel:
     max_tokens: int
     """The longest response of its run; for other models 64, or half the context."""
     device: torch.device
+
+    def prompts(
+        self, rows: Sequence[Row], data: DataSettings, max_tokens: int, seed: int = 0
+    ) -> list[Prompt]:
+        """Rows as this model reads them, with room for `max_tokens` of response."""
+        room = room_for_prompts(self.model, max_tokens, data.max_prompt_tokens)
+        return build_prompts(rows, data, self.tokenizer, max_prompt_tokens=room, seed=seed)
 
     def engine(self, sampling: Sampling, batch_size: int | None = None) -> HFEngine:
         return HFEngine(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from klippo.config.load import LoadedConfig, config_from_mapping, load_config, show, to_yaml
 from klippo.data.preferences import bag, load_preferences
+from klippo.data.rows import data_of, rows_kept
 from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
 from klippo.evaluation.pairs import (
@@ -23,7 +24,6 @@ from klippo.evaluation.pairs import (
     gain,
     report_pairs,
 )
-from klippo.lab.held_out import held_out, own_prompts
 from klippo.lengths import longest
 from klippo.report.members import (
     ENSEMBLE,
@@ -292,11 +292,11 @@ def sample_reference(settings: ReferenceSettings, device: torch.device) -> Rollo
         for name in ("template", "format", "cut_tokens")
         if name in settings.model_fields_set
     }
-    data = own_prompts(opened.data, settings.prompts).model_copy(
+    data = data_of(settings.prompts, opened.data).model_copy(
         update={"prompt_column": settings.prompt_column} | asked
     )
     room = longest(settings.response_length)
-    prompts = held_out(data, settings.seed).prompts(opened, room, settings.seed)
+    prompts = opened.prompts(rows_kept(data, settings.seed), data, room, settings.seed)
     sampler = Sampler(
         engine=opened.engine(Sampling(temperature=settings.temperature), GENERATION_BATCH),
         tokenizer=opened.tokenizer,
