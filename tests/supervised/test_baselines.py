@@ -16,7 +16,7 @@ from klippo.policy.loading import load_policy
 from klippo.policy.settings import CriticSettings, PolicySettings
 from klippo.supervised.baselines import Preferences
 from klippo.supervised.settings import TrainingSettings
-from klippo.supervised.sft import learn_response
+from klippo.supervised.sft import Example
 from klippo.supervised.training import Training
 from klippo.types import Completion, LoggedResponse, Prompt
 from tests.tolerance import FLOAT64, float32_approx
@@ -140,7 +140,7 @@ def test_gradient_checkpointing_changes_no_number_of_dpo(gpt2, adapter):
 
 def test_the_loss_stands_on_the_response_alone():
     one = response([17, 8, 0], 1.0)
-    example = learn_response(one.prompt, one.completion.token_ids)
+    example = Example(one.prompt.token_ids, one.completion.token_ids)
     assert example.input_ids == [2, 4, 6, 17, 8, 0]
     assert example.labels == [-100, -100, -100, 17, 8, 0]
 

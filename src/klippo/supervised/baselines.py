@@ -27,10 +27,8 @@ from klippo.policy.settings import CriticSettings
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, RunFolder, write_text
 from klippo.supervised.settings import TrainingSettings
 from klippo.supervised.sft import (
-    NOT_LEARNT,
     Example,
     fine_tune,
-    learn_response,
     loss_figures,
     nats_per_token,
     train_causal,
@@ -146,16 +144,11 @@ class Preferences:
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
                 return dataset  # token ids already, as PPO reads them
 
-        columns: dict[str, list[list[int]]] = {
-            "prompt_ids": [],
-            "chosen_ids": [],
-            "rejected_ids": [],
+        columns = {
+            "prompt_ids": [better.prompt for better, _ in self.examples],
+            "chosen_ids": [better.response for better, _ in self.examples],
+            "rejected_ids": [worse.response for _, worse in self.examples],
         }
-        for better, worse in self.examples:
-            length = better.labels.count(NOT_LEARNT)  # of the prompt
-            columns["prompt_ids"].append(better.input_ids[:length])
-            columns["chosen_ids"].append(better.input_ids[length:])
-            columns["rejected_ids"].append(worse.input_ids[length:])
         frozen = None if start.policy.peft_model is not None else start.reference.lm.model
         train_causal(
             TokenizedDPOTrainer,
@@ -172,7 +165,7 @@ class Preferences:
         """log pi(better) - log pi(worse) of each held-out pair, nats."""
         better, worse = (
             [
-                -nats * (len(example.labels) - example.labels.count(NOT_LEARNT))
+                -nats * len(example.response)
                 for nats, example in zip(nats_per_token(model, side, batch_size), side, strict=True)
             ]
             for side in ([better for better, _ in self._held_out], [w for _, w in self._held_out])
@@ -244,7 +237,10 @@ def baselines(
         with TrainingLine(console, name, quiet=quiet) as line:
             figures, sentence = _train(plan, start, config, device, line)
         run = RunFolder.create(folders[name], overwrite=overwrite)
-        _save(run, start, config)
+        with run.new_directory(MODEL_DIR) as model_dir:
+            save_model(start.policy, start.tokenizer, model_dir)
+        of_run = config.model_copy(update={"output_dir": str(run.path)})
+        write_text(run.path / CONFIG_FILE, to_yaml(of_run))
         run.write_status("done", method=name, **figures)
         console.print(f"{name}: {sentence}", markup=False)
         del start
@@ -288,7 +284,7 @@ def _train(
     )
     model = learner(start)
     before = plan.measure(model, micro)
-    training = Training(settings=settings, seed=config.seed, device=device, report=line.step)
+    training = Training(settings, config.seed, device, line.step)
     plan.train(start, training)
     figures, sentence = plan.result(before, plan.measure(model, micro))
     details = {
@@ -300,18 +296,10 @@ def _train(
     return details | figures, sentence
 
 
-def _save(run: RunFolder, start: LoadedPolicy, config: RunConfig) -> None:
-    """The model and the config of a run's folder."""
-    with run.new_directory(MODEL_DIR) as model_dir:
-        save_model(start.policy, start.tokenizer, model_dir)
-    config = config.model_copy(update={"output_dir": str(run.path)})
-    write_text(run.path / CONFIG_FILE, to_yaml(config))
-
-
 def learner(start: LoadedPolicy) -> PreTrainedModel:
     """What trains: the policy's adapters on their base, or the model itself."""
     return start.policy.peft_model or start.policy.lm.model
 
 
 def _example(one: LoggedResponse) -> Example:
-    return learn_response(one.prompt, one.completion.token_ids)
+    return Example(one.prompt.token_ids, one.completion.token_ids)

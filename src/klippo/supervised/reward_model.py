@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,9 +134,7 @@ class _Members:
         if config.data.bagging:
             pairs = bag(pairs, seed)
         with TrainingLine(self.console, f"seed {seed}", quiet=self.quiet) as line:
-            training = Training(
-                settings=config.training, seed=seed, device=self.device, report=line.step
-            )
+            training = Training(config.training, seed, self.device, line.step)
             model, tokenizer, num_cut = train_reward_model(pairs, config, training)
         if num_cut:
             self.say(f"seed {seed}: {num_cut} texts were too long and lost their start")
@@ -151,7 +148,7 @@ class _Members:
                 "pairs_sha256": self._sha256,
                 "num_cut_texts": num_cut,
                 "minutes": line.seconds / 60,
-                "held_out": pair_figures(self._report(self._differences(building))),
+                "held_out": pair_figures(self._measure(building)[1]),
             }
             write_text(building / METRICS_FILE, json.dumps(figures, indent=2) + "\n")
             write_text(building / CONFIG_FILE, to_yaml(self._member_config(seed)))
@@ -161,29 +158,25 @@ class _Members:
         return self.config.model_copy(update={"seed": seed, "seeds": None})
 
     def _scorer(self, folder: Path) -> ClassifierReward:
+        config = self.config
         settings = ClassifierSettings(
             kind="classifier",
             model=str(folder),
-            template=self.config.template,
-            max_tokens=self.config.max_tokens,
+            template=config.template,
+            max_tokens=config.max_tokens,
         )
-        return ClassifierReward(
-            settings, device=self.device, prompt_column=self.config.prompt_column
-        )
+        return ClassifierReward(settings, device=self.device, prompt_column=config.prompt_column)
 
-    def _differences(self, folder: Path) -> list[float]:
-        """Chosen minus rejected score of every held-out pair."""
+    def _measure(self, folder: Path) -> tuple[list[float], PairReport | None]:
+        """Chosen minus rejected score of every held-out pair, and their figures."""
         pairs = self._pairs.held_out
         if not pairs:
-            return []
+            return [], None
         scorer, prompts = self._scorer(folder), [pair.prompt for pair in pairs]
         chosen = scorer.score_pairs(prompts, [pair.chosen for pair in pairs]).reward
         rejected = scorer.score_pairs(prompts, [pair.rejected for pair in pairs]).reward
-        differences: list[float] = (chosen.double() - rejected.double()).tolist()
-        return differences
-
-    def _report(self, differences: Sequence[float]) -> PairReport | None:
-        return report_pairs(differences, self._units) if differences else None
+        differences = (chosen.double() - rejected.double()).tolist()
+        return differences, report_pairs(differences, self._units)
 
     def _moments(self, folder: Path) -> dict[str, Any]:
         """Mean and sd of the member's scores of the reference responses."""
@@ -206,20 +199,19 @@ class _Members:
 
     def conclude(self, name: str) -> None:
         """Measure all members, alone and together; print and write what came out."""
-        seeds = self.config.member_seeds
-        folders = [self.folder(seed) for seed in seeds]
-        differences = [self._differences(folder) for folder in folders]
-        kept = [stored.read(str(folder)) or StoredReward() for folder in folders]
+        folders = {seed: self.folder(seed) for seed in self.config.member_seeds}
+        measured = {seed: self._measure(folder) for seed, folder in folders.items()}
+        kept = {s: stored.read(str(folder)) or StoredReward() for s, folder in folders.items()}
         members = [
             MemberFigures(
                 name=f"seed {seed}",
                 folder=folder,
-                report=self._report(own),
-                mean=moments.mean,
-                sd=moments.sd,
+                report=measured[seed][1],
+                mean=kept[seed].mean,
+                sd=kept[seed].sd,
                 minutes=float(_metrics(folder)["minutes"]),
             )
-            for seed, folder, own, moments in zip(seeds, folders, differences, kept, strict=True)
+            for seed, folder in folders.items()
         ]
         figures: dict[str, Any] = {
             "name": name,
@@ -230,16 +222,18 @@ class _Members:
                 asdict(moments)
                 | {"seed": seed, "folder": str(member.folder), "minutes": member.minutes}
                 | {"held_out": pair_figures(member.report)}
-                for seed, member, moments in zip(seeds, members, kept, strict=True)
+                for (seed, moments), member in zip(kept.items(), members, strict=True)
             ],
             "ensemble": None,
             "error_correlation": None,
         }
         lines = []
-        if len(seeds) > 1 and self._units:
-            sds = [moments.sd for moments in kept]
+        if len(members) > 1 and self._units:
+            sds = [moments.sd for moments in kept.values()]
+            differences = [of for of, _ in measured.values()]
             together = ensemble_differences(differences, sds)
-            members.append(MemberFigures(name=ENSEMBLE, report=self._report(together)))
+            report = report_pairs(together, self._units)
+            members.append(MemberFigures(name=ENSEMBLE, report=report))
             correlation = error_correlation(differences)
             better = gain(together, differences, self._units)
             lines = together_lines(correlation, better)
@@ -247,38 +241,33 @@ class _Members:
             figures["ensemble"] = {
                 "standardized": None not in sds,
                 "accuracy_gain": asdict(better),
-                "held_out": pair_figures(members[-1].report),
+                "held_out": pair_figures(report),
             }
-        self._write(name, members, figures, lines)
-        self._show(name, members, lines)
-
-    def _write(
-        self, name: str, members: list[MemberFigures], figures: dict[str, Any], lines: list[str]
-    ) -> None:
         beside = self.config.output_dir
         write_text(Path(f"{beside}_members.json"), json.dumps(figures, indent=2) + "\n")
-        title = f"{name}: {len(self._units)} held-out pairs"
-        table = members_table(title, members).markdown()
-        text = "\n\n".join([f"# {name}", table.rstrip(), LEGEND, *lines])
-        write_text(Path(f"{beside}_members.md"), text + "\n")
-        if self._units:
-            path = Path(f"{beside}_reliability")
-            with writing(path):
-                draw_reliability(members, path, f"{name}: {len(self._units)} pairs")
+        self._show(name, members, lines)
 
     def _show(self, name: str, members: list[MemberFigures], lines: list[str]) -> None:
-        title = f"{name}: {len(self._units)} held-out pairs"
-        self.console.print(members_table(title, members).for_terminal())
-        if not self._units:
+        """Write and print the table and the lines, and draw the reliability diagram."""
+        beside, num, seeds = self.config.output_dir, len(self._units), self.config.member_seeds
+        table = members_table(f"{name}: {num} held-out pairs", members)
+        text = "\n\n".join([f"# {name}", table.markdown().rstrip(), LEGEND, *lines])
+        write_text(Path(f"{beside}_members.md"), text + "\n")
+        self.console.print(table.for_terminal())
+        if num:
+            path = Path(f"{beside}_reliability")
+            with writing(path):
+                draw_reliability(members, path, f"{name}: {num} pairs")
+        else:
             lines.append(
                 "Nothing was held out, so nothing says how good they are; "
                 "set data.validation_size or data.validation."
             )
-        seeds, folder = self.config.member_seeds, f"{self.config.output_dir}_seed"
         lines.append(
-            f"As a reward: {{kind: classifier, model: {folder}{seeds[0]}}}"
+            f"As a reward: {{kind: classifier, model: {beside}_seed{seeds[0]}}}"
             if len(seeds) == 1
-            else f"As a reward: {{kind: ensemble, members: ['{folder}{{seed}}'], seeds: {seeds}}}"
+            else f"As a reward: {{kind: ensemble, members: ['{beside}_seed{{seed}}'], "
+            f"seeds: {seeds}}}"
         )
         for line in lines:
             self.console.print(line, markup=False, soft_wrap=True)

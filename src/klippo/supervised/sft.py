@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from klippo.config.load import LoadedConfig, to_yaml
@@ -41,7 +42,7 @@ from klippo.supervised.training import (
     run_trainer,
     save,
 )
-from klippo.types import Prompt, Tokenizer
+from klippo.types import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,13 +51,19 @@ NOT_LEARNT = -100
 """Label of tokens without loss, as in torch's cross entropy."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One text to learn."""
+class Example(NamedTuple):
+    """One text to learn: loss falls on the ids of the response alone."""
 
-    input_ids: list[int]
-    labels: list[int]
-    """The same, NOT_LEARNT on the prompt's tokens."""
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.prompt + self.response
+
+    @property
+    def labels(self) -> list[int]:
+        return [NOT_LEARNT] * len(self.prompt) + self.response
 
 
 SFT_FILE = "klippo_sft.json"
@@ -79,11 +86,7 @@ def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool
     limits = [n for n in (config.data.max_tokens, context_length(model)) if n is not None]
     examples, held_out = (
         build_examples(
-            some,
-            config.data,
-            tokenizer,
-            max_tokens=min(limits, default=None),
-            seed=config.seed,
+            some, config.data, tokenizer, max_tokens=min(limits, default=None), seed=config.seed
         )
         for some in (rows, held_out_rows)
     )
@@ -94,9 +97,7 @@ def sft(loaded: LoadedConfig[SFTConfig], *, overwrite: bool = False, quiet: bool
     batch_size = config.training.micro_batch_size or config.training.batch_size
     before = nats_per_token(model, held_out, batch_size)
     with TrainingLine(console, "sft", quiet=quiet) as line:
-        training = Training(
-            settings=config.training, seed=config.seed, device=device, report=line.step
-        )
+        training = Training(config.training, config.seed, device, line.step)
         model = fine_tune(model, tokenizer, examples, training)
     compared = compare_paired(before, nats_per_token(model, held_out, batch_size))
     figures = {
@@ -165,9 +166,9 @@ def build_examples(
     examples, too_long = [], []
     for (row, response), prompt in zip(split, prompts, strict=True):
         ids = tokenizer(response or "", add_special_tokens=False, verbose=False)["input_ids"]
-        example = learn_response(prompt, [*ids, eos])
+        example = Example(prompt.token_ids, [*ids, eos])
         if response is None:
-            example = Example(input_ids=example.input_ids, labels=example.input_ids)
+            example = Example([], example.input_ids)
         if max_tokens is not None and len(example.input_ids) > max_tokens:
             too_long.append((row, len(example.input_ids)))
         else:
@@ -209,25 +210,13 @@ def _filled(row: Row, value: Any, what: str) -> str:
     )
 
 
-def learn_response(prompt: Prompt, ids: Sequence[int]) -> Example:
-    """The example with loss on the response's token ids alone."""
-    unlearnt = [NOT_LEARNT] * len(prompt.token_ids)
-    return Example(input_ids=[*prompt.token_ids, *ids], labels=[*unlearnt, *ids])
-
-
 def fine_tune(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    training: Training,
+    model: PreTrainedModel, tokenizer: Tokenizer, examples: Sequence[Example], training: Training
 ) -> PreTrainedModel:
     """Train the model (or PeftModel) in place. Raises DivergedError when the loss is not finite."""
     from trl import SFTConfig, SFTTrainer
 
-    columns = {
-        "input_ids": [example.input_ids for example in examples],
-        "labels": [example.labels for example in examples],
-    }
+    columns = {name: [getattr(of, name) for of in examples] for name in ("input_ids", "labels")}
     return train_causal(SFTTrainer, SFTConfig, model, tokenizer, columns, training)
 
 
@@ -251,17 +240,17 @@ def nats_per_token(
 ) -> list[float]:
     """Mean -log p of the learnt tokens of each example, nats."""
     device = model.get_input_embeddings().weight.device
+
+    def padded(rows: Sequence[list[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(row, device=device) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value)  # (B, S)
+
     losses = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        rows = [torch.tensor(example.input_ids, device=device) for example in batch]
-        ids = pad_sequence(rows, batch_first=True)  # (B, S)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, S)
-        labels = pad_sequence(
-            [torch.tensor(example.labels, device=device) for example in batch],
-            batch_first=True,
-            padding_value=NOT_LEARNT,
-        )  # (B, S)
+        ids = padded([example.input_ids for example in batch], 0)
+        mask = padded([[1] * len(example.input_ids) for example in batch], 0)
+        labels = padded([example.labels for example in batch], NOT_LEARNT)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         nats = F.cross_entropy(
             logits.transpose(1, 2), labels[:, 1:], ignore_index=NOT_LEARNT, reduction="none"

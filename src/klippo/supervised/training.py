@@ -37,13 +37,12 @@ Report = Callable[[int, int, Mapping[str, float]], None]
 MAX_REPORTS = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Training:
-    """How to train, whatever the loss."""
+    """How to train, whatever the loss; `seed` is that of the order of the data."""
 
     settings: TrainingSettings
     seed: int
-    """Of the order of the data."""
     device: torch.device
     report: Report
 
@@ -128,32 +127,17 @@ def make_trainer(
     options: Mapping[str, Any] | None = None,
     **parts: Any,
 ) -> Trainer:
-    """One of TRL's trainers on columns of token ids, and its config with `options`."""
+    """One of TRL's trainers on columns of token ids, and its config with `options`.
+
+    It writes no checkpoints, tracks nowhere and shows no bars.
+    """
     from datasets import Dataset
 
-    num_examples = len(next(iter(columns.values())))
-    with tempfile.TemporaryDirectory() as folder:  # TRL wants one, and writes nothing there
-        arguments = config(
-            output_dir=folder, **trainer_arguments(training, num_examples), **(options or {})
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # TRL refuses a process that sees several
-        return trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_dict(dict(columns)),
-            processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
-            **parts,
-        )
-
-
-def trainer_arguments(training: Training, num_examples: int) -> dict[str, Any]:
-    """What TRL's configs take alike; no checkpoints, trackers, bars or cards."""
-    settings = training.settings
+    settings, num_examples = training.settings, len(next(iter(columns.values())))
     micro = settings.micro_batch_size or settings.batch_size
     num_steps = settings.num_epochs * math.ceil(num_examples / settings.batch_size)
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    return {
+    common = {
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": settings.batch_size // micro,
         "num_train_epochs": settings.num_epochs,
@@ -175,6 +159,17 @@ def trainer_arguments(training: Training, num_examples: int) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": training.device.type == "cuda",
     }
+    with tempfile.TemporaryDirectory() as folder:  # TRL wants one, and writes nothing into it
+        arguments = config(output_dir=folder, **common, **(options or {}))
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # TRL refuses a process that sees several
+        return trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(dict(columns)),
+            processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
+            **parts,
+        )
 
 
 def run_trainer(trainer: Trainer, report: Report) -> PreTrainedModel:
