@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from klippo.evaluation.history import Floats
-from klippo.evaluation.scaling import Curve, Fit, Interval, fit
+from klippo.evaluation.scaling import Curve, Fit, fit
 from klippo.evaluation.statistics import estimate
 
 
@@ -69,8 +69,7 @@ def _pick_chances(num: int, n: int) -> Floats:
     return normalized
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curves:
+class Curves(NamedTuple):
     """Expected scores of the picked sample for every prompt and n; NaN if too few are scored."""
 
     proxy: Floats  # (P, len(ns))
@@ -83,31 +82,27 @@ def curves(
 ) -> Curves:
     """Best-of-n for every prompt; `groups` holds the sample numbers of each. proxy, gold (M,)."""
     missing = np.isnan(proxy) if gold is None else np.isnan(proxy) | np.isnan(gold)
-    by_proxy = np.full((len(groups), len(ns)), math.nan)
-    by_gold = np.full_like(by_proxy, math.nan)
-    for p, numbers in enumerate(groups):
-        kept = numbers[~missing[numbers]]
-        allowed = [i for i, n in enumerate(ns) if n <= len(kept)]
-        possible = [ns[i] for i in allowed]
-        by_proxy[p, allowed] = best_of_n_curve(proxy[kept], proxy[kept], possible)
-        if gold is not None:
-            by_gold[p, allowed] = best_of_n_curve(proxy[kept], gold[kept], possible)
-    return Curves(
-        proxy=by_proxy, gold=None if gold is None else by_gold, num_unscored=int(missing.sum())
-    )
+
+    def picked(scores: Floats) -> Floats:
+        result = np.full((len(groups), len(ns)), math.nan)
+        for p, numbers in enumerate(groups):
+            kept = numbers[~missing[numbers]]
+            allowed = [i for i, n in enumerate(ns) if n <= len(kept)]
+            result[p, allowed] = best_of_n_curve(
+                proxy[kept], scores[kept], [ns[i] for i in allowed]
+            )
+        return result
+
+    by_gold = None if gold is None else picked(gold)
+    return Curves(picked(proxy), by_gold, int(missing.sum()))
 
 
 def points(by_prompt: Floats) -> list[dict[str, float | None]]:
     """Mean and 95% interval over prompts for every n; null for what is not known."""
-    result: list[dict[str, float | None]] = []
-    for values in by_prompt.T:
-        known = values[~np.isnan(values)]
-        if len(known) == 0:
-            result.append(dict.fromkeys(("mean", "low", "high")))
-            continue
-        mean = estimate(known.tolist())
-        result.append({"mean": mean.mean, "low": finite(mean.low), "high": finite(mean.high)})
-    return result
+    known = [values[~np.isnan(values)].tolist() for values in by_prompt.T]
+    means = [estimate(values) if values else None for values in known]
+    ends = ("mean", "low", "high")
+    return [{end: None if m is None else finite(getattr(m, end)) for end in ends} for m in means]
 
 
 def fit_gold(gold: Floats, ns: Sequence[int], seed: int = 0) -> Fit | None:
@@ -125,15 +120,10 @@ def fit_gold(gold: Floats, ns: Sequence[int], seed: int = 0) -> Fit | None:
 
 def fit_figures(law: Fit) -> dict[str, Any]:
     """A fit as JSON holds it; an infinite end of an interval is null."""
-
-    def interval(of: Interval) -> dict[str, float | None]:
-        return {"value": finite(of.value), "low": finite(of.low), "high": finite(of.high)}
-
+    intervals = {"alpha": law.alpha, "beta": law.beta, "peak": law.peak}
     return {
         "law": "gain = d (alpha - beta d), d = sqrt(KL bound)",
-        "alpha": interval(law.alpha),
-        "beta": interval(law.beta),
-        "peak": interval(law.peak),
+        **{name: {k: finite(v) for k, v in asdict(of).items()} for name, of in intervals.items()},
         "num_points": law.num_points,
     }
 

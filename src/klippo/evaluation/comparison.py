@@ -24,25 +24,19 @@ class Answer:
     """What one model said to one prompt."""
 
     prompt_id: int
-    prompt: str
-    """As people read it."""
-    group: str
-    """Which part of the data the prompt belongs to; empty if it is not split."""
+    prompt: str  # as people read it
+    group: str  # part of the data that the prompt belongs to; empty if it is not split
     text: str
-    values: Values
-    """Name of a measure -> its value; None if absent."""
+    values: Values  # name of a measure -> its value; None if absent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
     """Two answers to one prompt compared directly."""
 
-    margin: float | None
-    """-1 to 1, above 0 if the answer after is better; None without a verdict."""
-    num_questions: int = 0
-    """Questions that were asked in both orders."""
-    num_turned: int = 0
-    """Of these, questions whose two orders prefer different answers."""
+    margin: float | None  # -1 to 1, above 0 if the answer after is better; None without a verdict
+    num_questions: int = 0  # asked in both orders
+    num_turned: int = 0  # of these, questions whose two orders prefer different answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,21 +46,17 @@ class Duel:
     num_won: int
     num_lost: int
     num_drawn: int
-    win_rate: Estimate
-    """Won, plus half of what was drawn, over all."""
+    win_rate: Estimate  # won, plus half of what was drawn, over all
     num_unjudged: int
-    turned_share: float | None
-    """Share of the questions whose two orders prefer different answers; None if none was asked."""
+    turned_share: float | None  # num_turned over num_questions; None if none was asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputChange:
     """How far the probabilities of two models are apart."""
 
-    kl: Estimate
-    """Exact KL(after || before) at each token of after's answers, summed per answer, nats."""
-    logprob: Estimate
-    """Mean |log p_after - log p_before| per token of before's answers, nats."""
+    kl: Estimate  # exact KL(after || before) of each token, summed over after's answer, nats
+    logprob: Estimate  # mean |log p_after - log p_before| per token of before's answers, nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +78,7 @@ class Comparison:
     groups: Mapping[str, Group] = field(default_factory=dict)
     num_identical: int
     words: WordShift
-    weights: WeightChange | str
-    """Or why they cannot be compared."""
+    weights: WeightChange | str  # or why they cannot be compared
     outputs: OutputChange | str
 
 
@@ -107,14 +96,13 @@ def compare_answers(
 ) -> Group:
     """Paired differences of every measure, and the duels; the same prompts on both sides."""
     names = dict.fromkeys(name for answer in (*before, *after) for name in answer.values)
-    measures = {}
-    for name in names:
-        sides = ([answer.values.get(name) for answer in side] for side in (before, after))
-        compared = compare_paired(*sides)
-        if compared is not None:
-            measures[name] = compared
+    measures = {
+        name: compare_paired(*([of.values.get(name) for of in side] for side in (before, after)))
+        for name in names
+    }
     duels = {name: found for name, some in matches.items() if (found := duel(some)) is not None}
-    return Group(num_prompts=len(before), measures=measures, duels=duels)
+    known = {name: compared for name, compared in measures.items() if compared is not None}
+    return Group(num_prompts=len(before), measures=known, duels=duels)
 
 
 def by_group(
@@ -160,10 +148,9 @@ def output_change(
 ) -> OutputChange:
     """Compare the probabilities of two models that share one vocabulary."""
     old, new = Reference(before), Reference(after)
-    kls: list[float] = []
+    kls, changes = [], []
     for tokens in _batches(said_after, batch_size):
         kls += old.kl_from(after, tokens, said_after.temperature).sum(1).tolist()
-    changes: list[float] = []
     for tokens in _batches(said_before, batch_size):
         first, second = (side.logprobs(tokens, said_before.temperature) for side in (old, new))
         changes += ((second - first).abs().sum(1) / tokens.response_mask.sum(1)).tolist()

@@ -21,10 +21,8 @@ ALARMS_IN_A_ROW = 2
 class Decision:
     """What an evaluation means for the run."""
 
-    is_best: bool
-    """The policy is the best so far, and worth keeping."""
-    stop: str | None = None
-    """Why the run should end; None lets it continue."""
+    is_best: bool  # the policy is the best so far, and worth keeping
+    stop: str | None = None  # why the run should end; None lets it continue
 
 
 class EarlyStop:
@@ -47,11 +45,9 @@ class EarlyStop:
         """
         kl, limit = float(np.mean([row["kl_exact_nats"] for row in rows])), self._settings.max_kl
         is_best = within = limit is None or kl <= limit
-        stop = (
-            None
-            if within
-            else f"KL {kl:.2f} nats at step {step} exceeds early_stop.max_kl={limit:g}"
-        )
+        stop = None
+        if not within:
+            stop = f"KL {kl:.2f} nats at step {step} exceeds early_stop.max_kl={limit:g}"
         if gold_rows:
             gold = float(np.mean([row["gold"] for row in gold_rows if row["gold"] is not None]))
             is_best = within and gold > self._best_gold

@@ -28,10 +28,8 @@ Units = Sequence[tuple[str, ...]]
 class ReliabilityPoint:
     """One bin of pairs with about the same confidence."""
 
-    confidence: float
-    """Mean probability that the model gives to its own choice, 0.5 to 1."""
-    accuracy: float
-    """How often this choice was right."""
+    confidence: float  # mean probability that the model gives to its choice, 0.5 to 1
+    accuracy: float  # how often this choice was right
     num: int
 
 
@@ -39,12 +37,9 @@ class ReliabilityPoint:
 class PairReport:
     """Figures of one model on held-out pairs."""
 
-    accuracy: Estimate
-    """Share of pairs whose chosen response scores higher; equal scores count half."""
-    log_loss_nats: float
-    """Mean of -log sigmoid(difference); log 2 = 0.693 is a coin."""
-    calibration_error: float
-    """ECE: mean distance of confidence and accuracy over bins of equal numbers of pairs."""
+    accuracy: Estimate  # share of pairs whose chosen response scores higher; ties count half
+    log_loss_nats: float  # mean of -log sigmoid(difference); log 2 = 0.693 is a coin
+    calibration_error: float  # ECE: mean |confidence - accuracy| over bins of equal size
     reliability: list[ReliabilityPoint]
 
 

@@ -29,10 +29,6 @@ class Curve:
     gold: Floats  # (S, P)
     kl: Floats  # (S, P)
 
-    def __post_init__(self) -> None:
-        assert self.gold.shape == self.kl.shape
-        assert self.gold.ndim == 2
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -50,8 +46,7 @@ class Fit:
     law: Law
     alpha: Interval
     beta: Interval
-    peak: Interval
-    """Distance d* of the highest gold; infinite if the curve does not turn (beta <= 0)."""
+    peak: Interval  # distance d* of the highest gold; infinite if it does not turn (beta <= 0)
     draws: Floats  # (B, 2) alpha and beta of every draw, for bands
     num_points: int
 

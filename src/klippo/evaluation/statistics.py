@@ -19,8 +19,7 @@ class Estimate:
     low: float
     high: float
     num: int
-    standard_error: float
-    """Of the mean; infinite for one value."""
+    standard_error: float  # of the mean; infinite for one value
 
     @property
     def excludes_zero(self) -> bool:
@@ -34,8 +33,7 @@ class PairedComparison:
     before: Estimate
     after: Estimate
     difference: Estimate
-    before_sd: float
-    """Standard deviation of single samples before."""
+    before_sd: float  # standard deviation of single samples before
 
     @property
     def difference_in_sd(self) -> float:

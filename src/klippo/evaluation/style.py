@@ -25,27 +25,18 @@ def words(text: str) -> list[str]:
 
 
 def distinct_pairs(text: str) -> float | None:
-    """Different pairs of neighbouring words / all such pairs (distinct-2, Li et al. 2016).
-
-    None for a text of fewer than two words.
-    """
+    """Different pairs of neighbouring words / all such pairs (distinct-2, Li et al. 2016)."""
     return _distinct(words(text), 2)
 
 
 def repetition(text: str) -> float | None:
-    """Share of the runs of three words that occurred before in the same text.
-
-    None for a text of fewer than three words.
-    """
+    """Share of the runs of three words that occurred before in the same text."""
     distinct = _distinct(words(text), 3)
     return None if distinct is None else 1 - distinct
 
 
 def first_person(text: str) -> float | None:
-    """Share of the words that are I, me, my, mine, myself, I'm, I've, I'd or I'll (English).
-
-    None for a text without words.
-    """
+    """Share of the words that are I, me, my, mine, myself, I'm, I've, I'd or I'll (English)."""
     found = words(text)
     return sum(word in FIRST_PERSON for word in found) / len(found) if found else None
 
@@ -55,6 +46,7 @@ STYLE: Mapping[str, Callable[[str], float | None]] = {
     "repetition": repetition,
     "first_person": first_person,
 }
+"""Each is None for a text with too few words."""
 
 
 def _distinct(tokens: Sequence[str], n: int) -> float | None:
@@ -66,14 +58,10 @@ def _distinct(tokens: Sequence[str], n: int) -> float | None:
 class WordShift:
     """How far the word frequencies of two models are apart, beside what chance does."""
 
-    distance: float
-    """Total variation: half the sum of |p(word) - q(word)|, 0 to 1."""
-    by_chance: float
-    """Mean distance when the two answers to each prompt are dealt to the models at random."""
-    chance_limit: float
-    """95% of those are not above this."""
-    p_value: float
-    """Share of those that are at least `distance`, the observed one counted among them."""
+    distance: float  # total variation: half the sum of |p(word) - q(word)|, 0 to 1
+    by_chance: float  # mean distance when the two answers to each prompt swap sides at random
+    chance_limit: float  # 95% of those are not above this
+    p_value: float  # share of those that are at least `distance`, which counts among them
 
 
 def word_shift(before: Sequence[str], after: Sequence[str], seed: int = 0) -> WordShift:

@@ -26,18 +26,12 @@ class Verdict:
     """The outcome and the numbers that it stands on; differences are paired over prompts."""
 
     outcome: Outcome
-    reason: str
-    """One sentence with the figures."""
-    gold_change: Estimate | None = None
-    """Gold at the end minus gold at the start."""
+    reason: str  # one sentence with the figures
+    gold_change: Estimate | None = None  # from the start to the end
     proxy_change: Estimate | None = None
-    """Proxy at the end minus proxy at the start."""
-    gold_since_peak: Estimate | None = None
-    """Gold at the end minus gold at its peak; for each half of the prompts the other half picked
-    the peak."""
+    gold_since_peak: Estimate | None = None  # each half of the prompts: the other picked the peak
     proxy_since_peak: Estimate | None = None
-    peak_step: int | None = None
-    """The step at which all prompts together have their highest gold: to show, not to test on."""
+    peak_step: int | None = None  # of the highest mean gold: to show, not to test on
 
 
 def judge(run: History, seed: int = 0) -> Verdict:
