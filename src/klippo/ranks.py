@@ -90,11 +90,7 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
-        x = torch.tensor(number)
-        if self.world_size > 1:
-            with explaining_peers():
-                dist.all_reduce(x, dist.ReduceOp.MAX)
-        return int(x)
+        return max(self.gather(number))
 
     def gather(self, item: T) -> list[T]:
         """Every process's item, in the order of ranks, in every process; items are pickled."""

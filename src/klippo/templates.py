@@ -11,13 +11,13 @@ _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{prompt}\n\n### Response:{response}"
 )
-_ALPACA_INPUT = (
+_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{response}"
 )
 _OPEN_ASSISTANT = "<|prompter|>{prompt}<|endoftext|><|assistant|>{response}<|endoftext|>"
-NAMES = ("alpaca", "open-assistant")
+NAMES = {"alpaca": _ALPACA, "open-assistant": _OPEN_ASSISTANT}
 """`alpaca` is AlpacaFarm's v0_inputs_noinputs.json: nothing between `### Response:` and the
 response, and no end token, as its reward models were trained (end_sequence_with_eos off).
 `open-assistant` is Open-Assistant's message format, version 2."""
@@ -62,12 +62,9 @@ def check_template(template: str) -> None:
 
 def _written_out(template: str, columns: Mapping[str, object]) -> str:
     check_template(template)
-    if template == "open-assistant":
-        return _OPEN_ASSISTANT
-    if template == "alpaca":
-        both = columns.get("instruction") and columns.get("input")
-        return _ALPACA_INPUT if both else _ALPACA
-    return template
+    if template == "alpaca" and columns.get("instruction") and columns.get("input"):
+        return _WITH_INPUT
+    return NAMES.get(template, template)
 
 
 def _fill(template: str, columns: Mapping[str, object], texts: Mapping[str, str]) -> str:

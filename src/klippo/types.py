@@ -40,14 +40,18 @@ class Prompt:
         """
         if self.content is not None:
             return [{"role": "user", "content": self.content}]
-        raw = self.meta.get(column)
-        messages = raw
-        if isinstance(raw, str) and raw.strip():
-            messages = [{"role": "user", "content": raw}]
-        if isinstance(messages, list) and all(
-            isinstance(m, dict) and str(m.get("content", "")).strip() in self.text for m in messages
+        messages = self.meta.get(column)
+        if isinstance(messages, str) and messages.strip():
+            messages = [{"role": "user", "content": messages}]
+        if (
+            messages
+            and isinstance(messages, list)
+            and all(
+                isinstance(m, dict) and str(m.get("content", "")).strip() in self.text
+                for m in messages
+            )
         ):
-            return messages or [{"role": "user", "content": self.text}]
+            return messages
         return [{"role": "user", "content": self.text}]
 
 
@@ -183,23 +187,13 @@ class Tokenizer(Protocol):
     def save_pretrained(self, folder: str | Path) -> object: ...
 
 
-class ModelConfig(Protocol):
-    """What Klippo uses of a Hugging Face model's config."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-
-    def get_text_config(self) -> ModelConfig: ...
-
-
 class HFModel(nn.Module):
     """What Klippo uses of a Hugging Face model (a causal LM, a classifier or a trunk); a type only.
 
     A model returns `logits` if it has a head, and `last_hidden_state` if not.
     """
 
-    config: ModelConfig
+    config: Any  # transformers' PretrainedConfig
     generation_config: object
     name_or_path: str
     base_model: HFModel

@@ -12,7 +12,6 @@ from klippo.config.load import (
     config_from_mapping,
     load_config,
     recipe_names,
-    schema,
     show,
     to_yaml,
 )
@@ -159,7 +158,7 @@ def test_every_packaged_recipe_loads(name):
 
 
 def test_the_schema_describes_every_section():
-    assert set(schema()["properties"]) == set(RunConfig.model_fields)
+    assert set(RunConfig.model_json_schema()["properties"]) == set(RunConfig.model_fields)
 
 
 class LengthConfig(WholeConfig):
@@ -177,7 +176,7 @@ def test_any_schema_loads_with_its_own_keys_and_messages(tmp_path):
     assert loaded.origins["length.max_tokens"] == f"{path}:1"
     assert config_from_mapping(loaded.config, schema=LengthConfig).config == loaded.config
     keys = {"seed", "output_dir", "device", "num_threads", "length"}
-    assert set(schema(LengthConfig)["properties"]) == keys
+    assert set(LengthConfig.model_json_schema()["properties"]) == keys
     with pytest.raises(ConfigError, match=r"max_token: unknown key; did you mean max_tokens\?$"):
         load_config(path, ["length.max_token=2"], schema=LengthConfig)
     with pytest.raises(ConfigError, match=r"ppo: unknown key; known here: seed, output_dir, dev"):

@@ -49,9 +49,7 @@ def check(load: Load, stage: Stage = "train") -> None:
 @ending
 def schema(stage: Stage = "train") -> None:
     """The JSON schema of a config, for editors."""
-    from klippo.config.load import schema
-
-    typer.echo(json.dumps(schema(_schema(stage)), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(_schema(stage).model_json_schema(), indent=2, ensure_ascii=False))
 
 
 for command in (show, check):

@@ -150,9 +150,7 @@ TABLE: dict[str, str | Callable[[Given, Located], Values]] = {
     "train.minibatch_size": "ppo.micro_batch_size",
     "train.eval_interval": "evaluation.every",
     "optimizer.kwargs.lr": "optimizer.learning_rate",
-    "optimizer.kwargs.betas": "optimizer.betas",
-    "optimizer.kwargs.eps": "optimizer.eps",
-    "optimizer.kwargs.weight_decay": "optimizer.weight_decay",
+    **{f"optimizer.kwargs.{key}": f"optimizer.{key}" for key in ("betas", "eps", "weight_decay")},
     "scheduler.name": lambda *_: {"optimizer.schedule": "cosine"},
     "scheduler.kwargs.T_max": "optimizer.num_decay_steps",
     "scheduler.kwargs.eta_min": _final_fraction,
@@ -167,9 +165,7 @@ TABLE: dict[str, str | Callable[[Given, Located], Values]] = {
     "method.vf_coef": "ppo.value_coef",
     "method.cliprange_reward": lambda _, clip: {"score.clip": clip} if clip.value else {},
     "method.gen_kwargs.max_new_tokens": "rollout.response_length",
-    "method.gen_kwargs.temperature": "rollout.temperature",
-    "method.gen_kwargs.top_k": "rollout.top_k",
-    "method.gen_kwargs.top_p": "rollout.top_p",
+    **{f"method.gen_kwargs.{key}": f"rollout.{key}" for key in ("temperature", "top_k", "top_p")},
 }
 """Their key -> Klippo's, or a function that makes Klippo's keys and values of the value written;
 its ValueError says what the value must be."""

@@ -112,11 +112,6 @@ def show(loaded: LoadedConfig[C]) -> list[tuple[str, Any, str]]:
     return [(key, value, loaded.origins[key]) for key, value in values.items()]
 
 
-def schema(of: type[WholeConfig] = RunConfig) -> dict[str, Any]:
-    """The JSON schema of a config file, for editors."""
-    return of.model_json_schema()
-
-
 def read_text(path: Path) -> str:
     """A YAML file's text. Raises ConfigError if there is none to read."""
     try:

@@ -163,16 +163,12 @@ def read_yaml(text: str, origin: Callable[[int], str]) -> tuple[Located, list[Pr
         broken = f"not YAML: character #x{error.character:x} is not allowed"
     except RecursionError:
         broken = f"not YAML: {_TOO_DEEP}"
-    except _TooManyError:
+    except OverflowError:
         broken = f"more than {MAX_VALUES:,} values, aliases written out; write a smaller document"
     return Located({}, origin(line)), [Problem(origin(line), broken)] if broken else []
 
 
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
-
-
-class _TooManyError(Exception):
-    """The document has more values than are read."""
 
 
 class _Reader:
@@ -188,7 +184,7 @@ class _Reader:
     ) -> Located:
         self.num_values += 1
         if self.num_values > MAX_VALUES:
-            raise _TooManyError
+            raise OverflowError
         if node in parents:
             return self._problem(origin, path, "an alias contains itself")
         if len(parents) == MAX_DEPTH:

@@ -30,11 +30,6 @@ class Pair:
     margin: float | None = None
     """By how much the chosen one must win, in reward units."""
 
-    @property
-    def units(self) -> tuple[str, ...]:
-        """What must not be on both sides: its prompt, or its responses if there are no prompts."""
-        return _units(self.prompt, self.chosen, self.rejected)
-
 
 @dataclass(frozen=True, slots=True)
 class Rated:
@@ -44,14 +39,12 @@ class Rated:
     response: str
     rating: float
 
-    @property
-    def units(self) -> tuple[str, ...]:
-        """What must not be on both sides: its prompt, or its response if there are no prompts."""
-        return _units(self.prompt, self.response)
 
-
-def _units(prompt: Prompt, *responses: str) -> tuple[str, ...]:
-    return (json.dumps(prompt.text),) if prompt.text else responses
+def units_of(item: Pair | Rated) -> tuple[str, ...]:
+    """What must not be on both sides: its prompt, or its responses if there are no prompts."""
+    if item.prompt.text:
+        return (json.dumps(item.prompt.text),)
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item.response,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +74,7 @@ def load_preferences(settings: PreferenceSettings) -> Preferences:
                 "training rows"
             )
     elif settings.validation_size != 0:
-        units = [item.units for item in items]
+        units = [units_of(item) for item in items]
         items, held_out = hold_out_units(items, units, settings, settings.seed, source)
     if settings.format == "ratings":
         items = _draw(items, settings, "num_pairs", source, notes)
@@ -276,7 +269,7 @@ def _candidates(
     elif with_prompts or num * (num - 1) // 2 <= MANY_PAIRS:
         groups: dict[tuple[str, ...], list[Rated]] = {}
         for one in rated:
-            groups.setdefault(one.units if with_prompts else (), []).append(one)
+            groups.setdefault(units_of(one) if with_prompts else (), []).append(one)
         listed = [pair for group in groups.values() for pair in combinations(group, 2)]
         generator.shuffle(listed)
         yield from listed
@@ -295,8 +288,8 @@ def _unit_name(items: Sequence[Any]) -> str:
 
 def _unseen(train: list[Any], held_out: list[Any], source: str) -> list[Any]:
     """Held-out rows without those that share a unit with a training row."""
-    seen = {unit for item in train for unit in item.units}
-    kept = [item for item in held_out if not seen.intersection(item.units)]
+    seen = {unit for item in train for unit in units_of(item)}
+    kept = [item for item in held_out if not seen.intersection(units_of(item))]
     if not kept:
         raise ConfigError(
             f"{source}: nothing is left to test on, for all {len(held_out)} rows share a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from klippo.errors import ConfigError
@@ -46,7 +47,7 @@ class PromptSampler(Generic[T]):
         self._rank = rank
         self._share = batch_size // world_size
         self._num_drawn = 0
-        self._orders: dict[int, list[int]] = {}
+        self._order = lru_cache(maxsize=2)(self._shuffled)  # a batch may span two epochs
 
     def next(self) -> list[T]:
         """This rank's share of the next batch: `batch_size / world_size` prompts.
@@ -82,13 +83,12 @@ class PromptSampler(Generic[T]):
 
     def _prompt(self, draw: int) -> T:
         epoch, index = divmod(draw, len(self._prompts))
-        if epoch not in self._orders:
-            order = list(range(len(self._prompts)))
-            random.Random(f"{self._seed}:{epoch}").shuffle(order)
-            # The epoch before is still needed by a batch that spans two.
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = order
-        return self._prompts[self._orders[epoch][index]]
+        return self._prompts[self._order(epoch)[index]]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._seed}:{epoch}").shuffle(order)
+        return order
 
 
 def pick(prompts: list[Prompt], number: int, seed: int) -> list[Prompt]:

@@ -162,10 +162,12 @@ def _spread(x: Tensor, mask: Tensor) -> Tensor:
 class Critic(nn.Module):
     """V of the state before each response token: a scalar head on the hidden states there.
 
-    The head is float32, or float64 on a float64 trunk, and starts at zero unless it is given.
+    The states are the policy's, and its loss also trains the policy's trunk; subclasses have states
+    of their own. The head is float32, or float64 on a float64 trunk, and starts at zero unless it
+    is given.
     """
 
-    reads_policy = False
+    reads_policy = True
     """Whether the states are the policy's; else those that `forward` gets may be None."""
 
     def __init__(self, width: int, dtype: torch.dtype, head: nn.Linear | None = None) -> None:
@@ -192,17 +194,10 @@ class Critic(nn.Module):
         return values
 
 
-class TrunkCritic(Critic):
-    """A head on the policy's trunk; its loss also trains the trunk."""
-
-    reads_policy = True
-
-    def __init__(self, lm: CausalLM) -> None:
-        super().__init__(lm.hidden_size, lm.model.dtype)
-
-
 class LoraCritic(Critic):
     """A second LoRA adapter on the policy's frozen base, with a head."""
+
+    reads_policy = False
 
     def __init__(self, lm: CausalLM, peft_model: PeftModel) -> None:
         super().__init__(lm.hidden_size, lm.model.dtype)
@@ -226,6 +221,8 @@ class LoraCritic(Critic):
 
 class SeparateCritic(Critic):
     """A separate model: a trunk and a head, which may be those of a reward model."""
+
+    reads_policy = False
 
     def __init__(
         self, trunk: HFModel, head: nn.Linear | None = None, *, autocast: bool = False

@@ -6,8 +6,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,15 @@ from klippo.hub import LOADING_ERRORS, find_file, not_loaded, resolve
 from klippo.policy.settings import CriticSettings, LoraSettings, PolicySettings
 from klippo.types import HFModel
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLayer
+
 POLICY = "default"
 REFERENCE = "reference"
 CRITIC = "critic"
 WIDE = (torch.float32, torch.float64)
+# peft uses names in transformers that are deprecated.
+quiet_peft = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
 class PeftModel(nn.Module):
@@ -34,26 +40,6 @@ class PeftModel(nn.Module):
     load_adapter: Callable[..., object]
     disable_adapter: Callable[[], AbstractContextManager[None]]
     save_pretrained: Callable[..., None]
-
-
-class LoraLayer(Protocol):
-    """What Klippo uses of peft's LoRA layer."""
-
-    base_layer: nn.Linear
-    lora_A: Mapping[str, nn.Linear]
-    lora_B: Mapping[str, nn.Linear]
-    lora_dropout: Mapping[str, nn.Module]
-    lora_bias: Mapping[str, bool]
-    lora_variant: Mapping[str, object]
-    scaling: Mapping[str, float]
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    merged: bool
-    disable_adapters: bool
-    fan_in_fan_out: bool
-    forward: Callable[..., Tensor]
-
-    def get_delta_weight(self, adapter: str) -> Tensor: ...
 
 
 def with_adapter(model: HFModel, adapter: str) -> HFModel:
@@ -78,19 +64,13 @@ def with_adapter(model: HFModel, adapter: str) -> HFModel:
 
 def add_adapters(settings: PolicySettings, critic: CriticSettings, model: HFModel) -> PeftModel:
     """The model with the policy's adapter and, as needed, the reference's and the critic's."""
-    from peft import get_peft_model
-
-    peft_model: PeftModel
     with quiet_peft():
         if settings.adapter is None:
-            config = _lora_config(settings.lora, model)
-            with finding_layers("policy.lora", settings.lora.target_modules):
-                peft_model = get_peft_model(model, config, adapter_name=POLICY)
+            peft_model = add_lora(model, settings.lora, "policy.lora")
         else:
             peft_model = _load_adapter(settings, settings.adapter, model)
         if critic.kind == "lora":
-            with finding_layers("critic.lora", critic.lora.target_modules):
-                peft_model.add_adapter(CRITIC, _lora_config(critic.lora, model))
+            peft_model = add_lora(peft_model, critic.lora, "critic.lora", name=CRITIC)
         peft_model.set_adapter(POLICY)
     return peft_model
 
@@ -131,39 +111,42 @@ def _load_adapter(settings: PolicySettings, name: str, model: HFModel) -> PeftMo
     return loaded
 
 
-def _lora_config(settings: LoraSettings, model: HFModel) -> object:
-    from peft import LoraConfig
+def add_lora(
+    model: HFModel | PeftModel,
+    settings: LoraSettings,
+    key: str,
+    *,
+    name: str = POLICY,
+    task: str = "CAUSAL_LM",
+) -> PeftModel:
+    """The model with a fresh LoRA adapter; for SEQ_CLS the score head trains in full beside it.
+
+    Raises ConfigError for names in `key`.target_modules that no layer of the model has.
+    """
+    import peft
     from transformers.pytorch_utils import Conv1D
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
+    config = peft.LoraConfig(
+        task_type=task,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=settings.target_modules,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Hide peft's warnings about names in transformers that are deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-@contextmanager
-def finding_layers(key: str, target_modules: str | list[str]) -> Iterator[None]:
-    """Raise ConfigError for names in `key`.target_modules that no layer of the model has."""
     try:
-        yield
+        if isinstance(model, peft.PeftModel):
+            adapted: PeftModel = model
+            adapted.add_adapter(name, config)
+        else:
+            adapted = peft.get_peft_model(model, config, adapter_name=name)
     except (ValueError, re.error) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{key}.target_modules={target_modules} cannot be found in the model ({reason}); "
-            "all-linear takes every linear layer"
+            f"{key}.target_modules={settings.target_modules} cannot be found in the model "
+            f"({reason}); all-linear takes every linear layer"
         ) from error
+    return adapted
 
 
 @contextmanager
@@ -208,7 +191,8 @@ def _forward(layer: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Te
         or (layer.disable_adapters or layer.merged or args or kwargs)
         or torch.is_autocast_enabled(x.device.type)
     ):
-        return type(layer).forward(layer, x, *args, **kwargs)
+        out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return out
     [name] = names
     tokens = x.flatten(0, -2)  # adding in place needs a matrix, not a view
     low = layer.lora_A[name](layer.lora_dropout[name](tokens))
@@ -257,8 +241,7 @@ def mergeable(model: HFModel) -> list[LoraLayer]:
 def _lora_layers(model: HFModel) -> list[LoraLayer]:
     from peft.tuners.lora import Linear
 
-    layers: list[Any] = [layer for layer in model.modules() if type(layer) is Linear]
-    return layers
+    return [layer for layer in model.modules() if type(layer) is Linear]
 
 
 def _active(layer: LoraLayer) -> list[str]:

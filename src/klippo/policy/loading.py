@@ -20,7 +20,6 @@ from klippo.policy.actor_critic import (
     LoraCritic,
     Reference,
     SeparateCritic,
-    TrunkCritic,
 )
 from klippo.policy.adapters import (
     REFERENCE,
@@ -89,7 +88,8 @@ def load_policy(
         frozen = copy.deepcopy(model, shared).requires_grad_(False).eval()
         lm = _causal_lm(settings, model).to(load_on)
         reference = Reference(_causal_lm(settings, frozen).to(load_on))
-    policy = ActorCritic(lm, (value or TrunkCritic(lm)).to(load_on), peft_model)
+    value = value or Critic(lm.hidden_size, lm.model.dtype)
+    policy = ActorCritic(lm, value.to(load_on), peft_model)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(policy)
     policy.eval()

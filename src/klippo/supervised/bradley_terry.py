@@ -23,12 +23,12 @@ from klippo.hub import (
     not_loaded,
     resolve,
 )
+from klippo.policy.adapters import add_lora
 from klippo.policy.loading import turn_dropout_off
 from klippo.rewards.reading import Reader, check_max_tokens, context_of
 from klippo.supervised.settings import RewardModelConfig, RewardModelSettings
 from klippo.supervised.training import (
     Training,
-    add_lora,
     make_trainer,
     quiet_trl,
     refuse_adapter_folder,
@@ -178,7 +178,7 @@ def reward_trainer(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(filler)
     if config.model.tuning == "lora":
-        model = add_lora(model, config.model.lora, "SEQ_CLS")
+        model = add_lora(model, config.model.lora, "model.lora", task="SEQ_CLS")
     center_coef = config.training.center_coef or None
     trainer = make_trainer(
         RewardTrainer,

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from klippo.config.load import LoadedConfig, config_from_mapping, load_config, show, to_yaml
-from klippo.data.preferences import bag, load_preferences
+from klippo.data.preferences import bag, load_preferences, units_of
 from klippo.data.rows import data_of, rows_kept
 from klippo.data.sampler import PromptSampler
 from klippo.errors import ConfigError
@@ -90,7 +90,7 @@ class _Members:
         self._pairs = load_preferences(config.data)
         content = [[p.prompt.text, p.chosen, p.rejected, p.margin] for p in self._pairs.train]
         self._sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        self._units = [pair.units for pair in self._pairs.held_out]
+        self._units = [units_of(pair) for pair in self._pairs.held_out]
         self.say(f"{len(self._pairs.train)} training pairs, {len(self._units)} held-out pairs")
         for note in self._pairs.notes:
             self.say(f"  {note}")

@@ -26,13 +26,13 @@ from klippo.errors import ConfigError, PreflightError
 from klippo.evaluation.statistics import PairedComparison, compare_paired
 from klippo.hub import load_model, load_tokenizer
 from klippo.lengths import context_length
+from klippo.policy.adapters import add_lora
 from klippo.policy.loading import turn_dropout_off
 from klippo.runs.folder import CONFIG_FILE, write_text
 from klippo.supervised.settings import ExampleSettings, ModelSettings, SFTConfig
 from klippo.supervised.training import (
     Training,
     TrainingLine,
-    add_lora,
     holds_result,
     make_trainer,
     new_folder,
@@ -138,7 +138,7 @@ def load_for_sft(
         model = load_model(AutoModelForCausalLM, settings.name, settings.revision, dtype=dtype)
         turn_dropout_off(model)
         if settings.tuning == "lora":
-            model = add_lora(model, settings.lora, "CAUSAL_LM")
+            model = add_lora(model, settings.lora, "model.lora")
     return model.to(device), tokenizer
 
 

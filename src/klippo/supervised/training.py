@@ -20,8 +20,6 @@ from rich.console import Console
 from klippo.config.schema import WholeConfig
 from klippo.errors import ConfigError, DivergedError, PreflightError
 from klippo.hub import find_file, no_progress_bars
-from klippo.policy.adapters import finding_layers
-from klippo.policy.settings import LoraSettings
 from klippo.ranks import choose_device
 from klippo.runs.folder import RunFolder, writing
 from klippo.runs.progress import LiveLine, clock
@@ -29,7 +27,6 @@ from klippo.supervised.settings import TrainingSettings
 from klippo.types import Tokenizer
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
 Report = Callable[[int, int, Mapping[str, float]], None]
@@ -97,23 +94,6 @@ def refuse_adapter_folder(name: str, revision: str | None, remedy: str) -> None:
     """Raises PreflightError for a folder that holds nothing but an adapter."""
     if find_file(name, "adapter_config.json", revision) is not None:
         raise PreflightError(f"model.name={name} is a LoRA adapter, not a model; {remedy}")
-
-
-def add_lora(model: PreTrainedModel, settings: LoraSettings, task: str) -> PeftModel:
-    """The model with a fresh LoRA adapter; for SEQ_CLS the score head trains in full beside it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    config = LoraConfig(
-        task_type=task,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=settings.target_modules,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    with finding_layers("model.lora", settings.target_modules):
-        return get_peft_model(model, config)
 
 
 def make_trainer(
