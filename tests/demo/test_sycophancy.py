@@ -75,7 +75,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 def question(rubric: str, **texts: str) -> str:
     """The judge's message as Klippo writes it."""
     instruction = INSTRUCTIONS["logprobs", False]
-    return render(load_rubric(rubric), Material(**texts), instruction, max_chars=2000).text
+    return render(load_rubric(rubric), Material(**texts), instruction, max_chars=2000)[0]
 
 
 def test_the_generator_follows_its_seed(parts: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ SPECIAL = re.compile(
 
 def rendered(response: str, *, text: str = "{prompt}\n{response}", **given: object) -> str:
     material = Material(prompt="Why?", response=response)
-    return render(parse_rubric(text, "r.md"), material, "Answer.", max_chars=10_000, **given).text
+    return render(parse_rubric(text, "r.md"), material, "Answer.", max_chars=10_000, **given)[0]
 
 
 def test_the_packaged_rubrics_are_whole() -> None:
@@ -137,10 +137,11 @@ def test_placeholders_in_a_response_are_not_filled() -> None:
 
 def test_a_long_response_is_cut_with_a_mark_and_counted() -> None:
     material = Material(prompt="Why?", response="x" * 50)
-    question = render(parse_rubric("{prompt}{response}", "r"), material, "Answer.", max_chars=20)
-    assert question.was_cut
-    assert "x" * 20 + "\n[cut here: 30 more characters]" in question.text
-    assert "x" * 21 not in question.text
+    rubric = parse_rubric("{prompt}{response}", "r")
+    message, was_cut = render(rubric, material, "Answer.", max_chars=20)
+    assert was_cut
+    assert "x" * 20 + "\n[cut here: 30 more characters]" in message
+    assert "x" * 21 not in message
     assert cut("x" * 20, 20) == ("x" * 20, False)
 
 

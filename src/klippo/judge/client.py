@@ -18,7 +18,7 @@ from klippo.judge import security
 from klippo.judge.messages import Answer, Request
 from klippo.judge.settings import TransportSettings
 from klippo.judge.store import Meter, Spend, Store, Stored
-from klippo.judge.transport import Connections, Exchange, Gate, Timing, Verdict, judge_exchange
+from klippo.judge.transport import Connections, Gate, Timing, Verdict
 from klippo.judge.wire import WIRES, UnreadableError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class JudgeClient:
         self._meter = Meter(settings)
         self._reserved = Spend()
         """By attempts in flight; calls stay spent in any case."""
-        self._connections = Connections(self._url, self._wire, self._secret)
+        self._connections = Connections(self._url, settings.model, self._wire, self._secret)
         self._running: dict[str, _Work] = {}
         self._random = random.Random()  # the pauses; no seed of a run depends on it
         self._fatal: str | None = None
@@ -200,7 +200,7 @@ class JudgeClient:
         if verdict.kind != "retry":  # the gate waits for a 429; what was learned is tried at once
             return 0.0
         wait_s = self._wait_s(work.num_attempts, verdict)
-        logger.debug("judge %s: %s; again in %.2f s", *self._named(verdict.detail), wait_s)
+        self._log(logging.DEBUG, f"{verdict.detail}; again in {wait_s:.2f} s")
         return wait_s
 
     def _body(self, work: _Work) -> dict[str, object]:
@@ -223,12 +223,12 @@ class JudgeClient:
         self._reserved += reserved
         began = time.monotonic()
         try:
-            exchange = await self._connections.post(content, self.settings.timeout_s)
-            verdict = self._judge(work, exchange, began)
+            verdict = await self._connections.post(content, self.settings.timeout_s)
+            verdict = self._note(work, verdict, began)
             counted = verdict.answer or Answer()
             num_tokens = counted.prompt_tokens + counted.completion_tokens
             actual = worst
-            if not exchange.was_sent:
+            if not verdict.was_sent:
                 actual = Spend()
             elif not verdict.is_paid:
                 actual = Spend(calls=1)
@@ -242,7 +242,7 @@ class JudgeClient:
             if verdict.kind == "unusable" and verdict.is_paid:
                 stored = Stored(cause=verdict.cause)
             elif verdict.answer is not None and not work.wants_more_tokens(verdict.answer):
-                stored = Stored(body=exchange.body)
+                stored = Stored(body=verdict.body)
             await self.store.settle(worst - actual, work.key, stored)
         finally:
             self._reserved -= reserved
@@ -252,8 +252,8 @@ class JudgeClient:
             self._warn_once("margin", text)
         return verdict
 
-    def _judge(self, work: _Work, exchange: Exchange, began: float) -> Verdict:
-        verdict = judge_exchange(exchange, self._wire, self.settings.model)
+    def _note(self, work: _Work, verdict: Verdict, began: float) -> Verdict:
+        """Move the gate, and count strays: too many in a row are fatal."""
         if verdict.kind == "answer":
             self._num_strays = 0
             self._gate.succeeded()
@@ -297,7 +297,7 @@ class JudgeClient:
         """True if the next body will be another one, by this refusal or by another request's."""
         lesson = self._wire.learn(body, verdict.error)
         if lesson is not None:
-            logger.info("judge %s: %s from now on (%s)", *self._named(lesson, verdict.detail))
+            self._log(logging.INFO, f"{lesson} from now on ({verdict.detail})")
         if lesson is None and self._body(work) == body:
             return False
         work.num_changes += 1
@@ -332,10 +332,10 @@ class JudgeClient:
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned and len(self._warned) < 100:
             self._warned.add(key)
-            logger.warning("judge %s: %s (said once)", *self._named(text))
+            self._log(logging.WARNING, f"{text} (said once)")
 
-    def _named(self, *texts: str) -> tuple[str, ...]:
-        return (self.settings.model, *(self._hide(text) for text in texts))
+    def _log(self, level: int, text: str) -> None:
+        logger.log(level, "judge %s: %s", self.settings.model, self._hide(text))
 
     def _hide(self, text: str) -> str:
         return text if self._secret is None else self._secret.hide(text)

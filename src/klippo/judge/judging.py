@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import statistics
@@ -66,29 +67,25 @@ def judge_label(settings: JudgeSettings) -> str:
 
 
 def make_request(question: str, source: Source, settings: JudgeSettings, vote: int = 0) -> Request:
-    """One question for the backend."""
+    """One question for the backend; of JSON the rationale is written before the score."""
     rationale = settings.rationale
-    default_tokens = 4 if source == "logprobs" else 600 if rationale else 256
-    return Request(
-        messages=({"role": "user", "content": question},),
-        max_tokens=default_tokens if settings.max_tokens is None else settings.max_tokens,
-        schema=_answer_schema(rationale) if source == "json" else None,
-        labels=LABELS if source == "logprobs" else (),
-        vote=vote,
-        temperature=settings.temperature,
-    )
-
-
-def _answer_schema(rationale: bool) -> dict[str, object]:
-    """The JSON schema of an answer; the rationale is written before the score."""
     properties: dict[str, object] = {"rationale": {"type": "string"}} if rationale else {}
     properties["score"] = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
-    return {
+    schema = {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
     }
+    default_tokens = 4 if source == "logprobs" else 600 if rationale else 256
+    return Request(
+        messages=({"role": "user", "content": question},),
+        max_tokens=default_tokens if settings.max_tokens is None else settings.max_tokens,
+        schema=schema if source == "json" else None,
+        labels=LABELS if source == "logprobs" else (),
+        vote=vote,
+        temperature=settings.temperature,
+    )
 
 
 def absolute(score: float) -> float:
@@ -110,16 +107,12 @@ def count_votes(readings: Sequence[Reading]) -> Reading:
     """The mean of the votes; if fewer than half were read, the most common cause."""
     scores = [reading.score for reading in readings if reading.score is not None]
     rationale = next((r.rationale for r in readings if r.rationale is not None), None)
-    was_cut = readings[0].was_cut
+    counted = replace(readings[0], rationale=rationale)
     if not scores or 2 * len(scores) < len(readings):
         causes = Counter(r.cause or "parse" for r in readings if r.score is None)
-        return Reading(cause=causes.most_common(1)[0][0], rationale=rationale, was_cut=was_cut)
-    return Reading(
-        score=statistics.fmean(scores),
-        spread=statistics.pstdev(scores),
-        rationale=rationale,
-        was_cut=was_cut,
-    )
+        return replace(counted, score=None, cause=causes.most_common(1)[0][0])
+    spread = statistics.pstdev(scores)
+    return replace(counted, score=statistics.fmean(scores), cause=None, spread=spread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,13 +250,11 @@ class Judge:
             return Judgement(reward=None, cause="no_reference")
         judged = await together(self._judge(material, name) for name in self.criteria)
         rewards = {name: reward for one in judged for name, reward in one.parts.items()}
-        causes = [one.cause for one in judged if one.cause is not None]
-        causes.sort(key=lambda cause: cause not in CAN_RETRY)
+        causes = sorted((j.cause for j in judged if j.cause), key=lambda c: c not in CAN_RETRY)
+        weighted = sum(self.weights[name] * reward for name, reward in rewards.items())
         total = sum(self.weights[name] for name in rewards)
         return Judgement(
-            reward=None
-            if causes
-            else sum(self.weights[name] * reward for name, reward in rewards.items()) / total,
+            reward=None if causes else weighted / total,
             cause=next(iter(causes), None),
             parts=rewards,
             scores={name: score for one in judged for name, score in one.scores.items()},
@@ -275,7 +266,6 @@ class Judge:
 
     async def _judge(self, material: Material, name: str) -> Judgement:
         """By one criterion, as the mode wants it."""
-        reward: float | None = None
         reference = Reading()
         orders: dict[str, tuple[float, float]] = {}
         if self.settings.mode == "difference":
@@ -283,11 +273,8 @@ class Judge:
             if reference.score is None:
                 return Judgement(reward=None, cause=reference.cause)
         if self.settings.mode == "pairwise":
-            flipped = Material(
-                prompt=material.prompt,
-                response=material.reference or "",
-                reference=material.response,
-            )
+            response, other = material.response, material.reference or ""
+            flipped = replace(material, response=other, reference=response)
             reading, second = await together(self._votes(m, name) for m in (material, flipped))
             if reading.score is not None and second.score is None:
                 reading = replace(second, was_cut=reading.was_cut)
@@ -298,21 +285,20 @@ class Judge:
                 reading = replace(reading, score=score, spread=spread)
         else:
             reading = await self._votes(material, name)
-        scores: dict[str, float] = {}
+        parts, scores = {}, {}
         if reading.score is not None:
             scores[name] = reading.score
             reward = absolute(reading.score)
             if reference.score is not None:
                 reward = difference(reading.score, reference.score)
-            reward = -reward if self.rubric.lower_is_better else reward
+            parts[name] = -reward if self.rubric.lower_is_better else reward
         if reference.score is not None:
-            scores["reference" if len(self.criteria) == 1 else f"{name}/reference"] = (
-                reference.score
-            )
+            label = "reference" if len(self.criteria) == 1 else f"{name}/reference"
+            scores[label] = reference.score
         return Judgement(
-            reward=reward,
+            reward=parts.get(name),
             cause=reading.cause,
-            parts={} if reward is None else {name: reward},
+            parts=parts,
             scores=scores,
             orders=orders,
             rationales={name: reading.rationale} if reading.rationale else {},
@@ -335,35 +321,24 @@ class Judge:
     async def _votes(self, material: Material, name: str, *, is_policy: bool = True) -> Reading:
         """All votes on one question."""
         assert self.source is not None, "choose_source() comes first"
-        source = self.source
-        return count_votes(
-            await together(
-                self._ask(material, name, source, vote, is_policy=is_policy)
-                for vote in range(self.num_votes)
-            )
-        )
+        asked = functools.partial(self._ask, material, name, self.source, is_policy=is_policy)
+        return count_votes(await together(asked(vote) for vote in range(self.num_votes)))
 
     async def _ask(
-        self,
-        material: Material,
-        name: str,
-        source: Source,
-        vote: int = 0,
-        *,
-        is_policy: bool = True,
+        self, material: Material, name: str, source: Source, vote: int = 0, is_policy: bool = True
     ) -> Reading:
         """One vote. `is_policy`: the policy wrote the response, and may want to be echoed."""
         settings = self.settings
-        question = render(
+        text, was_cut = render(
             self.rubric,
             material,
             INSTRUCTIONS[source, settings.rationale],
             criteria=self.criteria[name],
             max_chars=settings.max_response_chars,
         )
-        answer = await self.backend.ask(make_request(question.text, source, settings, vote))
+        answer = await self.backend.ask(make_request(text, source, settings, vote))
         self.tally.add(answer)
         texts = (material.response, material.reference or "") if is_policy else ()
         judged = texts if settings.mode == "pairwise" else texts[:1]
         reading = read_answer(answer, source, judged=judged, rationale=settings.rationale)
-        return replace(reading, was_cut=question.was_cut)
+        return replace(reading, was_cut=was_cut)

@@ -100,20 +100,17 @@ def parse_json(text: str, judged: tuple[str, ...] = (), *, rationale: bool = Fal
     except (ValueError, RecursionError):
         return Reading(cause="parse")
     keys = ["rationale", "score"] if rationale else ["score"]
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        return Reading(cause="parse")
-    if sorted(key for key, _ in pairs) != keys:  # each once
+    is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+    if not is_object or sorted(key for key, _ in pairs) != keys:  # each once
         return Reading(cause="parse")
     value = dict(pairs)
     reason, score = value.get("rationale"), value["score"]
     if rationale and not isinstance(reason, str):
         return Reading(cause="parse")
     cause = None
-    if isinstance(score, float):
-        cause = "range"
-    elif type(score) is not int:
+    if type(score) not in (int, float):
         cause = "parse"
-    elif not LOWEST <= score <= HIGHEST:
+    elif isinstance(score, float) or not LOWEST <= score <= HIGHEST:
         cause = "range"
     elif _is_echo(body, judged):
         cause = "echo"
@@ -125,15 +122,15 @@ def parse_line(text: str, judged: tuple[str, ...] = ()) -> Reading:
     lines = text.strip(_SPACE).replace("\r\n", "\n").split("\n")
     last = lines[-1].rstrip(" \t")
     before = "\n".join(lines[:-1]).strip() or None
-    match = _LINE.fullmatch(last)
+    match, cause = _LINE.fullmatch(last), None
     if sum(bool(_LOOKS_LIKE.match(line)) for line in lines) > 1 or len(lines[-1].splitlines()) > 1:
-        return Reading(cause="parse", rationale=before)
-    if match is None:
+        cause = "parse"
+    elif match is None:
         cause = "range" if _NUMBER.fullmatch(last) else "parse"
-        return Reading(cause=cause, rationale=before)
-    if _is_echo(last, judged):
-        return Reading(cause="echo", rationale=before)
-    return Reading(score=float(match[1]), rationale=before)
+    elif _is_echo(last, judged):
+        cause = "echo"
+    score = float(match[1]) if match and cause is None else None
+    return Reading(score=score, cause=cause, rationale=before)
 
 
 def _is_echo(said: str, judged: tuple[str, ...]) -> bool:

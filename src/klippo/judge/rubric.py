@@ -56,15 +56,6 @@ class Material:
     reference: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """A rendered rubric."""
-
-    text: str
-    was_cut: bool
-    """True if the response or the reference was longer than the judge is shown."""
-
-
 def packaged() -> list[str]:
     """Names of the rubrics that ship with Klippo."""
     folder = resources.files(__package__) / RUBRICS
@@ -94,39 +85,34 @@ def load_rubric(name: str) -> Rubric:
 def parse_rubric(text: str, name: str) -> Rubric:
     """A rubric from its text. Raises ConfigError that names all missing placeholders at once."""
     text = text.replace("\r\n", "\n")
-    head: dict[str, str] = {}
+    head: object = {}
     if match := _HEAD.match(text):
-        head, text = _head(match[1], name), text[match.end() :]
-    rubric = Rubric(
-        name=name,
-        text=text.strip(),
-        lower_is_better=head.get("better") == "low",
-        criteria=head.get("criteria", "").strip(),
-    )
-    missing = [word for word in NAMES[:2] if word not in rubric.placeholders]
-    if missing:
-        raise ConfigError(
-            f"rubric={name}: {' and '.join('{' + word + '}' for word in missing)} missing; the "
-            "judge would not see what it judges: write each where that text belongs, braces "
-            "included"
-        )
-    return rubric
-
-
-def _head(text: str, name: str) -> dict[str, str]:
-    try:
-        head = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"rubric={name}: the head between the --- lines is not YAML ({error})"
-        ) from (None)
+        text = text[match.end() :]
+        try:
+            head = yaml.safe_load(match[1])
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"rubric={name}: the head between the --- lines is not YAML ({error})"
+            ) from None
     if not isinstance(head, dict) or not {*head} <= {"better", "criteria"}:
         raise ConfigError(
             f"rubric={name}: the head between the --- lines may hold better and criteria alone"
         )
     if head.get("better", "high") not in ("high", "low"):
         raise ConfigError(f"rubric={name}: better={head['better']} must be high or low")
-    return {key: str(value) for key, value in head.items()}
+    rubric = Rubric(
+        name=name,
+        text=text.strip(),
+        lower_is_better=head.get("better") == "low",
+        criteria=str(head.get("criteria", "")).strip(),
+    )
+    missing = ["{" + word + "}" for word in NAMES[:2] if word not in rubric.placeholders]
+    if missing:
+        raise ConfigError(
+            f"rubric={name}: {' and '.join(missing)} missing; the judge would not see what it "
+            "judges: write each where that text belongs, braces included"
+        )
+    return rubric
 
 
 def render(
@@ -136,10 +122,11 @@ def render(
     *,
     criteria: str | None = None,
     max_chars: int,
-) -> Question:
+) -> tuple[str, bool]:
     """The judge's message: how to read the data, the rubric with the data in it, how to answer.
 
-    Prompt, response and reference are cleaned and fenced; the last two are cut to `max_chars`.
+    Prompt, response and reference are cleaned and fenced; the last two are cut to `max_chars`, and
+    True says that a text which the judge is shown was longer.
     """
     response, cut_response = cut(clean(material.response), max_chars)
     reference, cut_reference = cut(clean(material.reference or ""), max_chars)
@@ -150,7 +137,7 @@ def render(
     body = _PLACEHOLDER.sub(lambda word: values[word[1]], rubric.text)
     sections = [PREAMBLE.replace("{fence}", fence), body, instruction]
     shows_cut_reference = cut_reference and "reference" in rubric.placeholders
-    return Question(text="\n\n".join(sections), was_cut=cut_response or shows_cut_reference)
+    return "\n\n".join(sections), cut_response or shows_cut_reference
 
 
 def check_settings(settings: JudgeSettings, columns: Iterable[str] | None = None) -> Rubric:

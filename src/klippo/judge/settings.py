@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -15,30 +14,12 @@ from klippo.settings import Settings
 KEY_FIELDS = ("api_key", "apikey", "api-key", "key", "token", "api_token", "openai_api_key")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preset:
-    """A provider's defaults."""
-
-    base_url: str | None
-    api_key_env: str | None
-    protocol: Literal["openai_chat", "anthropic_messages"] = "openai_chat"
-
-
-PRESETS: Mapping[str, Preset] = {
-    "openai": Preset(base_url="https://api.openai.com/v1", api_key_env="OPENAI_API_KEY"),
-    "anthropic": Preset(
-        base_url="https://api.anthropic.com/v1",
-        api_key_env="ANTHROPIC_API_KEY",
-        protocol="anthropic_messages",
-    ),
-    "gemini": Preset(
-        base_url="https://generativelanguage.googleapis.com/v1beta/openai",
-        api_key_env="GEMINI_API_KEY",
-    ),
-    "vllm": Preset(base_url=None, api_key_env=None),
-    "ollama": Preset(base_url=None, api_key_env=None),
-    "local": Preset(base_url=None, api_key_env=None),
+PRESETS: Mapping[str, tuple[str, str]] = {
+    "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+    "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
+    "gemini": ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
 }
+"""Defaults of base_url and api_key_env by provider; the others have none."""
 
 
 class TransportSettings(Settings):
@@ -120,20 +101,26 @@ class TransportSettings(Settings):
         return self
 
     @property
+    def _preset(self) -> tuple[str, str] | tuple[None, None]:
+        return PRESETS.get(self.provider, (None, None))
+
+    @property
     def url(self) -> str | None:
         """base_url, or the provider's, without a slash at its end."""
-        url = self.base_url or PRESETS[self.provider].base_url
+        url = self.base_url or self._preset[0]
         return None if url is None else url.rstrip("/")
 
     @property
     def wire_format(self) -> Literal["openai_chat", "anthropic_messages"]:
         """protocol, or the provider's."""
-        return self.protocol or PRESETS[self.provider].protocol
+        if self.protocol is not None:
+            return self.protocol
+        return "anthropic_messages" if self.provider == "anthropic" else "openai_chat"
 
     @property
     def key_variable(self) -> str | None:
         """api_key_env, or the provider's."""
-        return self.api_key_env or PRESETS[self.provider].api_key_env
+        return self.api_key_env or self._preset[1]
 
     @property
     def prices(self) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -45,21 +45,8 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
-    """What came back from one attempt."""
-
-    status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    problem: str | None = None
-    """`timeout`, `too_large`, or what broke the connection."""
-    was_sent: bool = True
-    """False if no server was reached."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What an exchange means for the request, the client and the budget."""
+    """What one attempt means for the request, the client and the budget."""
 
     kind: Literal["answer", "retry", "limited", "refused", "unusable", "fatal"]
     """`limited`: 429; `refused`: a 400, from which something may be learned; `unusable`: this row
@@ -69,10 +56,14 @@ class Verdict:
     cause: str | None = None
     """Of `unusable`, and of `retry` if no attempt is left."""
     answer: Answer | None = None
+    body: bytes = b""
+    """That the answer was read from."""
     error: JSON = field(default_factory=dict)
     """The body of a refusal."""
     is_paid: bool = True
     """False if the server cannot have charged for it."""
+    was_sent: bool = True
+    """False if no server was reached."""
     is_stray: bool = False
     """True for a 200 that no judge sends; three in a row are fatal."""
     pause_s: float | None = None
@@ -86,8 +77,8 @@ class Connections:
     costs more than the call.
     """
 
-    def __init__(self, url: str, wire: Wire, secret: security.Secret | None) -> None:
-        self._url, self._wire, self._secret = url, wire, secret
+    def __init__(self, url: str, model: str, wire: Wire, secret: security.Secret | None) -> None:
+        self._url, self._model, self._wire, self._secret = url, model, wire, secret
         self._all: list[httpx2.AsyncClient] = []
         self._idle: list[httpx2.AsyncClient] = []
         self._opening = asyncio.Lock()
@@ -108,28 +99,31 @@ class Connections:
             is_https = self._url.startswith("https://")
             self._tls = httpx2.create_ssl_context() if is_https else False
 
-    async def post(self, body: bytes, timeout_s: float) -> Exchange:
-        """One POST under a total deadline; whatever goes wrong is in the Exchange."""
+    async def post(self, content: bytes, timeout_s: float) -> Verdict:
+        """One POST under a total deadline; whatever goes wrong is in the Verdict."""
         import httpx2
 
         client = self._idle.pop() if self._idle else self._new()
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                client.stream("POST", self._url, content=body) as response,
+                client.stream("POST", self._url, content=content) as response,
             ):
-                exchange = await _receive(response, BODY_CAP)
+                body, problem = await _receive(response, BODY_CAP)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol) as error:
-            return Exchange(problem=f"no connection ({type(error).__name__})", was_sent=False)
+            detail = f"no connection ({type(error).__name__})"
+            return Verdict(kind="retry", detail=detail, is_paid=False, was_sent=False)
         except (TimeoutError, httpx2.TimeoutException):
-            return Exchange(problem="timeout")
+            return Verdict(kind="retry", detail="timeout")
         except (httpx2.HTTPError, httpx2.StreamError, OSError, zlib.error) as error:
-            return Exchange(problem=f"broken connection ({type(error).__name__})")
+            return Verdict(kind="retry", detail=f"broken connection ({type(error).__name__})")
         finally:
             self._idle.append(client)
-        if self._secret is None:
-            return exchange
-        return replace(exchange, body=self._secret.hide_in(exchange.body))  # a server may echo it
+        if self._secret is not None:  # a server may echo it
+            body = self._secret.hide_in(body)
+        if response.status_code != 200:
+            return _judge_failure(response.status_code, response.headers, body, self._model)
+        return _judge_success(body, problem, self._wire)
 
     async def close(self) -> None:
         """Close them all."""
@@ -161,43 +155,30 @@ class Connections:
         return request
 
 
-async def _receive(response: httpx2.Response, cap: int) -> Exchange:
-    """The body, unpacked here so that no more than the cap is ever held."""
+async def _receive(response: httpx2.Response, cap: int) -> tuple[bytes, str | None]:
+    """The body, unpacked here so that no more than the cap is ever held; what is wrong with it."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    problem = None
+    if encoding not in ("identity", "", "gzip", "x-gzip"):
+        return b"", f"encoding {encoding[:20]}"
+    unpacking = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
     body = bytearray()
-    if encoding in ("identity", "", "gzip", "x-gzip"):
-        unpacking = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
-        async for chunk in response.aiter_raw():
-            room = cap + 1 - len(body)
-            body += chunk[:room] if unpacking is None else unpacking.decompress(chunk, room)
-            if len(body) > cap:
-                problem = "too_large"
-                break
-        if problem is None and unpacking is not None and not unpacking.eof:
-            problem, body = "body cut short", bytearray()
-    else:
-        problem = f"encoding {encoding[:20]}"
-    return Exchange(
-        status=response.status_code,
-        headers=dict(response.headers),
-        body=bytes(body[:cap]),
-        problem=problem,
-    )
+    async for chunk in response.aiter_raw():
+        room = cap + 1 - len(body)
+        body += chunk[:room] if unpacking is None else unpacking.decompress(chunk, room)
+        if len(body) > cap:
+            return bytes(body[:cap]), "too_large"
+    if unpacking is not None and not unpacking.eof:
+        return b"", "body cut short"
+    return bytes(body), None
 
 
-def judge_exchange(exchange: Exchange, wire: Wire, model: str) -> Verdict:
-    """What to do about an exchange."""
-    if exchange.status is None:
-        return Verdict(kind="retry", detail=exchange.problem or "", is_paid=exchange.was_sent)
-    if exchange.status != 200:
-        return _judge_failure(exchange, exchange.status, model)
-    if exchange.problem == "too_large":
+def _judge_success(body: bytes, problem: str | None, wire: Wire) -> Verdict:
+    if problem == "too_large":
         return Verdict(kind="unusable", cause="too_large", detail="an answer over 256 KB")
-    if exchange.problem is not None:
-        return Verdict(kind="retry", detail=exchange.problem)
+    if problem is not None:
+        return Verdict(kind="retry", detail=problem)
     try:
-        return Verdict(kind="answer", answer=wire.read(exchange.body))
+        return Verdict(kind="answer", answer=wire.read(body), body=body)
     except UnreadableError as error:
         return Verdict(
             kind="retry" if error.can_retry else "unusable",
@@ -207,14 +188,14 @@ def judge_exchange(exchange: Exchange, wire: Wire, model: str) -> Verdict:
         )
 
 
-def _judge_failure(exchange: Exchange, status: int, model: str) -> Verdict:
+def _judge_failure(status: int, headers: Mapping[str, str], body: bytes, model: str) -> Verdict:
     try:
-        error = parse_body(exchange.body)
+        error = parse_body(body)
     except UnreadableError:
         error = {}
     codes = error_codes(error)
     said = f"{status}: {error_text(error)}" if error else str(status)
-    pause_s = retry_after_s(exchange.headers)
+    pause_s = retry_after_s(headers)
     if status == 402 or codes & NO_CREDIT or "credit balance" in said.lower():
         fatal = f"no credit is left ({said}); top it up"
     elif status in (401, 403):
@@ -227,7 +208,7 @@ def _judge_failure(exchange: Exchange, status: int, model: str) -> Verdict:
     elif _is_wrong_model(status, codes, error, model):
         fatal = f"no model {model} there ({said})"
     elif status in (404, 405, 410) or status < 400:
-        location = exchange.headers.get("location", "")
+        location = headers.get("location", "")
         moved = f"; it points to {location[:200]}, which is not followed" if location else ""
         fatal = f"no judge answers at base_url ({said}{moved}); is base_url right? most end in /v1"
     elif codes & {"content_filter", "content_policy_violation"}:

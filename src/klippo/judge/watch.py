@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,14 +105,12 @@ class Watch:
 
     def state_dict(self) -> dict[str, object]:
         """All counts, as JSON holds them."""
-        counts = {name: value for name, value in vars(self).items() if name != "settings"}
-        return {n: list(value) if isinstance(value, list) else value for n, value in counts.items()}
+        return copy.deepcopy({n: value for n, value in vars(self).items() if n != "settings"})
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue from `state`."""
         for name in self.state_dict():
-            value = state[name]
-            setattr(self, name, list(value) if isinstance(value, list) else value)
+            setattr(self, name, copy.deepcopy(state[name]))
 
 
 def share(flags: Sequence[bool]) -> float:

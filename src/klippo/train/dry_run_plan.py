@@ -206,14 +206,14 @@ def _spend(
 
 def _request(judge: Judge, criterion: str, source: Source, sizes: tuple[int, int, int]) -> Request:
     prompt, response, reference = ("x" * size for size in sizes)
-    question = render(
+    text, _ = render(
         judge.rubric,
         Material(prompt=prompt, response=response, reference=reference),
         INSTRUCTIONS[source, judge.settings.rationale],
         criteria=judge.criteria[criterion],
         max_chars=10**9,
     )
-    return make_request(question.text, source, judge.settings)
+    return make_request(text, source, judge.settings)
 
 
 def _answered_at_once(judge: Judge, criterion: str, sizes: tuple[int, int, int]) -> Spend:
