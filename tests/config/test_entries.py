@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klippo.config.entries import load_entries
-from klippo.config.load import config_from_mapping, load_config, to_yaml
+from klippo.config.load import config_from_mapping, load_config, merge, to_yaml
 from klippo.config.located import locate
-from klippo.config.merge import merge
 from klippo.config.schema import RunConfig, WholeConfig
 from klippo.errors import ConfigError
 from klippo.rewards.settings import LengthSettings

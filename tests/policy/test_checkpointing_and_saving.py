@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from klippo.policy.adapters import POLICY
-from klippo.policy.saving import VALUE_HEAD_FILE, save_policy
 from klippo.policy.settings import CriticSettings
+from klippo.policy.weights import VALUE_HEAD_FILE, save_policy
 from tests.policy.test_critics import CRITICS, TOKENS
 from tests.policy.test_reference import logprobs_of
 from tests.tolerance import FLOAT64

@@ -125,8 +125,7 @@ def load(
 ) -> LoadedConfig[C]:
     """The config that the command line asks for. Raises ConfigError."""
     from klippo.config.entries import FOLDER, load_entries
-    from klippo.config.load import load_config
-    from klippo.config.merge import seed_overrides
+    from klippo.config.load import load_config, seed_overrides
 
     words = [*([] if run is None else [run]), *(overrides or [])]
     if configs:

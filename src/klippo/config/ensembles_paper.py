@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from klippo.config.load import COMMAND_LINE, merge, nest
 from klippo.config.located import Located, Problem, locate, write_value
-from klippo.config.merge import COMMAND_LINE, merge, nest
 from klippo.config.problems import choice_rule
 from klippo.config.schema import RunConfig
 from klippo.errors import nearest

@@ -8,9 +8,18 @@ from functools import partial
 from pathlib import Path
 
 from klippo.config import ensembles_paper
-from klippo.config.load import C, LoadedConfig, config_error, read_text, resolve
+from klippo.config.load import (
+    COMMAND_LINE,
+    C,
+    LoadedConfig,
+    config_error,
+    merge,
+    parse_overrides,
+    read_text,
+    resolve,
+    seed_overrides,
+)
 from klippo.config.located import Located, Problem, read_yaml, write_value
-from klippo.config.merge import COMMAND_LINE, merge, parse_overrides, seed_overrides
 from klippo.config.schema import RunConfig
 from klippo.errors import ConfigError
 

@@ -27,12 +27,12 @@ from klippo.config.located import (
     write_value,
     write_yaml,
 )
-from klippo.config.merge import COMMAND_LINE, merge, parse_overrides
-from klippo.config.problems import describe
+from klippo.config.problems import Section, by_kind, child, describe
 from klippo.config.schema import RunConfig, WholeConfig
 from klippo.errors import ConfigError, nearest
 
 DEFAULT = "default"
+COMMAND_LINE = "command line"
 RECIPES = "klippo.recipes"
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
@@ -263,9 +263,11 @@ def _fill(node: Located, path: KeyPath, seed: object, problems: list[Problem]) -
     items = dict(node.items())
     kind, seeds = (items[key].value if key in items else None for key in ("kind", "seeds"))
     kept = "members" if kind == "ensemble" and (seed is None or seeds is not None) else None
-    return node.map(
-        lambda key, item: item if key == kept else _fill(item, (*path, key), seed, problems)
-    )
+    filled = {
+        key: item if key == kept else _fill(item, (*path, key), seed, problems)
+        for key, item in items.items()
+    }
+    return Located(filled if isinstance(node.value, dict) else list(filled.values()), node.origin)
 
 
 def _folder(text: str, words: dict[str, object]) -> str:
@@ -285,3 +287,52 @@ def _unfilled(folder: Located, words: dict[str, object]) -> Iterator[Problem]:
             yield Problem(folder.origin, f"{rule}; use {', '.join(first)} or {last}")
         elif words[word] is None:
             yield Problem(folder.origin, f"{rule}; add --rm_seed 3 or rm_seed: 3")
+
+
+def merge(base: Located, over: Located, annotation: object = object) -> Located:
+    """`over` on top of `base`: mappings merge, everything else replaces.
+
+    A section whose `kind` changes is replaced, for the keys of one kind mean nothing to another.
+    `annotation` is the type of the value: a schema, or `object` if no schema knows it.
+    """
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    old, new = base.value.get("kind"), over.value.get("kind")
+    if by_kind(annotation) and old and new and old.value != new.value:
+        return over
+    kind = new or old
+    merged = dict(base.value)
+    for key, value in over.value.items():
+        inner = child(annotation, key, kind.value if kind else None)
+        merged[key] = merge(merged[key], value, inner) if key in merged else value
+    return Located(merged, base.origin)
+
+
+def nest(key: str, value: Located) -> Located:
+    """Mappings around `value`, one per word of the dotted key, of the same origin."""
+    for word in reversed(key.split(".")):
+        value = Located({word: value}, value.origin)
+    return value
+
+
+def parse_overrides(overrides: Sequence[str], schema: Section) -> tuple[Located, list[Problem]]:
+    """All overrides as one tree, so that their order only matters for the same key."""
+    tree, problems = Located({}, COMMAND_LINE), []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            what = f"{override}: needs key=value, as in ppo.num_steps=200"
+            problems.append(Problem(COMMAND_LINE, what))
+            continue
+        value, broken = read_yaml(text if text.strip() else "null", lambda _: COMMAND_LINE)
+        problems += [Problem(p.origin, f"{override}: {p.text}; quotes help") for p in broken]
+        if not broken:
+            tree = merge(tree, nest(key, value), schema)
+    return tree, problems
+
+
+def seed_overrides(rm_seed: int | None = None, rng_seed: int | None = None) -> list[str]:
+    """What `--rm_seed` and `--rng_seed` stand for."""
+    given = {"rm_seed": rm_seed, "seed": rng_seed}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]

@@ -46,12 +46,6 @@ class Located:
             return [item.plain() for item in self.value]
         return self.value
 
-    def map(self, change: Callable[[str | int, Located], Located]) -> Located:
-        """The same mapping or list with changed items."""
-        changed = {key: change(key, item) for key, item in self.items()}
-        is_list = isinstance(self.value, list)
-        return Located(list(changed.values()) if is_list else changed, self.origin)
-
     def origin_at(self, path: KeyPath) -> str:
         """Where `path` was given, or else the deepest of its parents that was given."""
         node = self

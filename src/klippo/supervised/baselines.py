@@ -22,8 +22,8 @@ from klippo.data.rows import load_rows
 from klippo.errors import ConfigError
 from klippo.evaluation.statistics import compare_paired
 from klippo.policy.loading import LoadedPolicy, load_policy
-from klippo.policy.saving import save_model
 from klippo.policy.settings import CriticSettings
+from klippo.policy.weights import save_model
 from klippo.runs.folder import CONFIG_FILE, MODEL_DIR, RunFolder, write_text
 from klippo.supervised.settings import TrainingSettings
 from klippo.supervised.sft import (

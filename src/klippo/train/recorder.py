@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from klippo.config.load import to_yaml
 from klippo.errors import HealthError
 from klippo.evaluation.samples import SampleRow, evaluate, summarize
-from klippo.policy.saving import save_policy
 from klippo.policy.sharding import full_weights, is_sharded
+from klippo.policy.weights import save_policy
 from klippo.ppo.update import parts_of
 from klippo.ranks import warn
 from klippo.runs.folder import (
