@@ -9,7 +9,7 @@ import torch
 
 from klippo.policy.settings import CriticSettings
 from klippo.ppo.experience import Experience
-from klippo.ppo.learner import build_schedule
+from klippo.ppo.optimizer import build_schedule
 from klippo.ppo.settings import OptimizerSettings
 from klippo.types import Scores
 from tests.ppo.test_experience import REWARD, learner, learnt_gradients

@@ -126,9 +126,9 @@ def go_on(ranks: Ranks, held: Sharding) -> dict:
 
     first = start()
     first.learn(first.experience(rollout, scores))
-    then = ranks.gather(first.tensors())[0]
+    then = ranks.gather(first.optimizer.tensors())[0]
     second = start()
-    second.load_tensors(copy.deepcopy(then))  # it goes on in what it loads
+    second.optimizer.load_tensors(copy.deepcopy(then))  # it goes on in what it loads
     second.load_state_dict(first.state_dict())
     second.learn(second.experience(rollout, scores))
     with full_weights(second.policy):

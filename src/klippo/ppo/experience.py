@@ -68,9 +68,9 @@ class Experience:
         """These rows alone, without the columns that are padding in all of them."""
         tokens = self.tokens.rows(index)
         width = tokens.response_mask.shape[1]
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = ((field.name, getattr(self, field.name)) for field in fields(self))
         cut: dict[str, Any] = {
-            name: x[index, :width] for name, x in columns.items() if isinstance(x, Tensor)
+            name: x[index, :width] for name, x in columns if isinstance(x, Tensor)
         }
         return replace(self, tokens=tokens, **cut)
 
@@ -104,7 +104,8 @@ def build_experience(
     compared = reward if scores.baseline is None else reward - scores.baseline.to(reward)
     shaped = shape_scores(score, compared, rollout.finished, moments, ranks.all_sum)
     token_kl = k1(forward.logprobs, ref_logprobs)
-    token_rewards = token_scores(shaped, mask)
+    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+    token_rewards = shaped.new_zeros(mask.shape).scatter(1, last, shaped[:, None])
     if kl.placement == "reward":
         token_rewards = token_rewards - kl_coef * token_kl
     token_rewards = torch.where(mask, token_rewards, torch.zeros_like(token_rewards))
@@ -186,14 +187,6 @@ def shape_scores(
     if settings.clip is not None:
         scores = scores.clamp(-settings.clip, settings.clip)
     return scores
-
-
-def token_scores(scores: Tensor, mask: Tensor) -> Tensor:
-    """The score (B,) on each row's last real token, zero elsewhere; (B, T)."""
-    lengths = mask.sum(1)
-    last = (lengths - 1).clamp(min=0)[:, None]
-    landed = torch.where(lengths > 0, scores, torch.zeros_like(scores))
-    return scores.new_zeros(mask.shape).scatter(1, last, landed[:, None])
 
 
 def _engine_weights(

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
 from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.ppo.experience import Experience, Forward, build_experience
-from klippo.ppo.optimizer import Optimizer, Tensors
+from klippo.ppo.optimizer import Optimizer, build_schedule
 from klippo.ppo.settings import KLSettings, OptimizerSettings, PPOSettings, ScoreSettings
-from klippo.ppo.update import parts_of, ppo_update
+from klippo.ppo.update import loss_of, parts_of, ppo_update, warm_up_loss
 from klippo.ranks import Ranks
 from klippo.tensors.estimators import RunningMoments
 from klippo.types import Metrics, Rollout, Scores
@@ -117,14 +117,17 @@ class Learner:
         if experience.num_scored == 0:
             stats: Metrics = {"update/num_optimizer_steps": 0.0}
         else:
+            loss = partial(warm_up_loss, self.ppo, self.policy)
+            if not self._is_warming_up:
+                coef = 0.0 if self.kl.placement == "reward" else self.kl_controller.coef
+                reference = self.reference if self.kl.placement == "exact" else None
+                loss = partial(loss_of, self.ppo, self.policy, kl_coef=coef, exact_kl_to=reference)
             stats = ppo_update(
                 self.ppo,
+                loss,
                 self.policy,
                 self.optimizer,
                 experience,
-                kl_in_loss_coef=0.0 if self.kl.placement == "reward" else self.kl_controller.coef,
-                exact_kl_to=self.reference if self.kl.placement == "exact" else None,
-                critic_only=self._is_warming_up,
                 generator=self.generator,
                 ranks=self.ranks,
             )
@@ -136,26 +139,6 @@ class Learner:
         self.scheduler.step()
         self.num_steps_done += 1
         return experience.metrics | stats
-
-    def tensors(self) -> Tensors:
-        """What training has changed; see `Optimizer.tensors`. Every process must call it."""
-        return self.optimizer.tensors()
-
-    def load_tensors(self, tensors: Tensors) -> None:
-        """Take over what `tensors` gave the first process; every process needs all of it.
-
-        Raises ConfigError if they are another model's.
-        """
-        require_same_shapes(self._trainable(), tensors["weights"])
-        self.optimizer.load_tensors(tensors)
-
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """The same for the weights alone, in this process, if the policy's are not sharded."""
-        named = self._trainable()
-        require_same_shapes(named, weights)
-        for name, parameter in named.items():
-            parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
         """All other state, as JSON holds it."""
@@ -177,9 +160,6 @@ class Learner:
     def _schedule(self, num_steps_done: int = 0) -> LambdaLR:
         settings, num_steps = self.optimizer_settings, self.ppo.num_steps
         return build_schedule(self.optimizer.adam, settings, num_steps, num_steps_done)
-
-    def _trainable(self) -> dict[str, Parameter]:
-        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
     @property
     def _is_warming_up(self) -> bool:
@@ -209,43 +189,6 @@ class KLController:
             return
         error = min(max(sequence_kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_episodes / self.horizon
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer,
-    settings: OptimizerSettings,
-    num_steps: int,
-    num_steps_done: int = 0,
-) -> LambdaLR:
-    """Linear warm-up, then constant, linear or cosine decay, counted in PPO steps."""
-    warmup, end = settings.num_warmup_steps, settings.num_decay_steps or num_steps
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if settings.schedule == "constant":
-            return 1.0
-        progress = min((step - warmup) / max(end - warmup, 1), 1.0)
-        remaining = 1 - progress
-        if settings.schedule == "cosine":
-            remaining = 0.5 * (1 + math.cos(math.pi * progress))
-        return settings.final_fraction + (1 - settings.final_fraction) * remaining
-
-    return LambdaLR(optimizer, factor, last_epoch=num_steps_done - 1)
-
-
-def require_same_shapes(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError if tensors of a checkpoint are not those of this policy and critic."""
-    for name in sorted(expected.keys() | stored.keys()):
-        there, here = (
-            f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such weight"
-            for tensors in (stored, expected)
-        )
-        if there != here:
-            raise ConfigError(
-                f"the checkpoint is of another model: {name} has {there} there and {here} in this "
-                "policy and critic; resume with the model that the run began with"
-            )
 
 
 def require_equal_shares(ppo: PPOSettings, ranks: Ranks) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
+from klippo.errors import ConfigError
 from klippo.policy.actor_critic import ActorCritic, Reference
 from klippo.policy.sharding import (
     full_tensor,
@@ -108,7 +110,10 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def tensors(self) -> Tensors:
-        """Full ones; with shards the first process gets them, and the others empty ones."""
+        """What training has changed, without copies. Every process must call it.
+
+        With shards the first process gets full tensors, and the others empty ones.
+        """
         states = {
             f"{key}/{name}": value
             for name, parameter in self._named.items()
@@ -121,7 +126,11 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Tensors) -> None:
-        """Take over what `tensors` gave the first process; every process needs all of it."""
+        """Take over what `tensors` gave the first process; every process needs all of it.
+
+        Raises ConfigError if they are another model's.
+        """
+        require_same_shapes(self._named, tensors["weights"])
         for name, parameter in self._named.items():
             parameter.copy_(shard_like(tensors["weights"][name], parameter))
         self.adam.state.clear()
@@ -131,3 +140,47 @@ class Optimizer:
             if value.shape == parameter.shape:  # a moment, and no count of steps
                 value = shard_like(value, parameter)
             self.adam.state[parameter][field] = value.to(parameter.device)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The same for the weights alone, in this process, if the policy's are not sharded."""
+        require_same_shapes(self._named, weights)
+        for name, parameter in self._named.items():
+            parameter.copy_(weights[name])
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    settings: OptimizerSettings,
+    num_steps: int,
+    num_steps_done: int = 0,
+) -> LambdaLR:
+    """Linear warm-up, then constant, linear or cosine decay, counted in PPO steps."""
+    warmup, end = settings.num_warmup_steps, settings.num_decay_steps or num_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if settings.schedule == "constant":
+            return 1.0
+        progress = min((step - warmup) / max(end - warmup, 1), 1.0)
+        remaining = 1 - progress
+        if settings.schedule == "cosine":
+            remaining = 0.5 * (1 + math.cos(math.pi * progress))
+        return settings.final_fraction + (1 - settings.final_fraction) * remaining
+
+    return LambdaLR(optimizer, factor, last_epoch=num_steps_done - 1)
+
+
+def require_same_shapes(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError if tensors of a checkpoint are not those of this policy and critic."""
+    for name in sorted(expected.keys() | stored.keys()):
+        there, here = (
+            f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such weight"
+            for tensors in (stored, expected)
+        )
+        if there != here:
+            raise ConfigError(
+                f"the checkpoint is of another model: {name} has {there} there and {here} in this "
+                "policy and critic; resume with the model that the run began with"
+            )

@@ -46,34 +46,25 @@ class Minibatch(NamedTuple):
 
 def ppo_update(
     settings: PPOSettings,
+    loss: Loss,
     policy: ActorCritic,
     optimizer: Optimizer,
     experience: Experience,
     *,
-    kl_in_loss_coef: float,
-    exact_kl_to: Reference | None = None,
-    critic_only: bool,
     generator: torch.Generator,
     ranks: Ranks,
 ) -> Metrics:
     """Run `num_epochs` passes; returns means over the optimizer steps.
 
-    `experience` holds this process's rows, an equal share of the batch. `critic_only` trains the
-    critic's own weights and leaves the policy alone. `generator` (CPU) shuffles the rows, from the
-    same state on every process. With `exact_kl_to` the KL in the loss is the exact one.
+    `experience` holds this process's rows, an equal share of the batch. `generator` (CPU) shuffles
+    the rows, from the same state on every process.
     """
-    loss: Loss = partial(warm_up_loss, settings, policy)
-    if not critic_only:
-        loss = partial(loss_of, settings, policy, kl_coef=kl_in_loss_coef, exact_kl_to=exact_kl_to)
     limit = math.inf if settings.target_kl is None else settings.target_kl
     results: list[Minibatch] = []
     policy.train()
     for rows in minibatches(settings, experience, generator, ranks):
-        num_tokens = float(ranks.all_sum(experience.mask[rows].sum()))
-        parts = parts_of(settings, experience.tokens, rows, ranks=ranks)
-        means = add_gradients(loss, optimizer, experience, parts, num_tokens, ranks)
-        results.append(step(optimizer, means, settings.ratio_threshold))
-        if means.get("update_kl", 0.0) > limit:
+        results.append(learn_minibatch(settings, loss, optimizer, experience, rows, ranks))
+        if results[-1].means.get("update_kl", 0.0) > limit:
             break
     policy.eval()
     return summary(results, limit)
@@ -110,16 +101,9 @@ def loss_of(
     """PPO's objective on a micro-batch, by one pass over trunk, critic and LM head."""
     tokens, temperature = batch.tokens, batch.temperature
     hidden = policy.lm.hidden(tokens)
-    inputs = {
-        "values": policy.critic(tokens, hidden, after_last=False),
-        "old_logprobs": batch.old_logprobs,
-        "old_values": batch.old_values,
-        "advantages": batch.advantages,
-        "returns": batch.returns,
-        "ref_logprobs": batch.ref_logprobs,
-    }
-    if batch.weights is not None:
-        inputs["weights"] = batch.weights
+    names = ("old_logprobs", "old_values", "advantages", "returns", "ref_logprobs", "weights")
+    inputs = {name: x for name in names if (x := getattr(batch, name)) is not None}
+    inputs["values"] = policy.critic(tokens, hidden, after_last=False)
     if kl_coef > 0 and exact_kl_to is not None:
         inputs["exact_kl"] = exact_kl_to.kl_from(policy.lm, tokens, temperature, hidden)
     return policy.lm.loss(
@@ -149,41 +133,37 @@ def warm_up_loss(
     return losses.sum(), logged.double().sum(0)
 
 
-def add_gradients(
+def learn_minibatch(
+    settings: PPOSettings,
     loss: Loss,
     optimizer: Optimizer,
     experience: Experience,
-    parts: Sequence[Tensor],
-    num_tokens: float,
+    rows: Tensor,
     ranks: Ranks,
-) -> dict[str, float]:
-    """Add up this process's gradients over its micro-batches; returns means over all tokens.
+) -> Minibatch:
+    """Add up the gradients of micro-batches; one optimizer step, or none if it would do harm.
 
-    Every token of the optimizer step weighs the same, whatever its micro-batch or process; without
-    any token there are no means, and the step will be skipped.
+    Every token of the step weighs the same, whatever its micro-batch or process.
     """
+    num_tokens = float(ranks.all_sum(experience.mask[rows].sum()))
     sums: list[Tensor] = []
 
-    def mean_loss(rows: Tensor) -> Tensor:
-        total, logged = loss(experience.rows(rows))
+    def mean_loss(part: Tensor) -> Tensor:
+        total, logged = loss(experience.rows(part))
         sums.append(logged)
         return total / max(num_tokens, 1)
 
-    optimizer.backward([partial(mean_loss, rows) for rows in parts])
+    parts = parts_of(settings, experience.tokens, rows, ranks=ranks)
+    optimizer.backward([partial(mean_loss, part) for part in parts])
     totals = ranks.all_sum(torch.stack(sums).sum(0)).tolist()
-    if num_tokens == 0:
-        return {}
-    return {name: total / num_tokens for name, total in zip(LOGGED, totals, strict=True)}
-
-
-def step(optimizer: Optimizer, means: dict[str, float], ratio_threshold: float | None) -> Minibatch:
-    """One optimizer step, or none if it would do harm."""
+    means = {name: total / max(num_tokens, 1) for name, total in zip(LOGGED, totals, strict=True)}
+    threshold = math.inf if settings.ratio_threshold is None else settings.ratio_threshold
     skipped: Skip | None = None
-    if not means:
-        skipped = "empty"
+    if num_tokens == 0:
+        skipped, means = "empty", {}
     elif not all(math.isfinite(means[name]) for name in ("policy_loss", "value_loss", "ratio")):
         skipped = "loss"
-    elif ratio_threshold is not None and means["ratio"] > ratio_threshold:
+    elif means["ratio"] > threshold:
         skipped = "ratio"
     if skipped is not None:
         optimizer.forget()

@@ -105,7 +105,7 @@ class Keeper:
         if moment is None or moment.step in (self.newest, self._first_step):
             return False
         self._session.ranks.on_main(lambda: sync_lines(self._run))
-        tensors = learner.tensors()
+        tensors = learner.optimizer.tensors()
 
         def write() -> None:
             for name, weight in tensors["weights"].items():
@@ -176,7 +176,9 @@ def restore(session: Session, checkpoint: Checkpoint) -> list[str]:
                 f"{checkpoint.path} was written with another {what} (fingerprint {then}, now "
                 f"{now}); {REMEDY[what]}, or choose another output_dir"
             )
-    session.learner.load_tensors({name: checkpoint.tensors(name) for name in state["files"]})
+    session.learner.optimizer.load_tensors(
+        {name: checkpoint.tensors(name) for name in state["files"]}
+    )
     session.learner.load_state_dict(state["learner"])
     for name, part in session.states.items():
         part.load_state_dict(state["parts"][name])

@@ -213,7 +213,7 @@ def _save_policy(recorder: RunRecorder, error: BaseException, done: int) -> None
         say("No checkpoint from before exists, and no model is saved.")
         return
     with _second_failure(recorder):
-        session.learner.load_weights(checkpoint.tensors("weights"))
+        session.learner.optimizer.load_weights(checkpoint.tensors("weights"))
         save_model(session, folder)
         say(
             f"The policy as it was after {checkpoint.step} steps, before that, is in "
