@@ -163,10 +163,8 @@ class BestOfN:
                 numbers = range(start, min(start + self.batch_size, total))
                 asked = [prompts[i % len(prompts)] for i in numbers]
                 ranks = [i // len(prompts) for i in numbers]
-                seeds = response_seeds(
-                    self.seed,
-                    [p.id * NUMBERS_PER_PROMPT + s for p, s in zip(asked, ranks, strict=True)],
-                )
+                keys = [p.id * NUMBERS_PER_PROMPT + s for p, s in zip(asked, ranks, strict=True)]
+                seeds = response_seeds(self.seed, keys)
                 completions = engine.generate(asked, [length] * len(asked), seeds)
                 responses = decode([c.token_ids for c in completions], opened.tokenizer)
                 rows = [
@@ -175,10 +173,10 @@ class BestOfN:
                         "sample": rank,
                         "prompt": prompt.text,
                         "response": response,
-                        "response_ids": completion.token_ids,
-                        "finished": completion.finished,
+                        "response_ids": drawn.token_ids,
+                        "finished": drawn.finished,
                     }
-                    for prompt, rank, response, completion in zip(
+                    for prompt, rank, response, drawn in zip(
                         asked, ranks, responses, completions, strict=True
                     )
                 ]

@@ -113,10 +113,10 @@ def compare(
         opened = open_model(base, device, dtype=dtype, like=lead)
         of_run = None if lead is None else longest(lead.rollout.response_length)
         length = next(n for n in (max_tokens, of_run, opened.max_tokens) if n is not None)
-        readable = opened.prompts(rows, data, length, seed)
-        # Logged data has a row per response; the first of each prompt is kept.
-        once = {tuple(prompt.token_ids): prompt for prompt in reversed(readable)}
-        chosen = pick(list(once.values())[::-1], num_prompts, seed)
+        once: dict[tuple[int, ...], Prompt] = {}  # logged data has a row per response
+        for prompt in opened.prompts(rows, data, length, seed):
+            once.setdefault(tuple(prompt.token_ids), prompt)
+        chosen = pick(list(once.values()), num_prompts, seed)
         numbers = response_seeds(seed, range(len(chosen)))
         questions = _Questions(
             groups=groups,
@@ -215,11 +215,8 @@ def _compare(name: str, first: _Side, second: _Side, questions: _Questions) -> C
     before = [first.answers[prompt.id] for prompt in prompts]
     after = [second.answers[prompt.id] for prompt in prompts]
     texts = [one.text for one in before], [one.text for one in after]
-    duels = {
-        measure.name: matches(measure, prompts, *texts)
-        for measure in questions.measures
-        if measure.compares_directly
-    }
+    pairwise = [measure for measure in questions.measures if measure.is_pairwise]
+    duels = {measure.name: matches(measure, prompts, *texts) for measure in pairwise}
     weights: WeightChange | str
     try:
         weights = weight_change(first.opened.model, second.opened.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -70,11 +71,6 @@ def _lines(file: Path) -> list[str]:
 
 def _typed(console: Console) -> Iterator[list[str]]:
     """Prompts from a prompt line, until an empty line or end of input."""
-    while True:
-        try:
-            text = console.input("prompt> ")
-        except EOFError:
-            return
-        if not text.strip():
-            return
-        yield [text]
+    with suppress(EOFError):
+        while (text := console.input("prompt> ")).strip():
+            yield [text]

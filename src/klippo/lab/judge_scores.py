@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from klippo.config.load import load_config, recipe_names
@@ -98,9 +98,11 @@ async def _test(settings: JudgeSettings, backend: JudgeBackend | None) -> int:
         reward = JudgeReward(settings, backend, say=lambda _: None)
         judge = reward.judge
         console.print(Text(f"{judge_label(settings)} at {settings.api.url}"), soft_wrap=True)
-        table = Table(title="What the judge can do", title_justify="left")
-        for name in ("score from", "works", "seconds", "calls", "tokens read", "written"):
-            table.add_column(name, justify="left" if name in ("score from", "works") else "right")
+        numbers = (
+            Column(n, justify="right") for n in ("seconds", "calls", "tokens read", "written")
+        )
+        title = "What the judge can do"
+        table = Table("score from", "works", *numbers, title=title, title_justify="left")
         spent: dict[Source, Tally] = {}
         for source in SOURCES:
             if settings.rationale and source == "logprobs":
@@ -112,8 +114,8 @@ async def _test(settings: JudgeSettings, backend: JudgeBackend | None) -> int:
             works = f"no: {reading.cause}"
             if reading.score is not None:
                 works = f"yes: the sample gets {reading.score:.2f} of 10"
-            numbers = (tally.num_calls, tally.prompt_tokens, tally.completion_tokens)
-            table.add_row(*map(Text, (SOURCE_NAMES[source], works, seconds, *map(str, numbers))))
+            counts = (tally.num_calls, tally.prompt_tokens, tally.completion_tokens)
+            table.add_row(*map(Text, (SOURCE_NAMES[source], works, seconds, *map(str, counts))))
         judge.tally = Tally()
         console.print(table)
         await judge.choose_source()
@@ -130,10 +132,8 @@ async def _test(settings: JudgeSettings, backend: JudgeBackend | None) -> int:
 
 def _print_probes(rewards: Mapping[str, float | None], console: Console) -> None:
     liked = liked_probes(rewards)
-    table = Table(title="Worthless answers (-1 is the lowest reward)", title_justify="left")
-    table.add_column("answer")
-    table.add_column("reward", justify="right")
-    table.add_column("")
+    title = "Worthless answers (-1 is the lowest reward)"
+    table = Table("answer", _number_column("reward"), "", title=title, title_justify="left")
     for name, reward in rewards.items():
         shown = "unscored" if reward is None else f"{reward:+.2f}"
         table.add_row(name, shown, "too high" if name in liked else "")
@@ -144,6 +144,10 @@ def _print_probes(rewards: Mapping[str, float | None], console: Console) -> None
             "or add a second reward in a sum.",
             soft_wrap=True,
         )
+
+
+def _number_column(name: str) -> Column:
+    return Column(name, justify="right")
 
 
 def _price(reward: JudgeReward, spent: Tally) -> str:

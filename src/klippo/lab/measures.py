@@ -22,7 +22,7 @@ from klippo.judge.settings import JudgeSettings
 from klippo.lab.reward_names import check_reward, judges_in, reward_named
 from klippo.rewards.build import build_reward
 from klippo.rewards.resolve import resolve_scores, wait_for
-from klippo.rewards.settings import ColumnSettings, RewardSettings, SumSettings
+from klippo.rewards.settings import ColumnSettings, RewardSettings
 from klippo.types import Prompt, RewardSource, Rollout
 
 BUILT_IN = ("length", "finished", *STYLE)
@@ -41,15 +41,15 @@ class Measure:
     """Whether it can score one answer by itself."""
 
     @property
-    def compares_directly(self) -> bool:
+    def is_pairwise(self) -> bool:
+        """Whether it is a judge that compares two answers directly."""
         return _reference(self.settings) is not None
 
     @property
     def parts(self) -> Iterable[str]:
         """Names of the criteria of a judge, or of the parts of a sum."""
-        if isinstance(self.settings, SumSettings):
-            return self.settings.parts
-        return (self.settings.criteria or ()) if isinstance(self.settings, JudgeSettings) else ()
+        named = getattr(self.settings, "parts", None) or getattr(self.settings, "criteria", None)
+        return named or ()
 
 
 def _reference(settings: RewardSettings) -> str | None:

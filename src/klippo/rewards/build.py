@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,10 @@ def build_reward(
     ranks: Ranks | None = None,
     account: str | None = None,
 ) -> RewardSource:
-    """The reward source that the settings describe; `account` is whose budget its judges have."""
+    """The reward source that the settings describe; `account` is whose budget its judges have.
+
+    Raises what the sources raise: ConfigError, PreflightError, JudgeError or BudgetError.
+    """
     ranks = ranks or Ranks()
     match settings:
         case kinds.ClassifierSettings():
@@ -42,27 +46,26 @@ def build_reward(
         case kinds.FunctionSettings():
             return FunctionReward(load_function(settings.function), settings.function)
         case JudgeSettings():
-            if not ranks.is_main:
-                return JudgeReward(settings, Nobody(), prompt_column=prompt_column)
-            return open_judge(settings, prompt_column=prompt_column, account=account)
+            backend = judge_client(settings, account) if ranks.is_main else Nobody()
+            judge = JudgeReward(settings, backend, prompt_column=prompt_column, say=warn)
+            if ranks.is_main:
+                wait_for(judge.open())  # the first real call and the probes: a wrong key shows here
+            return judge
         case kinds.LengthSettings():
             return LengthPenalty(max_tokens=settings.max_tokens, min_tokens=settings.min_tokens)
         case kinds.RepetitionSettings():
             return RepetitionPenalty(ngram=settings.ngram)
         case kinds.SumSettings():
+            build = partial(
+                build_reward,
+                device=device,
+                prompt_column=prompt_column,
+                ranks=ranks,
+                account=account,
+            )
             parts = {
-                name: Part(
-                    source=build_reward(
-                        part.reward,
-                        device=device,
-                        prompt_column=prompt_column,
-                        ranks=ranks,
-                        account=account,
-                    ),
-                    weight=part.weight,
-                    normalize=part.normalize,
-                )
-                for name, part in settings.parts.items()
+                name: Part(source=build(of.reward), weight=of.weight, normalize=of.normalize)
+                for name, of in settings.parts.items()
             }
             return SumReward(parts, ranks.all_sum_or_fail)
     raise AssertionError(f"no class for {type(settings).__name__}")
@@ -75,16 +78,3 @@ JUDGE_CACHE = Path("runs/judge.sqlite")
 def judge_client(settings: JudgeSettings, account: str | None = None) -> JudgeClient:
     """The way to the judge. Without an account, judges of one label share a budget."""
     return JudgeClient(settings.api, cache=JUDGE_CACHE, account=account or judge_label(settings))
-
-
-def open_judge(
-    settings: JudgeSettings, *, prompt_column: str = "prompt", account: str | None = None
-) -> JudgeReward:
-    """The judge, after its first real call and its probes: a wrong key shows here.
-
-    Raises PreflightError, JudgeError or BudgetError.
-    """
-    client = judge_client(settings, account)
-    reward = JudgeReward(settings, client, prompt_column=prompt_column, say=warn)
-    wait_for(reward.open())
-    return reward

@@ -5,19 +5,19 @@ N texts, L labels, S tokens of the longest text in a batch (right-padded), K mod
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from klippo.errors import ConfigError, NotFiniteRewardError
+from klippo.errors import ConfigError, NotFiniteRewardError, nearest
 from klippo.hub import load_tokenizer
 from klippo.rewards import stored
-from klippo.rewards.reading import Reader, check_max_tokens, context_of
+from klippo.rewards.reading import Reader, longest_text
 from klippo.rewards.scorers import architecture, load_scorer
 from klippo.rewards.settings import ClassifierSettings
 from klippo.types import Prompt, Rollout, Scores, Tokenizer
@@ -47,13 +47,12 @@ class ClassifierReward:
         model = loaded.model
         self.scorer = loaded.module.to(self.device)
         self.width = int(getattr(model.config.get_text_config(), "hidden_size", 1))
-        context = context_of(model, tokenizer)
         self.reader = Reader(
             name,
             tokenizer,
             template=stored.template_of(settings, loaded.template),
             response_only=settings.reads == "response",
-            max_tokens=check_max_tokens(name, settings.max_tokens, context),
+            max_tokens=longest_text(name, model, tokenizer, settings.max_tokens),
             prompt_column=prompt_column,
         )
         self.label = find_label(settings.label, model.config, name)
@@ -108,8 +107,13 @@ def score_together(
     all_ids, cut = first.reader.encode(texts)
     scores = torch.full((len(models), len(texts)), float("nan"))
     batch_size = min(model.settings.batch_size for model in models)
-    for rows in _batches([len(ids) for ids in all_ids], batch_size):
-        input_ids, mask = _pad([all_ids[row] for row in rows], first.filler, first.device)
+    by_length = sorted((row for row, i in enumerate(all_ids) if i), key=lambda r: -len(all_ids[r]))
+    for start in range(0, len(by_length), batch_size):
+        rows = by_length[start : start + batch_size]
+        ids = [torch.tensor(all_ids[row]) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=first.filler)  # (N, S)
+        mask = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
+        input_ids, mask = input_ids.to(first.device), mask.to(first.device)
         for k, (model, logits) in enumerate(zip(models, outputs(input_ids, mask), strict=True)):
             values = read_output(logits, model.label, model.settings.output, model.labels_exclude)
             if not bool(values.isfinite().all()):
@@ -120,24 +124,6 @@ def score_together(
                 )
             scores[k, rows] = values.cpu()
     return scores, torch.tensor(cut, dtype=torch.float32)
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of texts of like length, longest first, without empty texts."""
-    rows = sorted((row for row, n in enumerate(lengths) if n > 0), key=lambda row: -lengths[row])
-    for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size]
-
-
-def _pad(
-    all_ids: Sequence[Sequence[int]], filler: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Ids (N, S) padded on the right, and their mask (N, S) int64, both from lengths."""
-    lengths = torch.tensor([len(ids) for ids in all_ids], device=device)  # (N,)
-    width = int(lengths.max())
-    padded = [[*ids, *[filler] * (width - len(ids))] for ids in all_ids]
-    mask = torch.arange(width, device=device) < lengths[:, None]
-    return torch.tensor(padded, device=device), mask.long()
 
 
 def read_output(logits: Tensor, label: int, output: str, labels_exclude: bool = True) -> Tensor:
@@ -170,17 +156,17 @@ def find_label(label: str | int | None, config: Any, model: str) -> int:
     folded = [name.casefold() for name in names]
     if label.casefold() in folded:
         return folded.index(label.casefold())
-    near = difflib.get_close_matches(label.casefold(), folded, n=1)
-    hint = f"; did you mean {names[folded.index(near[0])]}?" if near else "; choose one of them"
+    near = nearest(label.casefold(), folded)
+    hint = f"; did you mean {names[folded.index(near)]}?" if near else "; choose one of them"
     raise ConfigError(f"label={label!r}: reward model {model} has the outputs {listed}{hint}")
 
 
 def _filler_id(model: Any, tokenizer: Tokenizer) -> int:
     """Pads shorter texts; masked, but RoBERTa's kind finds positions by it."""
     config = model.config.get_text_config()
-    for name in ("pad_token_id", "eos_token_id"):
-        for holder in (config, tokenizer):
-            token_id = getattr(holder, name, None)
-            if isinstance(token_id, int) and 0 <= token_id < config.vocab_size:
-                return token_id
-    return 0
+    ids = (
+        getattr(holder, name, None)
+        for name in ("pad_token_id", "eos_token_id")
+        for holder in (config, tokenizer)
+    )
+    return next((i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size), 0)

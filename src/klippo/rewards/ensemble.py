@@ -44,7 +44,12 @@ class EnsembleReward:
             ClassifierReward(one, device=device, prompt_column=prompt_column)
             for one in settings.classifiers()
         ]
-        self._moments = self._known_moments()
+        self._moments = settings.moments
+        if settings.standardize == "none":
+            self._moments = None
+        elif settings.standardize == "stored" and settings.moments is None:
+            means, sds = zip(*map(stored.moments_of, settings.classifiers()), strict=True)
+            self._moments = MomentsSettings(mean=list(means), sd=list(sds))
         families: dict[str, list[int]] = {}
         for number, member in enumerate(self.members):
             families.setdefault(member.family, []).append(number)
@@ -78,7 +83,7 @@ class EnsembleReward:
         assert not self.waits_for_moments, "measure() comes first"
         raw, cut = self._raw(prompts, responses)
         if self._moments is not None:
-            mean, sd = self._moments
+            mean, sd = torch.tensor([self._moments.mean, self._moments.sd])[..., None]  # (K, 1)
             raw = (raw - mean) / sd
         members, settings = raw.to(device), self.settings
         reward = combine(members, settings.objective, **settings.weights)
@@ -100,9 +105,8 @@ class EnsembleReward:
                     "reference responses the same score, so it has no scale; remove it, or set "
                     "standardize: none"
                 )
-        moments = MomentsSettings(mean=scored.mean(1).tolist(), sd=sd.tolist())
-        self._moments = _as_tensors(moments)
-        return moments
+        self._moments = MomentsSettings(mean=scored.mean(1).tolist(), sd=sd.tolist())
+        return self._moments
 
     def _raw(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The members' own scores (K, B) on the CPU, and 1 where any member cut the text (B,)."""
@@ -113,17 +117,3 @@ class EnsembleReward:
             raw[group], was_cut = score_together(models, stack, prompts, responses)
             cut = torch.maximum(cut, was_cut)
         return raw, cut
-
-    def _known_moments(self) -> tuple[Tensor, Tensor] | None:
-        """mean (K, 1) and sd (K, 1): from the settings, or stored with every member."""
-        moments = self.settings.moments
-        if self.settings.standardize == "none":
-            return None
-        if moments is None and self.settings.standardize == "stored":
-            means, sds = zip(*(stored.moments_of(m.settings) for m in self.members), strict=True)
-            moments = MomentsSettings(mean=list(means), sd=list(sds))
-        return None if moments is None else _as_tensors(moments)
-
-
-def _as_tensors(moments: MomentsSettings) -> tuple[Tensor, Tensor]:
-    return torch.tensor(moments.mean)[:, None], torch.tensor(moments.sd)[:, None]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from klippo.errors import ConfigError, RewardError
+from klippo.errors import ConfigError, RewardError, nearest
 from klippo.types import Rollout, Scores
 
 ALWAYS_GIVEN = ("prompts", "responses", "token_ids")
@@ -77,28 +77,34 @@ class FunctionReward:
         """
         arguments = self._arguments(rollout)
         if self._is_async:  # not called before it is awaited, so that no coroutine is left behind
-            return self._score_when_ready(arguments, rollout)
-        returned = self._call(arguments)
+            return self._score_when_ready(lambda: self._function(**arguments), rollout)
+        with self._blaming():
+            returned = self._function(**arguments)
         if inspect.isawaitable(returned):
-            return self._score_when_ready(returned, rollout)
+            return self._score_when_ready(lambda: returned, rollout)
         return self._scores(returned, rollout)
 
-    def _call(self, arguments: Mapping[str, object]) -> object:
-        try:
-            return self._function(**arguments)
-        except Exception as error:
-            raise self._raised(error) from error
-
-    async def _score_when_ready(
-        self, waiting: Mapping[str, object] | Awaitable[object], rollout: Rollout
-    ) -> Scores:
-        returned = self._call(waiting) if isinstance(waiting, Mapping) else waiting
-        try:
+    async def _score_when_ready(self, call: Callable[[], object], rollout: Rollout) -> Scores:
+        with self._blaming():
+            returned = call()
             if inspect.isawaitable(returned):
                 returned = await returned
-        except Exception as error:
-            raise self._raised(error) from error
         return self._scores(returned, rollout)
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Report an exception with the last line of the function's own file."""
+        try:
+            yield
+        except Exception as error:
+            code = getattr(inspect.unwrap(self._function), "__code__", None)
+            frames = list(traceback.extract_tb(error.__traceback__))
+            inside = [f for f in frames if code is not None and f.filename == code.co_filename]
+            site = (inside or frames)[-1]
+            raise self._refused(
+                f"raised {type(error).__name__}: {error} at {site.filename}:{site.lineno}; fix it "
+                "there, or return None for responses that cannot be scored"
+            ) from error
 
     def _arguments(self, rollout: Rollout) -> dict[str, object]:
         columns = list(dict.fromkeys(name for prompt in rollout.prompts for name in prompt.meta))
@@ -151,16 +157,6 @@ class FunctionReward:
     def _refused(self, what: str) -> RewardError:
         return RewardError(f"reward function {self._name} {what}")
 
-    def _raised(self, error: Exception) -> RewardError:
-        code = getattr(inspect.unwrap(self._function), "__code__", None)
-        frames = traceback.extract_tb(error.__traceback__)
-        inside = [f for f in frames if code is not None and f.filename == code.co_filename]
-        site = (inside or list(frames))[-1]
-        return self._refused(
-            f"raised {type(error).__name__}: {error} at {site.filename}:{site.lineno}; fix it "
-            "there, or return None for responses that cannot be scored"
-        )
-
 
 def _shown(value: object, limit: int = 60) -> str:
     text = repr(value)
@@ -178,13 +174,12 @@ def load_function(spec: str) -> Callable[..., object]:
         raise ConfigError(
             f"function {spec!r} must look like package.module:name or path/to/file.py:name"
         )
-    is_file = home.endswith(".py") or "/" in home
-    function: object = _load_file(Path(home).expanduser()) if is_file else _load_module(home)
+    function: object = _load(home)
     for part in name.split("."):
         if not hasattr(function, part):
             public = [key for key in getattr(function, "__dict__", ()) if not key.startswith("_")]
-            near = difflib.get_close_matches(part, public, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; check the name"
+            near = nearest(part, public)
+            hint = f"; did you mean {near!r}?" if near else "; check the name"
             raise ConfigError(f"function {spec!r}: {home} has no {name!r}{hint}")
         function = getattr(function, part)
     if not callable(function):
@@ -192,53 +187,47 @@ def load_function(spec: str) -> Callable[..., object]:
     return function
 
 
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
+def _load(home: str) -> ModuleType:
+    """The module of this name, or in this file."""
+    is_file = home.endswith(".py") or "/" in home
+    path = Path(home).expanduser()
+    if is_file and not path.is_file():
         raise ConfigError(
             f"function file {path} does not exist (looked in {Path.cwd()}); check the path"
         )
     path = path.resolve()
-    name = f"klippo_function_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    if specification is None or specification.loader is None:
-        raise ConfigError(f"function file {path} is not Python; name a file that ends in .py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses and pickle look a function's module up there
-    _add_to_path(path.parent)
+    folder = str(path.parent if is_file else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise _broken(str(path), error) from error
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    _add_to_path(Path.cwd())
-    importlib.invalidate_caches()
-    try:
-        return importlib.import_module(name)
+        if is_file:
+            return _run_file(path)
+        importlib.invalidate_caches()
+        return importlib.import_module(home)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and (name == missing or name.startswith(missing + ".")):
+        if not is_file and missing and (home == missing or home.startswith(missing + ".")):
             raise ConfigError(
                 f"there is no module {missing!r}, neither installed nor in {Path.cwd()}; "
                 "install it, or name a file: path/to/file.py:name"
             ) from None
-        raise _broken(name, error) from error
-
-
-def _add_to_path(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-
-def _broken(name: str, error: Exception) -> ConfigError:
-    if isinstance(error, SyntaxError):
-        site = f"{error.filename}:{error.lineno}"
-    else:
         frames = traceback.extract_tb(error.__traceback__)
         outside = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+        name = str(path) if is_file else home
         site = f"{outside[-1].filename}:{outside[-1].lineno}" if outside else name
-    return ConfigError(
-        f"{name} cannot be imported: {type(error).__name__}: {error} at {site}; fix it there"
-    )
+        if isinstance(error, SyntaxError):
+            site = f"{error.filename}:{error.lineno}"
+        raise ConfigError(
+            f"{name} cannot be imported: {type(error).__name__}: {error} at {site}; fix it there"
+        ) from error
+
+
+def _run_file(path: Path) -> ModuleType:
+    name = f"klippo_function_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise ImportError("it is not Python; name a file that ends in .py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses and pickle look a function's module up there
+    specification.loader.exec_module(module)
+    return module

@@ -58,11 +58,10 @@ class Reader:
         """Equal for readers that read every text alike."""
 
     def texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[str]:
-        """What the model sees, as text."""
+        """What the model sees, as text; {prompt} is without the data's template."""
         return [self._render(p, r) for p, r in zip(prompts, responses, strict=True)]
 
     def _render(self, prompt: Prompt, response: str) -> str:
-        """A template of the data around the prompt is left out of {prompt}."""
         if self._is_chat:
             answer = {"role": "assistant", "content": response}
             messages = [*prompt.conversation(self._prompt_column), answer]
@@ -72,11 +71,8 @@ class Reader:
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         """Token ids as the model saw them in training, and which texts were cut from the left."""
-        all_ids = self._ids(texts, None)
-        limit = self.max_tokens
-        if limit is None:
-            return all_ids, [False] * len(texts)
-        cut = [len(ids) > limit for ids in all_ids]
+        all_ids, limit = self._ids(texts, None), self.max_tokens
+        cut = [limit is not None and len(ids) > limit for ids in all_ids]
         short = iter(self._ids([t for t, long in zip(texts, cut, strict=True) if long], limit))
         return [next(short) if long else i for i, long in zip(all_ids, cut, strict=True)], cut
 
@@ -94,21 +90,11 @@ class Reader:
         return [[int(i) for i in ids] for ids in encoded["input_ids"]]
 
 
-def check_max_tokens(name: str, wanted: int | None, context: int | None) -> int | None:
-    """The longest text in tokens: what was asked for, or the model's context (None: no limit).
+def longest_text(name: str, model: Any, tokenizer: Tokenizer, wanted: int | None) -> int | None:
+    """In tokens: what is wanted, or what the model's positions and tokenizer allow (None: any).
 
-    Raises ConfigError when more is asked for than the model reads.
+    Raises ConfigError when more is wanted than the model reads.
     """
-    if wanted is not None and context is not None and wanted > context:
-        raise ConfigError(
-            f"max_tokens={wanted}: reward model {name} reads at most {context} tokens; lower it "
-            "or leave it out"
-        )
-    return context if wanted is None else wanted
-
-
-def context_of(model: Any, tokenizer: Tokenizer) -> int | None:
-    """The most tokens that a model's positions and its tokenizer allow (None: no limit)."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and n < 1_000_000]
     for name, module in model.named_modules():
@@ -116,7 +102,13 @@ def context_of(model: Any, tokenizer: Tokenizer) -> int | None:
         if name.endswith("position_embeddings") and padding is not None:
             # RoBERTa's kind counts positions from behind the padding's own.
             limits.append(module.num_embeddings - padding - 1)
-    return min(limits, default=None)
+    context = min(limits, default=None)
+    if wanted is not None and context is not None and wanted > context:
+        raise ConfigError(
+            f"max_tokens={wanted}: reward model {name} reads at most {context} tokens; lower it "
+            "or leave it out"
+        )
+    return context if wanted is None else wanted
 
 
 def _identity(tokenizer: Tokenizer) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,15 +55,14 @@ class WholeModelScorer(nn.Module):
         return outputs.float()
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedScorer:
+class LoadedScorer(NamedTuple):
     """A frozen reward model, dropout off."""
 
     module: nn.Module
     model: Any
     """The Hugging Face model, with its config."""
     template: str | None
-    """The text format that belongs to the model's class, where there is one."""
+    """The text format that belongs to the model's class; None if absent."""
 
 
 def load_scorer(name: str, revision: str | None = None, dtype: str = "float32") -> LoadedScorer:
@@ -80,11 +78,12 @@ def load_scorer(name: str, revision: str | None = None, dtype: str = "float32") 
     auto_class = AutoModelForSequenceClassification if kind is None else kind.model_class
     model = load_model(auto_class, name, revision, dtype=getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
+    scorer: nn.Module = WholeModelScorer(model)
     if kind is not None:
-        return LoadedScorer(LastTokenScorer(*kind.parts(model)).eval(), model, kind.template)
-    if isinstance(getattr(model, "score", None), nn.Linear):
-        return LoadedScorer(LastTokenScorer(model.base_model, model.score).eval(), model, None)
-    return LoadedScorer(WholeModelScorer(model).eval(), model, None)
+        scorer = LastTokenScorer(*kind.parts(model))
+    elif isinstance(getattr(model, "score", None), nn.Linear):
+        scorer = LastTokenScorer(model.base_model, model.score)
+    return LoadedScorer(scorer.eval(), model, None if kind is None else kind.template)
 
 
 class Stack:
@@ -98,9 +97,7 @@ class Stack:
         """`members` must agree in everything but the numbers in their weights."""
         self.members = list(members)
         self._width = width
-        self._vmapped: Any = None
-        if len(members) > 1:
-            self._share_weights()
+        self._vmapped = self._share_weights() if len(members) > 1 else None
 
     def __call__(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Outputs (K, N, L) float32 from ids (N, S) and mask (N, S) int64."""
@@ -110,8 +107,11 @@ class Stack:
             return outputs
         return torch.stack([member(input_ids, mask) for member in self.members])
 
-    def _share_weights(self) -> None:
-        """Stack the weights, and let the members use views of the stack: nothing is there twice."""
+    def _share_weights(self) -> Any:
+        """Stack the weights, and let the members use views of the stack: nothing is there twice.
+
+        Returns the batched forward; None for an architecture that vmap cannot trace.
+        """
         self._parameters, self._buffers = torch.func.stack_module_state(self.members)
         skeleton = copy.deepcopy(self.members[0]).to("meta")
         for module in skeleton.children():
@@ -131,11 +131,6 @@ class Stack:
                     holder, _, leaf = name.rpartition(".")
                     getattr(member.get_submodule(holder), leaf).data = stacked[k]
         vmapped = torch.vmap(forward, in_dims=(0, 0, None, None))
-        if self._works(vmapped):
-            self._vmapped = vmapped
-
-    def _works(self, vmapped: Any) -> bool:
-        """False for an architecture that vmap cannot trace; its members then run in turn."""
         device = next(iter(self._parameters.values())).device
         ids = torch.zeros(2, 2, dtype=torch.long, device=device)
         mask = torch.tensor([[1, 1], [1, 0]], device=device)
@@ -143,8 +138,8 @@ class Stack:
             with torch.no_grad():
                 vmapped(self._parameters, self._buffers, ids, mask)
         except (RuntimeError, ValueError, NotImplementedError):
-            return False
-        return True
+            return None
+        return vmapped
 
 
 def architecture(loaded: LoadedScorer) -> str:

@@ -25,7 +25,7 @@ from klippo.hub import (
 )
 from klippo.policy.adapters import add_lora
 from klippo.policy.loading import turn_dropout_off
-from klippo.rewards.reading import Reader, check_max_tokens, context_of
+from klippo.rewards.reading import Reader, longest_text
 from klippo.supervised.settings import RewardModelConfig, RewardModelSettings
 from klippo.supervised.training import (
     Training,
@@ -57,7 +57,7 @@ def train_reward_model(
             name,
             copy.deepcopy(tokenizer),
             template=config.template,
-            max_tokens=check_max_tokens(name, config.max_tokens, context_of(model, tokenizer)),
+            max_tokens=longest_text(name, model, tokenizer, config.max_tokens),
             prompt_column=config.prompt_column,
         )
         columns, num_cut = tokenize(pairs, reader)
