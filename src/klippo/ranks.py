@@ -38,6 +38,23 @@ class PeerError(KlippoError):
     exit_code = 3
 
 
+@contextmanager
+def explaining_peers() -> Iterator[None]:
+    """Raise PeerError for what PyTorch raises when another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not (isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text):
+            raise
+        raise PeerError(
+            "another process of this run ended, or did not answer within peer_timeout_s; its own "
+            "message says why, if there is one, or else look at its machine and at the network; "
+            "then start all processes again, and they resume from the newest checkpoint "
+            f"({text.splitlines()[0]})"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """One process by default; several if a launcher (torchrun, accelerate) started them.
@@ -73,32 +90,32 @@ class Ranks:
         """This process's share of `num` items; the shares in the order of ranks are all of them."""
         return range(self.rank * num // self.world_size, (self.rank + 1) * num // self.world_size)
 
+    @explaining_peers()
     def meet(self, point: str) -> None:
         """Wait for all processes, as long as a start may take; each name is used once."""
         if self.world_size > 1:
-            with explaining_peers():
-                _meet(_get_default_store(), point, self.world_size)
+            _meet(_get_default_store(), point, self.world_size)
 
+    @explaining_peers()
     def all_sum(self, x: Tensor) -> Tensor:
         """The sum of all processes' x, which have one shape."""
         if self.world_size == 1:
             return x
         x = x.clone()
-        with explaining_peers():
-            dist.all_reduce(x)
+        dist.all_reduce(x)
         return x
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
         return max(self.gather(number))
 
+    @explaining_peers()
     def gather(self, item: T) -> list[T]:
         """Every process's item, in the order of ranks, in every process; items are pickled."""
         if self.world_size == 1:
             return [item]
         items: list[T | None] = [None] * self.world_size
-        with explaining_peers():
-            dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item)
         return cast(list[T], items)
 
     def on_main(self, work: Callable[[], object]) -> None:
@@ -202,23 +219,6 @@ def _leave() -> None:
     if dist.is_initialized():
         gc.collect()  # frees models that hold the group
         dist.destroy_process_group()
-
-
-@contextmanager
-def explaining_peers() -> Iterator[None]:
-    """Raise PeerError for what PyTorch raises when another process has gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if not (isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text):
-            raise
-        raise PeerError(
-            "another process of this run ended, or did not answer within peer_timeout_s; its own "
-            "message says why, if there is one, or else look at its machine and at the network; "
-            "then start all processes again, and they resume from the newest checkpoint "
-            f"({text.splitlines()[0]})"
-        ) from error
 
 
 def warn(text: str) -> None:

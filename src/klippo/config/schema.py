@@ -33,7 +33,8 @@ class WholeConfig(Settings):
     seed: NonNegativeInt = 0
     """Seed of everything random."""
     output_dir: str = "runs/{name}"
-    """Run folder; `{name}` is the config's name, `{seed}` the seed."""
+    """Run folder; `{name}` is the config's name, `{seed}` the seed, and with an `rm_seed`,
+    `{rm_seed}` is that; without the placeholder the folder gets a `seed{rm_seed}` inside."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU if there is one."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -66,9 +67,6 @@ class RunConfig(WholeConfig):
 
     rm_seed: int | None = None
     """Seed of the reward model: fills `{seed}` in the names of `reward`, `gold` and `critic`."""
-    output_dir: str = "runs/{name}"
-    """Run folder; `{name}` is the config's name, `{seed}` the seed, `{rm_seed}` that of the reward
-    model, which without the placeholder gets a folder `seed{rm_seed}` inside."""
     sharding: Sharding | Literal["auto"] = "auto"
     """With several processes: `none` gives each a full model; `fsdp` shards weights, gradients and
     optimizer states (FSDP2); `shard_grad_op` does too, but keeps gathered weights until the
@@ -117,9 +115,8 @@ class RunConfig(WholeConfig):
 
     def _truncations(self) -> Iterator[str]:
         for name, off in {"top_k": 0, "top_p": 1, "min_response_length": 0}.items():
-            value = getattr(self.rollout, name)
             remedy = "; for longer responses add a `length` reward with min_tokens"
-            if value != off:
+            if (value := getattr(self.rollout, name)) != off:
                 yield (
                     f"rollout.{name}={value}: training needs {off}, because log-probs are those "
                     "of the untruncated policy, and a policy sampled otherwise is paid for "
@@ -209,8 +206,7 @@ class RunConfig(WholeConfig):
             )
         if not self.rollout.keeps_logprobs:
             for name in ("importance_cap", "max_logprob_mismatch"):
-                value = getattr(self.ppo, name)
-                if value is not None:
+                if (value := getattr(self.ppo, name)) is not None:
                     yield (
                         f"ppo.{name}={value} compares with the sampler's own log-probs, which are "
                         "not kept; set rollout.record_logprobs=true"

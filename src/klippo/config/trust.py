@@ -38,9 +38,6 @@ def _trusted(value: object, path: str) -> Iterator[tuple[str, list[str]]]:
     """Each key that is true, and the models that it is about."""
     if isinstance(value, CodeSettings) and (names := value.trusted_models()):
         yield f"{path}.{KEY}", names
-    if isinstance(value, Settings) and not isinstance(value, EnsembleSettings):
-        for key, item in value:
+    if isinstance(value, Settings | dict) and not isinstance(value, EnsembleSettings):
+        for key, item in dict(value).items():
             yield from _trusted(item, f"{path}.{key}".removeprefix("."))
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _trusted(item, f"{path}.{key}")

@@ -40,9 +40,8 @@ def read_responses(
     if not rows:
         return []
     columns = {"response": settings.response_column, "reward": reward_column}
-    for key in ("token_ids", "logprobs"):
-        if (name := getattr(settings, f"{key}_column")) is not None:
-            columns[key] = name
+    optional = {"token_ids": settings.token_ids_column, "logprobs": settings.logprobs_column}
+    columns |= {key: name for key, name in optional.items() if name is not None}
     for key, name in columns.items():
         rows[0].require(name, "reward.column" if key == "reward" else f"offline.{key}_column")
     names = list(columns.values())
@@ -132,8 +131,7 @@ def leave_one_out(
     groups: dict[str, list[ScoredResponse]] = {}
     for key, response in zip(keys, responses, strict=True):
         groups.setdefault(key, []).append(response)
-    alone = [group[0] for group in groups.values() if len(group) == 1]
-    if alone:
+    if alone := [group[0] for group in groups.values() if len(group) == 1]:
         raise ConfigError(
             f"{alone[0].row}: the only response to its prompt ({len(alone)} of {len(groups)} "
             "prompts have one alone), and offline.baseline=leave_one_out compares it with others; "
@@ -189,16 +187,14 @@ def _completion(
     response: ScoredResponse, tokenizer: Tokenizer, stop_ids: frozenset[int]
 ) -> Completion:
     ids, end = response.token_ids, tokenizer.eos_token_id
-    if ids is None and end is None:
-        raise ConfigError(
-            "the policy's tokenizer has no end token to put behind responses; name the token ids "
-            "with offline.token_ids_column"
-        )
     if ids is None:
-        assert end is not None
+        if end is None:
+            raise ConfigError(
+                "the policy's tokenizer has no end token to put behind responses; name the token "
+                "ids with offline.token_ids_column"
+            )
         ids = [*tokenizer.encode(response.text, add_special_tokens=False), end]
-    unknown = [i for i in ids if not 0 <= i < len(tokenizer)]
-    if unknown:
+    if unknown := [i for i in ids if not 0 <= i < len(tokenizer)]:
         raise ConfigError(
             f"{response.row}: {unknown[0]} is no token of this tokenizer, which has "
             f"{len(tokenizer)}; the ids must be those of the policy's own tokenizer"
@@ -210,8 +206,7 @@ def _completion(
             "token counts); log-probs need the tokens that were sampled: name them with "
             "offline.token_ids_column, or use behavior: start"
         )
-    wrong = [x for x in logprobs or () if not math.isfinite(x) or x > 0]
-    if wrong:
+    if wrong := [x for x in logprobs or () if not math.isfinite(x) or x > 0]:
         raise ConfigError(
             f"{response.row}: {wrong[0]} is no log-prob; log-probs are finite and at most 0"
         )

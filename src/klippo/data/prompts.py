@@ -108,8 +108,7 @@ def _check_filled(rows: Sequence[Row], settings: DataSettings, tokenizer: Tokeni
         text = value.removeprefix(tokenizer.bos_token or "") if isinstance(value, str) else value
         return text is None or (isinstance(text, str) and not text.strip())
 
-    empty = [row for row in rows if is_empty(row.prompt(settings.prompt_columns))]
-    if empty:
+    if empty := [row for row in rows if is_empty(row.prompt(settings.prompt_columns))]:
         others = f"; {len(empty)} of {len(rows)} rows are so" if len(empty) > 1 else ""
         raise ConfigError(
             f"{empty[0]}: the prompt in {_columns(settings)} is empty "

@@ -180,7 +180,7 @@ class Critic(nn.Module):
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Those that the policy does not use."""
-        return self.head.parameters()
+        return self.parameters()
 
     def own_states(self, batch: TokenBatch, *, after_last: bool) -> Tensor:
         """What the head reads unless `reads_policy`; (B, T, D), or (B, T+1, D)."""
@@ -230,9 +230,6 @@ class SeparateCritic(Critic):
         super().__init__(trunk.config.get_text_config().hidden_size, trunk.dtype, head)
         self.trunk = trunk
         self.autocast = autocast
-
-    def own_parameters(self) -> Iterator[nn.Parameter]:
-        return self.parameters()
 
     def own_states(self, batch: TokenBatch, *, after_last: bool) -> Tensor:
         return trunk_hidden(self.trunk, batch, after_last=after_last, autocast=self.autocast)
