@@ -65,8 +65,7 @@ def _share(inside: Tensor, among: Tensor) -> float:
 class BehaviorCheck:
     """Whether the log-probs that ratios start from can be those of who wrote the responses."""
 
-    mean: float
-    """Per response; 0 is expected of a true claim."""
+    mean: float  # per response; 0 is expected of a true claim
     standard_error: float
 
     @property

@@ -176,12 +176,9 @@ class KLController:
         e = clip(KL / target - 1, -0.2, 0.2);   beta *= 1 + e * n / horizon
     """
 
-    coef: float
-    """beta, reward units per nat."""
-    target: float | None = None
-    """Nats per sequence; None keeps beta fixed."""
-    horizon: float = 10_000.0
-    """Episodes."""
+    coef: float  # beta, reward units per nat
+    target: float | None = None  # nats per sequence; None keeps beta fixed
+    horizon: float = 10_000.0  # episodes
 
     def update(self, sequence_kl: float, num_episodes: int) -> None:
         """Take in the mean KL per sequence (nats) of num_episodes sequences."""
