@@ -36,8 +36,7 @@ def of_model(name: str, revision: str | None = None) -> str:
     """Of a run, a model folder, or a hub name with its revision."""
     folder = Path(hub.resolve(name))
     if (folder / STATUS_FILE).is_file():
-        config = [file for file in [folder / CONFIG_FILE] if file.is_file()]
-        return of_files([*config, *_files(folder / MODEL_DIR)])
+        return of_files([*folder.glob(CONFIG_FILE), *_files(folder / MODEL_DIR)])
     return of_files(_files(folder)) if folder.is_dir() else f"{name}@{revision}"
 
 

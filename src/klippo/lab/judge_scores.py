@@ -98,9 +98,7 @@ async def _test(settings: JudgeSettings, backend: JudgeBackend | None) -> int:
         reward = JudgeReward(settings, backend, say=lambda _: None)
         judge = reward.judge
         console.print(Text(f"{judge_label(settings)} at {settings.api.url}"), soft_wrap=True)
-        numbers = (
-            Column(n, justify="right") for n in ("seconds", "calls", "tokens read", "written")
-        )
+        numbers = map(_number_column, ("seconds", "calls", "tokens read", "written"))
         title = "What the judge can do"
         table = Table("score from", "works", *numbers, title=title, title_justify="left")
         spent: dict[Source, Tally] = {}
