@@ -2,7 +2,7 @@
 
 import pytest
 
-from klippo.data.choices import best_responses, pairs_by_reward
+from klippo.data.logged import best_responses, pairs_by_reward
 from klippo.types import Completion, LoggedResponse, Prompt
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,6 @@ from klippo.policy.sharding import full_state
 from klippo.types import HFModel, Tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-
-_BASE = "base_layer."
-_COPY = "modules_to_save."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ def effective_weights(model: HFModel) -> Iterator[tuple[str, Tensor]]:
         if "lora_" in name or ".original_module." in name:
             continue
         value = parameter.float()
-        layer_name, is_in_layer, _ = name.rpartition("." + _BASE)
+        layer_name, is_in_layer, _ = name.rpartition(".base_layer.")
         if is_in_layer:
             layer: Any = model.get_submodule(layer_name)
             if not is_plain_lora(layer):
@@ -54,12 +52,8 @@ def effective_weights(model: HFModel) -> Iterator[tuple[str, Tensor]]:
             if name.endswith("weight"):
                 for adapter in layer.active_adapters:
                     value = value + layer.get_delta_weight(adapter).float()
-        yield _plain_name(name), value
-
-
-def _plain_name(name: str) -> str:
-    before, is_copy, after = name.replace(_BASE, "").partition(_COPY)
-    return before + after.partition(".")[2] if is_copy else before
+        # peft names a copy `modules_to_save.<adapter>`.
+        yield re.sub(r"base_layer\.|modules_to_save\.[^.]*\.", "", name), value
 
 
 @torch.no_grad()

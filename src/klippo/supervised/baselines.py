@@ -17,7 +17,7 @@ from rich.console import Console
 
 from klippo.config.load import LoadedConfig, to_yaml
 from klippo.config.schema import RunConfig
-from klippo.data.choices import best_responses, pairs_by_reward
+from klippo.data.logged import best_responses, pairs_by_reward
 from klippo.data.rows import load_rows
 from klippo.errors import ConfigError
 from klippo.evaluation.statistics import compare_paired
