@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from klippo.errors import ConfigError, JudgeError
 from klippo.judge.judging import Judgement, absolute, both_orders, difference
-from klippo.judge.reward import JudgeReward, prompt_text
+from klippo.judge.reward import JudgeReward, Watch, prompt_text
 from klippo.judge.rubric import Material
-from klippo.judge.watch import Watch
 from klippo.rewards.combined import Part, SumReward
 from klippo.rewards.judged import judge_metrics
 from klippo.rewards.resolve import resolve_scores, wait_for

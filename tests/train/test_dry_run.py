@@ -1,5 +1,6 @@
 """What a run would do and cost, against numbers worked out by hand."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from klippo.config.load import load_config
 from klippo.config.schema import RunConfig
 from klippo.data.rows import Data, load_rows
 from klippo.errors import ConfigError
-from klippo.judge.store import Spend, Store
+from klippo.judge.store import Spend, Store, spent_in
 from klippo.train.dry_run_plan import (
     Texts,
     agree_to_cost,
@@ -115,7 +116,7 @@ def test_what_an_earlier_run_spent_counts_against_the_caps(tmp_path: Path):
     assert plan.judges[0].spent.calls == 0
     assert not cache.exists()
     store = Store(cache, config.output_dir)
-    store.add(Spend(calls=4, tokens=50, nano_usd=6))
+    asyncio.run(store.settle(Spend(calls=-4, tokens=-50, nano_usd=-6), "key", None))
     store.close()
     found = plan_run(config, TEXTS)
     assert found.judges[0].spent == Spend(calls=4, tokens=50, nano_usd=6)
@@ -156,9 +157,7 @@ def test_a_real_run_stays_within_the_worst_case(
         config = load_config(file).config
         (plan,) = plan_run(config, texts_of(config, data_of(config))).judges
         assert cli("train", file, "--quiet")[0] == 0
-    store = Store(cache, config.output_dir)
-    spent = store.total()
-    store.close()
+    spent = spent_in(cache, config.output_dir)
     assert plan.expected.calls / 2 < spent.calls <= plan.expected.calls
     assert spent.tokens <= plan.worst.tokens
 

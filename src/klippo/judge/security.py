@@ -83,15 +83,6 @@ def unhide_logs(secret: Secret) -> None:
         logging.getLogger(name).removeFilter(secret)
 
 
-def is_variable_name(value: object) -> bool:
-    """True for what looks like OPENAI_API_KEY, and not like a key."""
-    return (
-        isinstance(value, str)
-        and re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", value) is not None
-        and not value.startswith("AKIA")
-    )
-
-
 def read_key(variable: str | None) -> Secret | None:
     """The key in an environment variable; None if no variable is named.
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from klippo.errors import ConfigError
-from klippo.judge.security import is_variable_name, refuse_key_in_url
+from klippo.judge.security import refuse_key_in_url
 from klippo.settings import Settings
 
 KEY_FIELDS = ("api_key", "apikey", "api-key", "key", "token", "api_token", "openai_api_key")
 
 
+VARIABLE = re.compile(r"(?!AKIA)[A-Z_][A-Z0-9_]{0,63}")
+"""Looks like OPENAI_API_KEY, and not like a key."""
 PRESETS: Mapping[str, tuple[str, str]] = {
     "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
@@ -74,7 +77,7 @@ class TransportSettings(Settings):
                     "environment variable and name that one: api_key_env: OPENAI_API_KEY"
                 )
         variable = given.get("api_key_env")
-        if variable is not None and not is_variable_name(variable):
+        if variable is not None and not VARIABLE.fullmatch(str(variable)):
             raise ConfigError(
                 "judge: api_key_env is not the name of an environment variable (capitals, digits "
                 "and _; not shown here, it may be a key); write the name, as in api_key_env: "

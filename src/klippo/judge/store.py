@@ -144,7 +144,7 @@ class Store:
         """
         self.path = path
         self.account = account
-        self._db = open_database(path)
+        self._db = _open(path)
         self._reader = self._db if path is None else _connect(path)
         self._lock_file = None if path is None else _lock_file(path.absolute())
         self._jobs: list[tuple[_Work, asyncio.Future[Outcome]]] = []
@@ -153,10 +153,6 @@ class Store:
     def look_up(self, key: str) -> Stored | None:
         """The stored answer."""
         return _look_up(self._reader, key)
-
-    def total(self) -> Spend:
-        """What the account has spent, attempts that are not back at their worst case."""
-        return total_of(self._reader, self.account)
 
     def claim(self, key: str) -> bool:
         """True if nobody else is asking this question now; then nobody may until `release`."""
@@ -193,7 +189,7 @@ class Store:
             stored = _look_up(db, key)
             if stored is not None:
                 return stored
-            total = total_of(db, self.account)
+            total = _total(db, self.account)
             if meter.cap_passed_by(total + worst) is not None:
                 return total
             _add(db, self.account, worst)
@@ -211,10 +207,6 @@ class Store:
                 db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
 
         await self._write(work)
-
-    def add(self, spend: Spend) -> None:
-        """Add to the account's total."""
-        _add(self._db, self.account, spend)
 
     async def flush(self) -> None:
         """Wait for the writes under way."""
@@ -264,8 +256,7 @@ def _look_up(db: sqlite3.Connection, key: str) -> Stored | None:
     return None if row is None else Stored(cause=row[0], body=row[1])
 
 
-def total_of(db: sqlite3.Connection, account: str) -> Spend:
-    """What the account has spent."""
+def _total(db: sqlite3.Connection, account: str) -> Spend:
     row = db.execute(
         "SELECT calls, tokens, nano_usd FROM totals WHERE account = ?", (account,)
     ).fetchone()
@@ -273,14 +264,14 @@ def total_of(db: sqlite3.Connection, account: str) -> Spend:
 
 
 def spent_in(path: Path, account: str) -> Spend:
-    """What an account has spent by a file, which is only read; nothing if there is no such file."""
-    if not path.is_file():
-        return Spend()
+    """What an account has spent by a file, which is only read; nothing if there is no such file.
+
+    Attempts that are not back yet count at their worst case.
+    """
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        ) as db:
-            return total_of(db, account)
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(db):
+            return _total(db, account)
     except sqlite3.Error:
         return Spend()
 
@@ -294,12 +285,7 @@ def _add(db: sqlite3.Connection, account: str, spend: Spend) -> None:
     )
 
 
-def open_database(path: Path | None) -> sqlite3.Connection:
-    """A connection in autocommit mode; None is a database in memory.
-
-    Raises PreflightError when the file cannot be opened or is something else. Sets a corrupt file
-    aside with a warning.
-    """
+def _open(path: Path | None) -> sqlite3.Connection:
     if path is None:
         return _check(path)
     try:

@@ -25,10 +25,9 @@ from klippo.judge.client import JudgeClient
 from klippo.judge.judging import CAN_RETRY, Judgement, Tally, judge_label
 from klippo.judge.messages import JudgeBackend
 from klippo.judge.parsing import SOURCES, Source
-from klippo.judge.reward import JudgeReward
+from klippo.judge.reward import JudgeReward, liked_probes
 from klippo.judge.rubric import Material
 from klippo.judge.settings import JudgeSettings
-from klippo.judge.watch import liked_probes
 from klippo.lab.reward_names import judges_in, reward_named
 from klippo.rewards.build import judge_client
 from klippo.runs.folder import read_rows, write_rows, write_text

@@ -21,10 +21,10 @@ from klippo.judge.client import MORE_TOKENS
 from klippo.judge.judging import INSTRUCTIONS, Judge, judge_label, make_request
 from klippo.judge.messages import Answer, Request
 from klippo.judge.parsing import Source
+from klippo.judge.reward import PROBES
 from klippo.judge.rubric import Material, render
 from klippo.judge.settings import JudgeSettings
 from klippo.judge.store import Meter, Spend, spent_in
-from klippo.judge.watch import PROBES
 from klippo.judge.wire import WIRES
 from klippo.rewards.build import JUDGE_CACHE
 from klippo.rewards.settings import RewardSettings, SumSettings, ensembles
