@@ -32,7 +32,7 @@ MARKERS = {"single": "o", "mean": "s", "WCO": "^", "UWO": "D"} | {
     "mean_KL": "P",
     "UWO_KL": "v",
 }
-TITLES = {"clean": "labels of one rater each", "noisy": "the same with 25% of pairs turned round"}
+TITLES = {"clean": "labels of one rater each", "noisy": "the same with 25% of pairs flipped"}
 
 
 def write_page(results: dict[str, Any], docs: Path) -> None:

@@ -117,7 +117,7 @@ def members_of(noise: str, work: Path) -> str:
 
 
 def build_members(noise: str, work: Path) -> None:
-    """Members as the demo's, with a share of their pairs turned round; only once."""
+    """Members as the demo's, with a share of their pairs flipped; only once."""
     folder = work / f"members_{noise}"
     if noise == "clean" or (folder / "done").exists():
         return

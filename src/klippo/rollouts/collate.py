@@ -16,7 +16,7 @@ from klippo.types import Completion, Prompt, Rollout, TokenBatch, Tokenizer
 
 
 def truncate_after_stop(token_ids: Sequence[int], stop_ids: frozenset[int]) -> Completion:
-    """Everything up to and including the first stop token; unfinished where there is none."""
+    """Everything up to and including the first stop token; unfinished without one."""
     for t, token in enumerate(token_ids):
         if token in stop_ids:
             return Completion(token_ids=list(token_ids[: t + 1]), finished=True)

@@ -33,7 +33,7 @@ class HFEngine:
         autocast: bool = False,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Responses are sampled inside `around()`, where the model is ready for it."""
+        """Responses are sampled inside `around()`, which prepares the model."""
         self.model = model
         self.stop_ids = stop_ids
         self.sampling = sampling

@@ -46,7 +46,7 @@ class RolloutSettings(Settings):
     """Prompts decoded at once; default: all of them."""
     merge_adapters: bool = True
     """With `engine: hf` and LoRA: sample with the adapter folded into a copy of the weights that it
-    adapts, where the policy computes in float32 and is not sharded."""
+    adapts, if the policy computes in float32 and is not sharded."""
     record_logprobs: bool = False
     """Keep the sampler's own log-probs and report how far they are from the training forward's;
     with `engine: vllm` they always are."""

@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 
 def vllm_version() -> str | None:
-    """The version of the installed vLLM; None where there is none."""
+    """The version of the installed vLLM; None if absent."""
     for package in PACKAGES:
         try:
             return version(package)

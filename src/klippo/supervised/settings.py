@@ -91,7 +91,7 @@ class ReferenceSettings(CodeSettings):
     cut_tokens: LengthRange | None = None
     """Keep only so many first tokens of a prompt, as in `data.cut_tokens` of `klippo train`."""
     num_samples: int = Field(default=512, ge=2, le=1_000_000)
-    """How many responses; prompts are used again where there are fewer."""
+    """How many responses; prompts repeat if there are fewer."""
     response_length: PositiveInt | LengthRange = 64
     """Most tokens of a response, as in `rollout.response_length` of `klippo train`."""
     temperature: PositiveFloat = 1.0
