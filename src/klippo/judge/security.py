@@ -110,9 +110,11 @@ def refuse_key_in_url(url: object) -> None:
         return
     try:
         parts = urlsplit(url)
+        parts.port  # noqa: B018, reading it checks it
     except ValueError:
         raise ConfigError(
-            "judge: base_url is not a URL; write for instance https://api.openai.com/v1"
+            "judge: base_url is not a URL, or its port is not a number (not shown here, it may "
+            "hold a key); write for instance https://api.openai.com/v1"
         ) from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
@@ -124,10 +126,6 @@ def refuse_key_in_url(url: object) -> None:
             f"judge: base_url={url!r} must start with https:// or http:// and name a host, as in "
             "https://api.openai.com/v1"
         )
-    try:
-        parts.port  # noqa: B018, reading it checks it
-    except ValueError:
-        raise ConfigError(f"judge: base_url={url!r} has a port that is not a number") from None
 
 
 def refuse_foreign_key(variable: str | None, url: str) -> None:
@@ -166,10 +164,9 @@ async def check_address(url: str, *, has_key: bool, allow_plain_http: bool) -> N
 
 
 async def _resolve(parts: SplitResult) -> list[IPAddress]:
-    host = parts.hostname or ""
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    loop, host = asyncio.get_running_loop(), parts.hostname or ""
     try:
-        entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        entries = await loop.getaddrinfo(host, parts.port, type=socket.SOCK_STREAM)
     except OSError as error:
         proxies = urllib.request.getproxies()
         has_proxy = bool(proxies.get("https") or proxies.get("all"))
