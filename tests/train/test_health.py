@@ -56,7 +56,7 @@ def test_a_healthy_demo_run_fires_no_rail(cli, tmp_path) -> None:
     assert code == 0, err
     assert "Health check" not in out
     assert "health" not in status_of(run)
-    assert "- health checks: none fired" in (run / "MODEL_CARD.md").read_text()
+    assert "- Health checks: none fired" in (run / "MODEL_CARD.md").read_text()
     for row in read_rows(run / "metrics.jsonl"):
         assert 0.9 < row["policy/largest_ratio_mean"] < 1.1
         assert 0 <= row["policy/largest_update_kl_nats_per_token"] < 0.1
