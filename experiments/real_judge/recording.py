@@ -5,18 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
 import numpy as np
-from klippo.judge.scoring import make_request
 
 from klippo.judge.client import JudgeClient
-from klippo.judge.judging import Judge
+from klippo.judge.judging import INSTRUCTIONS, Judge, make_request
 from klippo.judge.messages import Answer, Request
-from klippo.judge.rubric import Material
+from klippo.judge.rubric import Material, render
 from klippo.judge.settings import JudgeSettings
-from klippo.judge.wire import WIRES, Learned
+from klippo.judge.wire import WIRES
 
 
 class Recorder:
@@ -45,19 +45,27 @@ async def overhead(settings: JudgeSettings, materials: Sequence[Material]) -> di
     client = JudgeClient(settings.api)
     judge = Judge(settings, client)
     for material in materials:
-        text = judge.question(material, next(iter(judge.criteria)), settings.score_source).text
-        requests.append(make_request(text, settings.score_source, max_tokens=4, temperature=0.0))
+        text, _ = render(
+            judge.rubric,
+            material,
+            INSTRUCTIONS[settings.score_source, settings.rationale],
+            criteria=next(iter(judge.criteria.values())),
+            max_chars=settings.max_response_chars,
+        )
+        request = make_request(text, settings.score_source, settings)
+        requests.append(replace(request, max_tokens=4, temperature=0.0))
     times: dict[str, list[float]] = {"bare": [], "klippo": []}
-    wire = WIRES[settings.api.wire_format]
+    wire = WIRES[settings.api.wire_format]()
     try:
         async with httpx2.AsyncClient(timeout=settings.api.timeout_s) as http:
 
             async def bare(request: Request) -> None:
-                body = wire.body(settings.api.model, request, request.max_tokens, Learned())
+                body = wire.body(settings.api.model, request, request.max_tokens)
                 answer = await http.post(f"{settings.api.url}{wire.path}", json=body)
                 answer.raise_for_status()
 
-            await client.ask(make_request("Say hello.", "line", max_tokens=4))  # connects
+            hello = make_request("Say hello.", "line", settings)
+            await client.ask(replace(hello, max_tokens=4))  # connects
             for request in requests:
                 await bare(request)
             for number, request in enumerate(requests):

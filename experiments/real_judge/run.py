@@ -26,7 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,9 @@ from recording import Recorder, overhead
 from klippo.errors import JudgeError
 from klippo.judge.client import JudgeClient
 from klippo.judge.judging import together
-from klippo.judge.reward import JudgeReward
+from klippo.judge.reward import PROBES, JudgeReward
 from klippo.judge.rubric import Material
 from klippo.judge.settings import JudgeSettings
-from klippo.judge.watch import probe
 from tests.judge.injections import ALL as INJECTIONS
 
 RESULTS = HERE / "results.json"
@@ -137,8 +136,9 @@ async def measure(
         await reward.run_probes()
         judges_answers = settings.rubric_name == "general"  # the other rubric is for films
         injections = (PLAIN_ANSWER, *INJECTIONS[: plan.num_injections]) if judges_answers else ()
+        plain = PROBES["an empty response"]  # its question, with each text as the response
         injected = await together(
-            judge.judge(probe(text), floors_empty=False) for text in injections
+            judge.judge(replace(plain, response=text), floors_empty=False) for text in injections
         )
     except JudgeError as error:
         return {"error": str(error).replace(settings.api.model, MODEL)}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from klippo.supervised.sft_run import sft
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +24,7 @@ from klippo.rollouts.collate import decode, stop_token_ids
 from klippo.rollouts.hf import HFEngine
 from klippo.rollouts.sampling import Sampling, response_seeds
 from klippo.supervised.settings import SFTConfig
+from klippo.supervised.sft import sft
 
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
