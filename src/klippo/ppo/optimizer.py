@@ -73,6 +73,7 @@ class Optimizer:
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,
             )
+        self._policy = policy
         self._named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
     def free_gathered(self) -> None:
@@ -143,9 +144,11 @@ class Optimizer:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """The same for the weights alone, in this process, if the policy's are not sharded."""
-        require_same_shapes(self._named, weights)
-        for name, parameter in self._named.items():
+        """The same for the weights alone, in this process, inside `full_weights`."""
+        # The gathered parameters are other tensors than the shards in `_named`.
+        full = {name: p for name, p in self._policy.named_parameters() if name in self._named}
+        require_same_shapes(full, weights)
+        for name, parameter in full.items():
             parameter.copy_(weights[name])
 
 
